@@ -1,0 +1,225 @@
+"""What is stored for one token: specs, row offsets, bytes and effective bits. Pure Python, no torch.
+
+A **row** holds everything that one layer stores for one token and all local KV heads, in this order::
+
+    K codes (head 0, head 1, ...) | V codes | K metadata | V metadata | padding to ROW_ALIGNMENT
+
+* Codes of a head are stored in *planes*: with ``b`` bits and head dimension ``D`` a head takes ``D*b/8`` bytes, and byte
+  ``j`` holds the codes of channels ``j, j + D*b/8, j + 2*D*b/8, ...`` from its low bits to its high bits. Widening a load
+  of consecutive bytes therefore gives runs of consecutive channels.
+* Metadata of a head is, for each group of ``group_size`` consecutive channels, one fp16 scale, followed for an asymmetric
+  spec by one fp16 minimum.
+* 16 bits means the model's own dtype, stored raw: two bytes a channel, no metadata.
+
+The order of bytes is part of ``LAYOUT_VERSION``: a profile made for another version is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+LAYOUT_VERSION: Final = 1
+BITS: Final = (2, 4, 8, 16)
+GROUP_SIZES: Final = (32, 64, 128)  # channels; a group may also span the whole head
+ROW_ALIGNMENT: Final = 4  # bytes
+METADATA_BYTES: Final = 2  # one fp16 number
+MIN_CLIP: Final = 0.3  # a narrower range would drop most of a group
+
+_SPEC = re.compile(
+    r"(?P<bits>[248])-g(?P<group>[1-9]\d{0,3})-(?P<sign>asym|sym)(?P<centred>-c)?(?P<rotated>-r)?(-x(?P<clip>0\.\d{1,2}))?",
+    re.ASCII,
+)
+
+
+class LayoutError(ValueError):
+    """A spec that this layout cannot store; the message has the value, the reason and the remedy."""
+
+
+@dataclass(frozen=True, order=True)
+class TensorSpec:
+    """How the keys, or the values, of one layer are stored.
+
+    Raises:
+        LayoutError: for a combination that cannot be stored.
+    """
+
+    bits: int = 16  # 2, 4 or 8; 16 is the model's own dtype, stored raw, and takes none of the fields below
+    group_size: int = 0  # channels that share one scale; 0 only for 16 bits
+    symmetric: bool = False  # the grid is centred on zero and only the scale is stored; else scale and minimum
+    centred: bool = False  # a fixed vector per KV head is subtracted before quantization
+    rotated: bool = False  # a Hadamard transform along head_dim is applied before quantization
+    clip: float = 1.0  # fraction of the group's range that the grid spans, in steps of 0.01
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise LayoutError(f"bits={self.bits!r} cannot be stored: use one of {BITS}")
+        if self.bits == 16:
+            if (self.group_size, self.symmetric, self.centred, self.rotated, self.clip) != (
+                0,
+                False,
+                False,
+                False,
+                1.0,
+            ):
+                raise LayoutError(
+                    "16 bits are stored raw: leave group_size, symmetric, centred, rotated and clip unset"
+                )
+            return
+        if self.group_size < 1:
+            raise LayoutError(
+                f"group_size={self.group_size!r} with {self.bits} bits: use one of {GROUP_SIZES} or head_dim"
+            )
+        if not (math.isfinite(self.clip) and MIN_CLIP <= self.clip <= 1.0 and round(self.clip, 2) == self.clip):
+            raise LayoutError(f"clip={self.clip!r} is not a multiple of 0.01 in [{MIN_CLIP}, 1.0]")
+
+    @property
+    def raw(self) -> bool:
+        """True for 16 bits: nothing is quantized."""
+        return self.bits == 16
+
+    def check(self, head_dim: int) -> None:
+        """Raise LayoutError if a head of ``head_dim`` channels cannot be stored this way."""
+        if self.raw:
+            return
+        if self.group_size not in (*GROUP_SIZES, head_dim):
+            raise LayoutError(f"group_size={self.group_size} is neither one of {GROUP_SIZES} nor head_dim={head_dim}")
+        if head_dim % self.group_size or head_dim * self.bits % 8:
+            raise LayoutError(
+                f"head_dim={head_dim} does not split into groups of {self.group_size} and whole bytes of {self.bits}-bit codes:"
+                f" use group_size={head_dim}"
+            )
+
+    def groups(self, head_dim: int) -> int:
+        """Number of groups (scales) in one head."""
+        return 0 if self.raw else head_dim // self.group_size
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of codes (or of raw channels) for one head of one token."""
+        return head_dim * self.bits // 8
+
+    def metadata_bytes(self, head_dim: int) -> int:
+        """Bytes of scales and minima for one head of one token."""
+        return self.groups(head_dim) * METADATA_BYTES * (1 if self.symmetric else 2)
+
+    def effective_bits(self, head_dim: int) -> float:
+        """Bits per channel with the metadata counted; row padding is counted by LayerSpec."""
+        return (self.code_bytes(head_dim) + self.metadata_bytes(head_dim)) * 8 / head_dim
+
+    def __str__(self) -> str:
+        """A short name that :meth:`parse` reads back: ``16``, or for example ``4-g128-asym-c-r-x0.9``."""
+        if self.raw:
+            return "16"
+        parts = [str(self.bits), f"g{self.group_size}", "sym" if self.symmetric else "asym"]
+        parts += [flag for flag, on in (("c", self.centred), ("r", self.rotated)) if on]
+        parts += [f"x{self.clip:g}"] if self.clip != 1.0 else []
+        return "-".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> TensorSpec:
+        """The inverse of ``str``.
+
+        Raises:
+            LayoutError: if the text is no spec.
+        """
+        if text == "16":
+            return cls()
+        match = _SPEC.fullmatch(text)
+        if match is None:
+            raise LayoutError(
+                f"{text!r} is no tensor spec: write 16, or BITS-gGROUP-asym|sym[-c][-r][-xCLIP], e.g. 4-g64-asym-c"
+            )
+        return cls(
+            bits=int(match["bits"]),
+            group_size=int(match["group"]),
+            symmetric=match["sign"] == "sym",
+            centred=match["centred"] is not None,
+            rotated=match["rotated"] is not None,
+            clip=float(match["clip"] or 1.0),
+        )
+
+
+RAW: Final = TensorSpec()
+
+
+@dataclass(frozen=True, order=True)
+class LayerSpec:
+    """How one layer stores its keys and its values."""
+
+    key: TensorSpec = RAW
+    value: TensorSpec = RAW
+
+    @property
+    def name(self) -> str:
+        """The bits alone, as in ``K8V4``."""
+        return f"K{self.key.bits}V{self.value.bits}"
+
+    def __str__(self) -> str:
+        """A short name that :meth:`parse` reads back: ``KEY/VALUE``."""
+        return f"{self.key}/{self.value}"
+
+    @classmethod
+    def parse(cls, text: str) -> LayerSpec:
+        """The inverse of ``str``.
+
+        Raises:
+            LayoutError: if the text is no pair of specs.
+        """
+        key, slash, value = text.partition("/")
+        if not slash:
+            raise LayoutError(f"{text!r} is no layer spec: write KEY/VALUE, e.g. 8-g64-asym/4-g64-asym")
+        return cls(TensorSpec.parse(key), TensorSpec.parse(value))
+
+    def row(self, kv_heads: int, head_dim: int) -> RowLayout:
+        """Where everything of one token lies.
+
+        Raises:
+            LayoutError: if a head of ``head_dim`` channels cannot be stored this way.
+        """
+        self.key.check(head_dim)
+        self.value.check(head_dim)
+        value_codes = kv_heads * self.key.code_bytes(head_dim)
+        key_metadata = value_codes + kv_heads * self.value.code_bytes(head_dim)
+        # fp16 metadata must not straddle an odd byte: codes of an odd total length are followed by one byte of padding.
+        key_metadata += key_metadata % METADATA_BYTES
+        value_metadata = key_metadata + kv_heads * self.key.metadata_bytes(head_dim)
+        used = value_metadata + kv_heads * self.value.metadata_bytes(head_dim)
+        return RowLayout(
+            key_codes=0,
+            value_codes=value_codes,
+            key_metadata=key_metadata,
+            value_metadata=value_metadata,
+            nbytes=-(-used // ROW_ALIGNMENT) * ROW_ALIGNMENT,
+        )
+
+    def bytes_per_token(self, kv_heads: int, head_dim: int) -> int:
+        """Bytes that this layer stores for one token, everything counted."""
+        return self.row(kv_heads, head_dim).nbytes
+
+    def effective_bits(self, kv_heads: int, head_dim: int) -> float:
+        """Stored bits per cached number, everything counted."""
+        return self.bytes_per_token(kv_heads, head_dim) * 8 / (2 * kv_heads * head_dim)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Byte offsets of the parts of one row, and its length."""
+
+    key_codes: int
+    value_codes: int
+    key_metadata: int
+    value_metadata: int
+    nbytes: int
+
+
+def bytes_per_token(layers: Sequence[LayerSpec], kv_heads: int, head_dim: int) -> int:
+    """Bytes that all given layers store for one token."""
+    return sum(layer.bytes_per_token(kv_heads, head_dim) for layer in layers)
+
+
+def effective_bits(layers: Sequence[LayerSpec], kv_heads: int, head_dim: int) -> float:
+    """Stored bits per cached number over all given layers, everything counted."""
+    return bytes_per_token(layers, kv_heads, head_dim) * 8 / (2 * kv_heads * head_dim * len(layers))

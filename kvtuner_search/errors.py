@@ -1,0 +1,47 @@
+"""The exceptions that a command turns into one line on stderr and a documented exit code.
+
+Every message carries the value, the reason and the remedy. See docs/cli.md for the table of exit codes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a command returns to the shell."""
+
+    OK = 0
+    GATE_FAILED = 1  # the command ran, and a threshold that was asked for does not hold
+    USAGE = 2  # an option or argument cannot be used
+    DATA = 3  # an input cannot be read, or is invalid
+    NOT_COMPARABLE = 4  # two profiles describe different models or layouts
+    INTERRUPTED = 130  # Ctrl-C; what was finished is kept
+
+
+class KVTunerError(Exception):
+    """Base of all errors that are the caller's to mend."""
+
+    exit_code: ExitCode = ExitCode.DATA
+
+
+class UsageError(KVTunerError):
+    """An option or argument cannot be used."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(KVTunerError):
+    """An input file, model or dataset cannot be read, or is invalid."""
+
+    exit_code = ExitCode.DATA
+
+
+class ProfileError(DataError):
+    """A profile cannot be read, or is invalid."""
+
+
+class NotComparableError(KVTunerError):
+    """Two profiles cannot be compared, or a profile does not belong to this model."""
+
+    exit_code = ExitCode.NOT_COMPARABLE
