@@ -1,0 +1,94 @@
+"""The ``kvtuner-search`` command. Subcommands are imported only when they are called, so that help stays quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, Final
+
+import click
+
+from kvtuner_search import __version__
+from kvtuner_search.errors import ExitCode, KVTunerError
+
+# name -> (module with a click command named `command`, one line of help)
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "calibrate": ("kvtuner_search.cli.calibrate", "Search per-layer bit-widths of a model and write a profile."),
+    "sensitivity": ("kvtuner_search.cli.sensitivity", "Measure what each layer loses with each spec; no search."),
+    "evaluate": ("kvtuner_search.cli.evaluate", "Measure a profile's quality against the 16-bit cache, offline."),
+    "show": ("kvtuner_search.cli.show", "Show a profile in the terminal or as HTML."),
+    "check": ("kvtuner_search.cli.check", "Check a profile's schema, digest and consistency."),
+    "diff": ("kvtuner_search.cli.diff", "Compare two profiles as a review gate."),
+    "import": ("kvtuner_search.cli.import_", "Make a profile from another format."),
+    "export": ("kvtuner_search.cli.export", "Write a profile in another format."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on first use; the list of commands needs no import."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "KVTUNER", "show_default": True},
+    epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="kvtuner-search")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.", show_envvar=True)
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Search per-layer key and value bit-widths for the KV cache, and keep the result as a reviewed profile."""
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit with one of ExitCode."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command and return its exit code; errors become one line on stderr."""
+    debug = "--debug" in arguments[:1]
+    try:
+        result: Any = cli.main(arguments, prog_name="kvtuner-search", standalone_mode=False)
+        return int(result) if isinstance(result, int) else ExitCode.OK
+    except click.exceptions.Abort:
+        return _fail("interrupted: what was finished is kept", ExitCode.INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("interrupted: what was finished is kept", ExitCode.INTERRUPTED)
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            click.echo(f"Try '{error.ctx.command_path} --help' for help.", err=True)
+        return _fail(error.format_message(), ExitCode.USAGE)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away: nothing more can be said
+        return ExitCode.OK
+    except KVTunerError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+
+
+def _fail(message: str, code: ExitCode) -> int:
+    click.echo(f"kvtuner-search: {message}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()
