@@ -1,0 +1,285 @@
+"""The truth in plain torch: transform, quantize, pack, unpack, dequantize and attend. Also the CPU path.
+
+Every step up to the codes is a fixed sequence of fp32 operations without a product that feeds a sum inexactly, so that a
+kernel with or without fused multiply-add produces the same codes, scales and minima, bit for bit:
+
+1. centre:  ``x - centre``
+2. rotate:  Walsh-Hadamard butterflies with spans 1, 2, 4, ..., then a power of two
+3. grid:    ``scale = fp16((hi - lo) * (clip / n))`` with ``n = 2**bits - 1``;
+            ``minimum = fp16((lo + hi) / 2 - scale * n / 2)`` (the product is exact: 11 bits times 8 bits)
+4. code:    ``clamp(rint((x - minimum) * (1 / scale)), 0, n)``, ties to even
+
+A symmetric spec has ``scale = fp16(max|x| * (2 * clip / n))`` and the unrounded minimum ``-scale * n / 2``, so no code is wasted
+and zero is not on the grid. A group of equal values has scale 0 and is restored to fp16 precision from its minimum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtuner_kernels.layout import LayerSpec, LayoutError, TensorSpec
+
+FP16_MAX: Final = 65504.0
+
+
+class QuantizationError(ValueError):
+    """A tensor holds a value that cannot be stored."""
+
+
+class Quantized(NamedTuple):
+    """Codes and grid of one tensor; D channels a head, G groups a head."""
+
+    codes: Tensor  # uint8 [..., D], each below 2**bits
+    scale: Tensor  # fp16 [..., G]
+    minimum: Tensor | None  # fp16 [..., G]; None for a symmetric spec
+
+
+def _split(x: Tensor, *sizes: int) -> Tensor:
+    """[..., n] to [..., n / product(sizes), *sizes]."""
+    return x.reshape(*x.shape[:-1], -1, *sizes)
+
+
+def rotation_block(head_dim: int) -> int:
+    """Width of the Hadamard blocks: the largest power of two that divides ``head_dim``."""
+    return head_dim & -head_dim
+
+
+def _butterflies(x: Tensor) -> Tensor:
+    block = rotation_block(x.shape[-1])
+    span = 1
+    while span < block:
+        left, right = _split(x, 2, span).unbind(-2)
+        x = torch.stack((left + right, left - right), dim=-2).flatten(-3)
+        span *= 2
+    return x
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Unnormalised Hadamard transform of fp32 [..., D] in blocks, times ``2**-ceil(log2(block) / 2)`` (exact)."""
+    order = rotation_block(x.shape[-1]).bit_length() - 1
+    return _butterflies(x) * 2.0 ** -math.ceil(order / 2)
+
+
+def unrotate(x: Tensor) -> Tensor:
+    """Inverse of :func:`rotate`. Apply it to queries too: ``q.k == unrotate(q).rotate(k)`` up to rounding."""
+    order = rotation_block(x.shape[-1]).bit_length() - 1
+    return _butterflies(x) * 2.0 ** -math.floor(order / 2)
+
+
+def quantize(x: Tensor, spec: TensorSpec, centre: Tensor | None = None, *, check: bool = True) -> Quantized:
+    """Quantize keys or values.
+
+    Args:
+        x: [..., H, D], floating point.
+        spec: bits below 16, groups along D.
+        centre: fp32 [H, D]; given exactly when ``spec.centred``.
+        check: look for NaN, infinity and values beyond fp16 (a pass over the data).
+
+    Raises:
+        QuantizationError: if ``check`` finds a value that cannot be stored.
+        LayoutError: if D does not split into the spec's groups, or the centre is missing, superfluous or misshapen.
+    """
+    x = transform(x, spec, centre)
+    if check:
+        peak = x.abs().amax().item() if x.numel() else 0.0
+        if not peak <= FP16_MAX:  # NaN compares false
+            raise QuantizationError(
+                f"the tensor holds {peak} where at most {FP16_MAX} can be stored: look for NaN or overflow in the model,"
+                " or store this tensor with 16 bits"
+            )
+    groups = _split(x, spec.group_size)
+    top = 2**spec.bits - 1
+    if spec.symmetric:
+        scale = (groups.abs().amax(-1) * (2 * spec.clip / top)).to(torch.float16)
+        minimum = None
+        offset = scale.float() * (-top / 2)
+    else:
+        low, high = groups.aminmax(dim=-1)
+        scale = ((high - low) * (spec.clip / top)).to(torch.float16)
+        minimum = ((low + high) * 0.5 - scale.float() * (top / 2)).to(torch.float16)
+        offset = minimum.float()
+    wide = scale.float()
+    inverse = torch.where(wide > 0, 1 / wide, 0)
+    codes = ((groups - offset.unsqueeze(-1)) * inverse.unsqueeze(-1)).round_().clamp_(0, top)
+    return Quantized(codes.flatten(-2).to(torch.uint8), scale, minimum)
+
+
+def transform(x: Tensor, spec: TensorSpec, centre: Tensor | None) -> Tensor:
+    """``x`` [..., H, D] as fp32, centred and rotated as the spec says: what is put on the grid.
+
+    Raises:
+        LayoutError: as for :func:`quantize`.
+    """
+    spec.check(x.shape[-1])
+    _check_centre(spec, centre, x.shape[-2:])
+    x = x.float()
+    if centre is not None:
+        x = x - centre
+    return rotate(x) if spec.rotated else x
+
+
+def untransform(x: Tensor, spec: TensorSpec, centre: Tensor | None) -> Tensor:
+    """Inverse of :func:`transform`, fp32 [..., H, D]."""
+    _check_centre(spec, centre, x.shape[-2:])
+    x = unrotate(x) if spec.rotated else x
+    return x if centre is None else x + centre
+
+
+def _check_centre(spec: TensorSpec, centre: Tensor | None, shape: torch.Size) -> None:
+    if spec.centred != (centre is not None):
+        raise LayoutError(f"spec {spec} needs {'a' if spec.centred else 'no'} centring vector")
+    if centre is not None and (centre.shape != shape or centre.dtype != torch.float32):
+        raise LayoutError(f"the centring vector is {centre.dtype} {list(centre.shape)}, expected float32 {list(shape)}")
+
+
+def dequantize(quantized: Quantized, spec: TensorSpec, centre: Tensor | None = None) -> Tensor:
+    """fp32 [..., H, D] in the model's own basis; the error is at most ``scale / 2`` a channel where nothing was clipped."""
+    return untransform(on_grid(quantized, spec), spec, centre)
+
+
+def on_grid(quantized: Quantized, spec: TensorSpec) -> Tensor:
+    """fp32 [..., D]: ``code * scale + minimum`` (one rounding), still centred and rotated."""
+    scale = quantized.scale.float().unsqueeze(-1)
+    top = 2**spec.bits - 1
+    offset = scale * (-top / 2) if quantized.minimum is None else quantized.minimum.float().unsqueeze(-1)
+    return (_split(quantized.codes, spec.group_size).float() * scale + offset).flatten(-2)
+
+
+def as_stored(x: Tensor, spec: TensorSpec, centre: Tensor | None = None, *, check: bool = False) -> Tensor:
+    """``x`` [..., H, D] as attention reads it back from the cache, in ``x``'s dtype."""
+    if spec.raw:
+        return x
+    return dequantize(quantize(x, spec, centre, check=check), spec, centre).to(x.dtype)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., D] to uint8 bytes [..., D * bits / 8], in planes (see kvtuner_kernels.layout)."""
+    planes = _split(codes, codes.shape[-1] * bits // 8)
+    packed = planes[..., 0, :]
+    for plane in range(1, 8 // bits):
+        packed = packed | (planes[..., plane, :] << (plane * bits))
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of :func:`pack`."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> (plane * bits)) & mask for plane in range(8 // bits)], dim=-1)
+
+
+class Centres(NamedTuple):
+    """The centring vectors of one layer, fp32 [H, D]; None where the spec is not centred."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+
+NO_CENTRES: Final = Centres()
+
+
+def pack_rows(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres = NO_CENTRES) -> Tensor:
+    """Keys and values [N, H, D] of N tokens to uint8 rows [N, row bytes].
+
+    Raises:
+        QuantizationError, LayoutError: as for :func:`quantize`.
+    """
+    tokens, heads, head_dim = key.shape
+    row = spec.row(heads, head_dim)
+    rows = torch.zeros(tokens, row.nbytes, dtype=torch.uint8, device=key.device)
+    for x, side, centre, codes_at, metadata_at in (
+        (key, spec.key, centres.key, row.key_codes, row.key_metadata),
+        (value, spec.value, centres.value, row.value_codes, row.value_metadata),
+    ):
+        if side.raw:
+            if x.element_size() != 2:
+                raise LayoutError(f"{x.dtype} cannot be stored raw in 16 bits: convert it to bfloat16 or float16 first")
+            codes = x.contiguous().view(torch.uint8).flatten(1)
+        else:
+            quantized = quantize(x, side, centre)
+            codes = pack(quantized.codes, side.bits).flatten(1)
+            grid = quantized.scale.unsqueeze(-1)
+            if quantized.minimum is not None:
+                grid = torch.stack((quantized.scale, quantized.minimum), dim=-1)
+            metadata = grid.flatten(1).contiguous().view(torch.uint8)
+            rows[:, metadata_at : metadata_at + metadata.shape[1]] = metadata
+        rows[:, codes_at : codes_at + codes.shape[1]] = codes
+    return rows
+
+
+def unpack_rows(
+    rows: Tensor,
+    spec: LayerSpec,
+    heads: int,
+    head_dim: int,
+    centres: Centres = NO_CENTRES,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor]:
+    """Rows [N, row bytes] back to keys and values, [N, H, D] each, in the model's own basis.
+
+    Quantized sides come back as fp32; a 16-bit side comes back in ``dtype``, which must be the dtype that was stored.
+    """
+    row = spec.row(heads, head_dim)
+    sides = []
+    for side, centre, codes_at, metadata_at in (
+        (spec.key, centres.key, row.key_codes, row.key_metadata),
+        (spec.value, centres.value, row.value_codes, row.value_metadata),
+    ):
+        codes = rows[:, codes_at : codes_at + heads * side.code_bytes(head_dim)].reshape(len(rows), heads, -1)
+        if side.raw:
+            sides.append(codes.contiguous().view(dtype))
+            continue
+        metadata = (
+            rows[:, metadata_at : metadata_at + heads * side.metadata_bytes(head_dim)].contiguous().view(torch.float16)
+        )
+        grid = metadata.view(len(rows), heads, side.groups(head_dim), -1)
+        minimum = None if side.symmetric else grid[..., 1]
+        sides.append(dequantize(Quantized(unpack(codes, side.bits), grid[..., 0], minimum), side, centre))
+    return sides[0], sides[1]
+
+
+def attend(
+    query: Tensor,
+    rows: Tensor,
+    spec: LayerSpec,
+    heads: int,
+    centres: Centres = NO_CENTRES,
+    *,
+    softmax_scale: float | None = None,
+    soft_cap: float = 0.0,
+    window: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Causal attention of the last T tokens over all S packed rows, in fp32.
+
+    Args:
+        query: [T, Hq, D], floating point, after rotary embedding. Query ``t`` sees rows
+            up to ``S - T + t``, itself included.
+        rows: uint8 [S, row bytes], S >= T.
+        spec: how the rows are stored.
+        heads: KV heads H; Hq is a multiple of H and query head ``h`` reads KV head ``h // (Hq // H)``.
+        centres: centring vectors of the layer.
+        softmax_scale: factor of the scores; ``D ** -0.5`` if not given.
+        soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
+        window: number of latest rows that a query sees, itself included; 0 is all.
+        dtype: dtype of 16-bit sides; the query's if not given.
+
+    Returns:
+        fp32 [T, Hq, D].
+    """
+    tokens, query_heads, head_dim = query.shape
+    key, value = (side.float() for side in unpack_rows(rows, spec, heads, head_dim, centres, dtype or query.dtype))
+    folded = query.float().reshape(tokens, heads, query_heads // heads, head_dim)
+    scores = torch.einsum("thgd,shd->hgts", folded, key) * (head_dim**-0.5 if softmax_scale is None else softmax_scale)
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    last = torch.arange(rows.shape[0] - tokens, rows.shape[0], device=rows.device).unsqueeze(1)
+    column = torch.arange(rows.shape[0], device=rows.device)
+    visible = column <= last
+    if window:
+        visible &= column > last - window
+    probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    return torch.einsum("hgts,shd->thgd", probabilities, value).flatten(1, 2)
