@@ -4,9 +4,10 @@ A **row** holds everything that one layer stores for one token and all local KV 
 
     K codes (head 0, head 1, ...) | V codes | K metadata | V metadata | padding to ROW_ALIGNMENT
 
-* Codes of a head are stored in *planes*: with ``b`` bits and head dimension ``D`` a head takes ``D*b/8`` bytes, and byte
-  ``j`` holds the codes of channels ``j, j + D*b/8, j + 2*D*b/8, ...`` from its low bits to its high bits. Widening a load
-  of consecutive bytes therefore gives runs of consecutive channels.
+* Codes of a head are stored in *segments* of ``L`` channels (:meth:`TensorSpec.segment`) and, within a segment, in *planes*
+  of 16-bit little-endian words: with ``b`` bits a segment takes ``W = L*b/16`` words, and word ``j`` holds the codes of
+  channels ``j, j + W, j + 2*W, ...`` from its low bits to its high bits. So the words of a segment are the tile that a
+  16-bit matrix instruction loads, each plane is that tile with one shift and one mask, and a plane lies within one group.
 * Metadata of a head is, for each group of ``group_size`` consecutive channels, one fp16 scale, followed for an asymmetric
   spec by one fp16 minimum.
 * 16 bits means the model's own dtype, stored raw: two bytes a channel, no metadata.
@@ -87,15 +88,23 @@ class TensorSpec:
             return
         if self.group_size not in (*GROUP_SIZES, head_dim):
             raise LayoutError(f"group_size={self.group_size} is neither one of {GROUP_SIZES} nor head_dim={head_dim}")
-        if head_dim % self.group_size or head_dim * self.bits % 8:
+        if head_dim % self.group_size:
             raise LayoutError(
-                f"head_dim={head_dim} does not split into groups of {self.group_size} and whole bytes of {self.bits}-bit codes:"
-                f" use group_size={head_dim}"
+                f"head_dim={head_dim} does not split into groups of {self.group_size}: use group_size={head_dim}"
+            )
+        if head_dim * self.bits % 16:
+            raise LayoutError(
+                f"head_dim={head_dim} does not fill whole 16-bit words with {self.bits}-bit codes: use more bits"
             )
 
     def groups(self, head_dim: int) -> int:
         """Number of groups (scales) in one head."""
         return 0 if self.raw else head_dim // self.group_size
+
+    def segment(self, head_dim: int) -> int:
+        """Channels that are packed together: the most groups (a power of two) for which a plane stays within one group."""
+        groups = self.groups(head_dim)
+        return self.group_size * min(16 // self.bits, groups & -groups) if groups else head_dim
 
     def code_bytes(self, head_dim: int) -> int:
         """Bytes of codes (or of raw channels) for one head of one token."""
@@ -183,8 +192,6 @@ class LayerSpec:
         self.value.check(head_dim)
         value_codes = kv_heads * self.key.code_bytes(head_dim)
         key_metadata = value_codes + kv_heads * self.value.code_bytes(head_dim)
-        # fp16 metadata must not straddle an odd byte: codes of an odd total length are followed by one byte of padding.
-        key_metadata += key_metadata % METADATA_BYTES
         value_metadata = key_metadata + kv_heads * self.key.metadata_bytes(head_dim)
         used = value_metadata + kv_heads * self.value.metadata_bytes(head_dim)
         return RowLayout(

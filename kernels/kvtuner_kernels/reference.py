@@ -156,19 +156,22 @@ def as_stored(x: Tensor, spec: TensorSpec, centre: Tensor | None = None, *, chec
     return dequantize(quantize(x, spec, centre, check=check), spec, centre).to(x.dtype)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., D] to uint8 bytes [..., D * bits / 8], in planes (see kvtuner_kernels.layout)."""
-    planes = _split(codes, codes.shape[-1] * bits // 8)
-    packed = planes[..., 0, :]
-    for plane in range(1, 8 // bits):
-        packed = packed | (planes[..., plane, :] << (plane * bits))
-    return packed
+def pack(codes: Tensor, bits: int, segment: int = 0) -> Tensor:
+    """uint8 codes [..., D] to uint8 bytes [..., D * bits / 8], in planes of 16-bit words (see kvtuner_kernels.layout).
+
+    ``segment`` is the number of channels that are packed together, ``TensorSpec.segment(D)``; 0 is all of them.
+    """
+    words = (segment or codes.shape[-1]) * bits // 16
+    planes = _split(codes, 2, 8 // bits, words)  # the low byte of each word, then the high byte
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).unsqueeze(-1)
+    return (planes << shifts).sum(-2, dtype=torch.uint8).transpose(-1, -2).flatten(-3)
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
+def unpack(packed: Tensor, bits: int, segment: int = 0) -> Tensor:
     """Inverse of :func:`pack`."""
-    mask = 2**bits - 1
-    return torch.cat([(packed >> (plane * bits)) & mask for plane in range(8 // bits)], dim=-1)
+    halves = _split(packed, (segment or packed.shape[-1] * 8 // bits) * bits // 16, 2)  # [..., segments, words, 2]
+    planes = [(halves >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(planes, dim=-1).movedim(-3, -1).flatten(-4)
 
 
 class Centres(NamedTuple):
@@ -200,7 +203,7 @@ def pack_rows(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres = NO
             codes = x.contiguous().view(torch.uint8).flatten(1)
         else:
             quantized = quantize(x, side, centre)
-            codes = pack(quantized.codes, side.bits).flatten(1)
+            codes = pack(quantized.codes, side.bits, side.segment(head_dim)).flatten(1)
             grid = quantized.scale.unsqueeze(-1)
             if quantized.minimum is not None:
                 grid = torch.stack((quantized.scale, quantized.minimum), dim=-1)
@@ -237,7 +240,8 @@ def unpack_rows(
         )
         grid = metadata.view(len(rows), heads, side.groups(head_dim), -1)
         minimum = None if side.symmetric else grid[..., 1]
-        sides.append(dequantize(Quantized(unpack(codes, side.bits), grid[..., 0], minimum), side, centre))
+        plain = unpack(codes, side.bits, side.segment(head_dim))
+        sides.append(dequantize(Quantized(plain, grid[..., 0], minimum), side, centre))
     return sides[0], sides[1]
 
 

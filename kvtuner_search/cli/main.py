@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from typing import Any, Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from kvtuner_search import __version__
 from kvtuner_search.errors import ExitCode, KVTunerError
+from kvtuner_search.profile.text import printable
 
 # name -> (module with a click command named `command`, one line of help)
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -21,6 +24,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "diff": ("kvtuner_search.cli.diff", "Compare two profiles as a review gate."),
     "import": ("kvtuner_search.cli.import_", "Make a profile from another format."),
     "export": ("kvtuner_search.cli.export", "Write a profile in another format."),
+    "completion": ("kvtuner_search.cli.completion", "Print the shell's completion script."),
 }
 
 
@@ -37,6 +41,11 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        names = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return [*names, *options]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
@@ -52,19 +61,22 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """Search per-layer key and value bit-widths for the KV cache, and keep the result as a reviewed profile."""
-    ctx.obj = {"debug": debug}
+    ctx.ensure_object(dict)["debug"] = debug
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with one of ExitCode."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the command
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code; errors become one line on stderr."""
-    debug = "--debug" in arguments[:1]
+    state = {"debug": False}
     try:
-        result: Any = cli.main(arguments, prog_name="kvtuner-search", standalone_mode=False)
+        result: Any = cli.main(arguments, prog_name="kvtuner-search", standalone_mode=False, obj=state)
         return int(result) if isinstance(result, int) else ExitCode.OK
     except click.exceptions.Abort:
         return _fail("interrupted: what was finished is kept", ExitCode.INTERRUPTED)
@@ -80,13 +92,13 @@ def run(arguments: list[str]) -> int:
         sys.stderr.close()  # the reader went away: nothing more can be said
         return ExitCode.OK
     except KVTunerError as error:
-        if debug:
+        if state["debug"]:
             raise
         return _fail(str(error), error.exit_code)
 
 
 def _fail(message: str, code: ExitCode) -> int:
-    click.echo(f"kvtuner-search: {message}", err=True)
+    click.echo(f"kvtuner-search: {printable(message)}", err=True)
     return code
 
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import re
+import stat
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from kvtuner_kernels.layout import LAYOUT_VERSION
+from kvtuner_search import __version__
 from kvtuner_search.errors import ProfileError
 from kvtuner_search.files import write_atomic
+from kvtuner_search.profile.migrations import migrate
 from kvtuner_search.profile.schema import SCHEMA_VERSION, Profile
 
 MAX_BYTES: Final = 16 * 2**20  # a 128-layer profile with a long front takes about 1 MB
 MAX_DEPTH: Final = 32
+
+_BRACKET: Final = re.compile(r"[\[\]{}]")
+_SURROGATE: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 def canonical_json(content: Any) -> str:
@@ -59,25 +68,38 @@ def load(path: Path) -> Profile:
     return loads(read_limited(path), str(path))
 
 
-def read_limited(path: Path) -> bytes:
-    """The bytes of a regular file of at most MAX_BYTES; anything else is refused before it is read."""
+def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file of at most ``limit`` bytes; anything else is refused before it is read.
+
+    Raises:
+        ProfileError: if there is no such file, or it is a folder, a device, a pipe or too large.
+    """
     try:
-        if not path.is_file():
-            reason = "is not a regular file" if path.exists() else "does not exist"
-            raise ProfileError(f"{path} {reason}: give the path of a profile written by calibrate")
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+        # O_NONBLOCK: opening a pipe that nobody writes to must not wait. fstat, not stat: the name may change its target.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ProfileError(f"{path} is not a regular file: give the path of {what}")
+            data = b"" if status.st_size > limit else stream.read(limit + 1)
+            size = max(status.st_size, len(data))
+    except FileNotFoundError as error:
+        raise ProfileError(f"{path} does not exist: give the path of {what}") from error
+    except IsADirectoryError as error:
+        raise ProfileError(f"{path} is not a regular file: give the path of {what}") from error
     except (OSError, ValueError) as error:
-        raise ProfileError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}: check the path and its permissions"
-        ) from error
-    if len(data) > MAX_BYTES:
-        raise ProfileError(f"{path} is larger than {MAX_BYTES} bytes: no profile is; check the path")
+        reason = getattr(error, "strerror", None) or error
+        raise ProfileError(f"cannot read {path}: {reason}: check the path and its permissions") from error
+    if size > limit:
+        raise ProfileError(f"{path} has more than {limit} bytes: {what} never has; check the path")
     return data
 
 
-def loads(data: bytes, source: str) -> Profile:
+def loads(data: bytes, source: str, *, any_layout: bool = False) -> Profile:
     """Parse and check the bytes of a profile; ``source`` is what error messages call it.
+
+    ``any_layout`` accepts a profile of another layout version, whose bytes then cannot be checked; only ``diff`` asks for it,
+    to say that two profiles cannot be compared.
 
     Raises:
         ProfileError: as for load.
@@ -90,18 +112,17 @@ def loads(data: bytes, source: str) -> Profile:
         raise ProfileError(f"{source} has no schema_version: it is no profile, or was edited by hand")
     if version > SCHEMA_VERSION:
         raise ProfileError(
-            f"{source} has schema version {version}, this kvtuner-search reads up to {SCHEMA_VERSION}: upgrade it"
+            f"{source} has schema version {version}, this kvtuner-search {__version__} reads up to {SCHEMA_VERSION}:"
+            f" install {_writer(content)}"
         )
-    if version != SCHEMA_VERSION:
-        raise ProfileError(f"{source} has schema version {version}, which never existed: it was edited by hand")
-    profile = _validate(content, source)
     actual = digest_of(content)
-    if profile.digest != actual:
-        raise ProfileError(
-            f"{source} says digest {profile.digest[:19]}…, its content gives {actual[:19]}…: it was edited or damaged;"
-            " restore it, or calibrate again"
-        )
-    if profile.layout_version != LAYOUT_VERSION:
+    if version < SCHEMA_VERSION:
+        _check_digest(content.get("digest"), actual, source)
+        content = migrate(content, source)
+        content["digest"] = actual = digest_of(content)
+    profile = _validate(content, source)
+    _check_digest(profile.digest, actual, source)
+    if profile.layout_version != LAYOUT_VERSION and not any_layout:
         raise ProfileError(
             f"{source} has layout version {profile.layout_version}, these kernels store version {LAYOUT_VERSION}:"
             " calibrate again, or install the kvtuner-search that wrote it"
@@ -109,8 +130,24 @@ def loads(data: bytes, source: str) -> Profile:
     return profile
 
 
+def _check_digest(stated: object, actual: str, source: str) -> None:
+    if stated != actual:
+        raise ProfileError(
+            f"{source} says digest {str(stated)[:19]}…, its content gives {actual[:19]}…: it was edited or damaged;"
+            " restore it, or calibrate again"
+        )
+
+
+def _writer(content: dict[str, Any]) -> str:
+    """The release that wrote a newer profile, which therefore reads it."""
+    provenance = content.get("provenance")
+    tool = provenance.get("tool") if isinstance(provenance, dict) else None
+    known = isinstance(tool, str) and re.fullmatch(r"kvtuner-search \d{1,6}(\.\w{1,12}){1,3}", tool, re.ASCII)
+    return f"{tool}, which wrote it, or a newer one" if known else "the kvtuner-search that wrote it, or a newer one"
+
+
 def parse_json(data: bytes, source: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN, bounded depth.
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, no lone surrogates, bounded depth.
 
     Raises:
         ProfileError: with where and why.
@@ -124,30 +161,41 @@ def parse_json(data: bytes, source: str) -> Any:
     if _depth(text) > MAX_DEPTH:
         raise ProfileError(f"{source} nests deeper than {MAX_DEPTH} levels: it is no profile")
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        if _SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()  # pairs were joined; a lone one cannot be encoded
+    except UnicodeEncodeError as error:
+        raise ProfileError(f"{source} has half of a surrogate pair in a string: restore the file") from error
     except ValueError as error:  # JSONDecodeError, and integers beyond Python's digit limit
         raise ProfileError(f"{source} is no valid JSON: {error}: restore the file") from error
+    return content
 
 
 def _depth(text: str) -> int:
     """An upper bound of the nesting depth: brackets inside strings count too, which no profile has many of."""
     depth = deepest = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
+    for match in _BRACKET.finditer(text):
+        depth += 1 if match[0] in "[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key!r} stands twice in one object")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {key!r} stands twice in one object")
+            seen.add(key)
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond the range of a double")
+    return value
 
 
 def _no_constant(name: str) -> Any:
@@ -158,12 +206,22 @@ def _validate(content: dict[str, Any], source: str) -> Profile:
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "profile"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        value = repr(first.get("input"))
-        shown = value if len(value) <= 60 else value[:57] + "..."
-        got = "" if first["type"] in ("missing", "value_error") else f", got {shown}"
-        raise ProfileError(
-            f"{source}: {where}: {first['msg']}{got}{more}: restore the file, or calibrate again"
-        ) from error
+        raise ProfileError(f"{source}: {first_error(error)}: restore the file, or calibrate again") from error
+
+
+def first_error(error: ValidationError) -> str:
+    """The first of pydantic's complaints in one line: where, why, and the value."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "profile"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    value = repr(first.get("input"))
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    got = "" if first["type"] in ("missing", "value_error") else f", got {shown}"
+    return f"{where[:200]}: {first['msg']}{got}{more}"
+
+
+def json_schema() -> str:
+    """The text of ``profiles/schema/v1.json``: JSON Schema 2020-12 of a profile."""
+    schema = Profile.model_json_schema()
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kvtuner-search profile"}
+    return canonical_json({**schema, **head})

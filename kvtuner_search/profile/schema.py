@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +18,7 @@ from kvtuner_kernels.layout import bytes_per_token as layout_bytes_per_token
 from kvtuner_kernels.layout import effective_bits as layout_effective_bits
 
 SCHEMA_VERSION: Final = 1
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
@@ -247,7 +249,7 @@ class Profile(Strict):
     """Version of this schema."""
     layout_version: Positive = LAYOUT_VERSION
     """Version of the byte order in the cache; kernels refuse another one."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
     """Short name, unique in a repository."""
     model: ModelInfo
     """The model that it belongs to."""
@@ -284,6 +286,20 @@ class Profile(Strict):
         model = self.model
         if len(self.layers) != model.num_layers:
             raise ValueError(f"{len(self.layers)} layers are given, the model has {model.num_layers}")
+        if model.num_attention_heads % model.num_kv_heads:
+            raise ValueError(
+                f"{model.num_attention_heads} attention heads do not share {model.num_kv_heads} KV heads evenly"
+            )
+        _once("quality", [(measure.metric, measure.data, measure.split) for measure in self.quality])
+        _once("data", [(data.name, data.split) for data in self.provenance.data])
+        if any(t.centred for layer in self.layers for t in (layer.key, layer.value)) and self.transforms is None:
+            raise ValueError("a tensor is centred but no transforms file is named")
+        if self.layout_version == LAYOUT_VERSION:  # another version's bytes cannot be computed here
+            self._check_bytes()
+        return self
+
+    def _check_bytes(self) -> None:
+        model = self.model
         expected = storage_of(self.layer_specs(), model.num_kv_heads, model.head_dim)
         if expected.bytes_per_token != self.storage.bytes_per_token or (
             expected.bytes_per_token_16bit != self.storage.bytes_per_token_16bit
@@ -295,21 +311,32 @@ class Profile(Strict):
             raise ValueError(
                 f"storage says {self.storage.effective_bits} effective bits, the layers add up to {expected.effective_bits}"
             )
-        if any(t.centred for layer in self.layers for t in (layer.key, layer.value)) and self.transforms is None:
-            raise ValueError("a tensor is centred but no transforms file is named")
         for point in self.pareto:
-            specs = [LayerSpec.parse(text) for text in point.layers]
-            if len(specs) != model.num_layers:
-                raise ValueError(f"a Pareto point has {len(specs)} layers, the model has {model.num_layers}")
-            if layout_bytes_per_token(specs, model.num_kv_heads, model.head_dim) != point.bytes_per_token:
+            if len(point.layers) != model.num_layers:
+                raise ValueError(f"a Pareto point has {len(point.layers)} layers, the model has {model.num_layers}")
+            nbytes = sum(_layer_bytes(text, model.num_kv_heads, model.head_dim) for text in point.layers)
+            if nbytes != point.bytes_per_token:
                 raise ValueError(
-                    f"a Pareto point says {point.bytes_per_token} bytes a token, its layers add up to something else"
+                    f"a Pareto point says {point.bytes_per_token} bytes a token, its layers add up to {nbytes}"
                 )
-        return self
 
     def layer_specs(self) -> list[LayerSpec]:
         """One LayerSpec a layer, in order."""
         return [layer.spec() for layer in self.layers]
+
+
+def _once(what: str, keys: list[tuple[str, ...]]) -> None:
+    """Raise ValueError if an entry that others refer to by its key is given twice."""
+    seen: set[tuple[str, ...]] = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"{what}: {'/'.join(key)} is given twice")
+        seen.add(key)
+
+
+@lru_cache(maxsize=4096)  # a front repeats few specs many times
+def _layer_bytes(text: str, kv_heads: int, head_dim: int) -> int:
+    return LayerSpec.parse(text).bytes_per_token(kv_heads, head_dim)
 
 
 def storage_of(layers: list[LayerSpec], kv_heads: int, head_dim: int) -> Storage:

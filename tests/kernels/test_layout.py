@@ -89,3 +89,22 @@ def test_parts_of_a_row_do_not_overlap(spec: LayerSpec, heads: int, head_dim: in
         effective_bits([spec], heads, head_dim)
         >= (spec.key.effective_bits(head_dim) + spec.value.effective_bits(head_dim)) / 2
     )
+
+
+@given(SPECS, st.sampled_from([64, 80, 96, 128, 192, 256]))
+def test_a_plane_lies_within_one_group(spec: TensorSpec, head_dim: int) -> None:
+    try:
+        spec.check(head_dim)
+    except LayoutError:
+        return
+    segment = spec.segment(head_dim)
+    assert head_dim % segment == 0
+    if not spec.raw:
+        words = segment * spec.bits // 16
+        assert words * 16 == segment * spec.bits
+        assert segment % spec.group_size == spec.group_size % words == 0
+
+
+def test_codes_fill_whole_words() -> None:
+    with pytest.raises(LayoutError, match="16-bit words"):
+        TensorSpec(2, 36).check(36)

@@ -87,20 +87,28 @@ def test_what_cannot_be_stored_is_refused(bad: float) -> None:
     assert str(abs(bad)) in str(caught.value)
 
 
-@given(st.sampled_from([2, 4, 8]), st.integers(1, 5), st.sampled_from([8, 64, 80, 96]), st.integers(0, 2**31))
-def test_packing_is_lossless(bits: int, tokens: int, head_dim: int, seed: int) -> None:
+@given(
+    st.sampled_from([2, 4, 8]),
+    st.integers(1, 5),
+    st.sampled_from([(8, 0), (64, 32), (64, 0), (80, 0), (96, 32), (192, 64)]),
+    st.integers(0, 2**31),
+)
+def test_packing_is_lossless(bits: int, tokens: int, shape: tuple[int, int], seed: int) -> None:
+    head_dim, segment = shape
     codes = torch.randint(
         0, 2**bits, (tokens, head_dim), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
-    packed = pack(codes, bits)
+    packed = pack(codes, bits, segment)
     assert packed.shape == (tokens, head_dim * bits // 8)
-    assert torch.equal(unpack(packed, bits), codes)
+    assert torch.equal(unpack(packed, bits, segment), codes)
 
 
 def test_planes_are_where_the_layout_says() -> None:
     codes = torch.arange(8, dtype=torch.uint8)
-    assert pack(codes, 4).tolist() == [0 | 4 << 4, 1 | 5 << 4, 2 | 6 << 4, 3 | 7 << 4]
-    assert pack(codes & 3, 2).tolist() == [0b10_00_10_00, 0b11_01_11_01]
+    assert pack(codes, 8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert pack(codes, 4).tolist() == [0 | 2 << 4, 4 | 6 << 4, 1 | 3 << 4, 5 | 7 << 4]
+    assert pack(codes & 3, 2).tolist() == [0b11_10_01_00, 0b11_10_01_00]
+    assert pack(codes, 4, segment=4).tolist() == [0 | 1 << 4, 2 | 3 << 4, 4 | 5 << 4, 6 | 7 << 4]
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])

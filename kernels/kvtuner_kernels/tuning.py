@@ -1,0 +1,41 @@
+"""Launch parameters of the kernels: a small table, measured once, so that serving never tunes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from kvtuner_kernels.layout import LayerSpec
+
+INTERPRETED_MULTIPROCESSORS = 3  # for tensors on the CPU: small, and odd, so that tests see runs that cross requests
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """How :func:`kvtuner_kernels.decode.decode` is launched."""
+
+    batch: int  # entries of a tile's first axis: KV heads times runs of tokens; a multiple of warps
+    runs: int  # neighbouring runs of tokens a tile; fills the warps where there are few KV heads
+    tokens: int  # a run
+    columns: int  # query heads of a group in one program; a multiple of 8
+    stages: int  # software pipelining: tiles in flight, plus two for the indirect load of slots
+    warps: int
+    programs: int  # for each multiprocessor
+
+
+def decode_launch(spec: LayerSpec, heads: int, group: int, head_dim: int) -> DecodeLaunch:
+    """Launch parameters for one layer; ``heads`` local KV heads with ``group`` query heads each."""
+    batch = 4
+    runs = max(1, batch // (1 << (heads - 1).bit_length()))
+    columns = 8 if group <= 8 or head_dim > 128 else 16
+    return DecodeLaunch(batch, runs, 64, columns, 4, 4, 2)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a small odd number for the CPU, where only the interpreter runs."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,62 @@
+"""The settings that a search starts from: uniform ones, the proxy's optima, and published presets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_search.calibration.candidates import Pair, StorageClass
+from kvtuner_search.calibration.proxy import ProxyPoint, proxy_front
+from kvtuner_search.calibration.space import Space
+from kvtuner_search.calibration.study import Anchor
+
+UNIFORM_BITS: Final = ((16, 16), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
+NEARBY: Final = (0.97, 1.0)  # the proxy's optimum is tried at these fractions of each budget
+
+
+def uniform_pairs(classes: Sequence[StorageClass]) -> list[Pair]:
+    """The usual uniform settings: K8V8, K8V4, K4V4, K4V2 and K2V2, for each group size and sign that both sides can have."""
+    return [
+        (key, value)
+        for bits in UNIFORM_BITS
+        for key in classes
+        for value in classes
+        if (key.bits, value.bits) == bits and (key.symmetric, key.group_size) == (value.symmetric, value.group_size)
+    ]
+
+
+def preset_pairs(layers: Sequence[LayerSpec], classes: Sequence[StorageClass]) -> list[Pair] | None:
+    """A published preset in the search's own classes: the same bits, asymmetric, with the largest group; None if bits are missing."""
+    by_bits: dict[int, StorageClass] = {}
+    for candidate in sorted(classes, key=lambda c: c.group_size):
+        if not candidate.symmetric:
+            by_bits[candidate.bits] = candidate
+    if not all(side.bits in by_bits for layer in layers for side in (layer.key, layer.value)):
+        return None
+    return [(by_bits[layer.key.bits], by_bits[layer.value.bits]) for layer in layers]
+
+
+def affordable_point(space: Space, front: Sequence[ProxyPoint], budget: float) -> ProxyPoint | None:
+    """The dearest proxy optimum within the budget."""
+    return next((p for p in reversed(front) if p.nbytes <= budget and space.cost(p.choices) <= budget), None)
+
+
+def anchors(
+    space: Space, uniform: Sequence[Pair], presets: Sequence[Sequence[Pair]], budgets: Sequence[int]
+) -> list[Anchor]:
+    """All first trials, each setting once: proxy optima at and just below the budgets, uniform settings, presets."""
+    found: dict[tuple[int, ...], str] = {}
+    front = proxy_front(space)
+    for budget in budgets:
+        for fraction in NEARBY:
+            point = affordable_point(space, front, budget * fraction)
+            if point is not None:
+                found.setdefault(point.choices, "proxy")
+    layers = len(space.options)
+    for origin, rows in (("uniform", [[pair] * layers for pair in uniform]), ("preset", presets)):
+        for row in rows:
+            choices = space.choices_of(row)
+            if choices is not None:
+                found.setdefault(choices, origin)
+    return [Anchor(origin, choices) for choices, origin in found.items()]

@@ -1,0 +1,110 @@
+"""What the search may choose from: storage classes, and the ways to transform a tensor before it is put on the grid.
+
+A **class** fixes what a tensor costs: bits, group size, and whether a minimum is stored. Within a class the variants (plain,
+centred, centred and rotated, each with a clip) cost the same bytes, so the best one of each layer is picked by measuring, and
+the search chooses among classes only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from kvtuner_kernels.layout import LayoutError, TensorSpec
+from kvtuner_search.errors import UsageError
+
+CLIPS: Final = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 2: (0.95, 0.85, 0.75, 0.65, 0.55)}
+TRANSFORMS: Final = ("plain", "centred", "rotated")  # rotated implies centred
+Transform = Literal["plain", "centred", "rotated"]
+
+
+@dataclass(frozen=True, order=True)
+class StorageClass:
+    """What a tensor costs; written for example ``4a128`` (asymmetric), ``2s64`` (symmetric) or ``16``."""
+
+    bits: int
+    symmetric: bool = False
+    group_size: int = 0
+
+    def __str__(self) -> str:
+        return "16" if self.bits == 16 else f"{self.bits}{'s' if self.symmetric else 'a'}{self.group_size}"
+
+    @classmethod
+    def parse(cls, text: str) -> StorageClass:
+        """The inverse of ``str``.
+
+        Raises:
+            UsageError: if the text is no class.
+        """
+        if text == "16":
+            return RAW_CLASS
+        match = re.fullmatch(r"([248])([as])([1-9]\d{1,3})", text, re.ASCII)
+        if match is None:
+            raise UsageError(f"{text!r} is no storage class: write 16, or bits, a or s, and group size, e.g. 4a128")
+        return cls(int(match[1]), match[2] == "s", int(match[3]))
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> StorageClass:
+        """The class of a spec."""
+        return cls(spec.bits, spec.symmetric, spec.group_size)
+
+    def spec(self, transform: Transform = "plain", clip: float = 1.0) -> TensorSpec:
+        """One variant."""
+        if self.bits == 16:
+            return TensorSpec()
+        return TensorSpec(
+            self.bits, self.group_size, self.symmetric, transform != "plain", transform == "rotated", clip
+        )
+
+
+RAW_CLASS: Final = StorageClass(16)
+Pair = tuple[StorageClass, StorageClass]  # classes of key and value
+
+
+def pair_name(pair: Pair) -> str:
+    """For example ``4a64/2s64``."""
+    return f"{pair[0]}/{pair[1]}"
+
+
+def parse_pair(text: str) -> Pair:
+    """The inverse of pair_name.
+
+    Raises:
+        UsageError: if the text is no pair.
+    """
+    key, slash, value = text.partition("/")
+    if not slash:
+        raise UsageError(f"{text!r} is no pair of storage classes: write KEY/VALUE, e.g. 4a128/2s128")
+    return StorageClass.parse(key), StorageClass.parse(value)
+
+
+def storage_classes(
+    bits: Sequence[int], group_sizes: Sequence[int], head_dim: int, symmetric: bool = True
+) -> list[StorageClass]:
+    """Every class that the search may choose, dearest first.
+
+    Args:
+        bits: subset of 2, 4, 8, 16.
+        group_sizes: channels a group; 0 stands for the whole head.
+        head_dim: channels of a head.
+        symmetric: whether classes without a stored minimum are included.
+
+    Raises:
+        UsageError: if a head cannot be stored that way.
+    """
+    found: list[StorageClass] = []
+    for width in sorted(set(bits), reverse=True):
+        if width == 16:
+            found.append(RAW_CLASS)
+            continue
+        for group in sorted({size or head_dim for size in group_sizes}):
+            for sign in (False, True) if symmetric else (False,):
+                candidate = StorageClass(width, sign, group)
+                try:
+                    candidate.spec().check(head_dim)
+                except LayoutError as error:
+                    raise UsageError(str(error)) from error
+                found.append(candidate)
+    return found

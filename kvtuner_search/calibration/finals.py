@@ -1,0 +1,91 @@
+"""After the search: choose among finalists on the selection split, then measure the choice and its rivals on the test split, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvtuner_kernels.layout import bytes_per_token, effective_bits
+from kvtuner_kernels.reference import Centres
+from kvtuner_search.calibration.study import Finished
+from kvtuner_search.evaluation.scorer import Scorer, Scores
+from kvtuner_search.evaluation.statistics import Interval, measures, paired_loss
+from kvtuner_search.evaluation.stored import Setting
+
+FINALISTS = 4  # searched settings that are scored on the selection split for each target
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting and where it came from."""
+
+    name: str  # for example: trial 31, uniform 4s64/4s64
+    origin: str  # tpe, nsga2, refined, proxy, uniform, preset, random, stored by others
+    setting: Setting
+    cost: int
+    search_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A candidate on a held-out split."""
+
+    candidate: Candidate
+    scores: Scores
+
+
+class Judge:
+    """Scores settings on one held-out split, each setting once."""
+
+    def __init__(self, scorer: Scorer, centres: Mapping[int, Centres]) -> None:
+        self.scorer, self.centres = scorer, centres
+        self._seen: dict[Setting, Scores] = {}
+
+    def __call__(self, candidate: Candidate) -> Result:
+        if candidate.setting not in self._seen:
+            self._seen[candidate.setting] = self.scorer.score_all(candidate.setting, self.centres)
+        return Result(candidate, self._seen[candidate.setting])
+
+
+def finalists(
+    found: Sequence[Finished],
+    random: Sequence[Finished],
+    candidate: Callable[[Finished, str], Candidate],
+    affordable: Callable[[Finished], bool],
+) -> list[Candidate]:
+    """The best searched settings, and the best of each kind of rival, by their loss on the search split."""
+
+    def best(trials: Sequence[Finished], count: int) -> list[Finished]:
+        fitting = [t for t in trials if t.outcome.complete and not t.duplicate and affordable(t)]
+        return sorted(fitting, key=lambda t: (t.outcome.loss, t.outcome.cost, t.number))[:count]
+
+    picked = [candidate(t, t.origin) for t in best(found, FINALISTS)]
+    for origin, count in (("proxy", 1), ("uniform", 2), ("preset", 1)):
+        picked += [candidate(t, origin) for t in best([t for t in found if t.origin == origin], count)]
+    picked += [candidate(t, "random") for t in best(random, 1)]
+    return list({c.setting: c for c in reversed(picked)}.values())[::-1]
+
+
+def verdict(interval: Interval) -> str:
+    """What an interval of ``chosen - rival`` says about the chosen setting."""
+    if interval.low == interval.high == 0:
+        return "same"
+    return "better" if interval.high < 0 else "worse" if interval.low > 0 else "inconclusive"
+
+
+def row(result: Result, chosen: Result, baseline: Scores, kv_heads: int, head_dim: int) -> dict[str, object]:
+    """One line of the comparison on the test split, as plain JSON."""
+    interval = paired_loss(chosen.scores, result.scores)
+    setting = result.candidate.setting
+    return {
+        "name": result.candidate.name,
+        "origin": result.candidate.origin,
+        "bytes_per_token": bytes_per_token(setting, kv_heads, head_dim),
+        "effective_bits": effective_bits(setting, kv_heads, head_dim),
+        "layers": [str(layer) for layer in setting],
+        "search_loss": result.candidate.search_loss,
+        "loss": result.scores.loss,
+        "measures": [measure.model_dump() for measure in measures(result.scores, baseline, "test")],
+        "chosen_minus_this": {"estimate": interval.estimate, "low": interval.low, "high": interval.high},
+        "verdict": verdict(interval),
+    }

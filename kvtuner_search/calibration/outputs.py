@@ -1,0 +1,191 @@
+"""What a calibration run leaves behind: the profile's content, and the record that the report is drawn from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+import torch
+
+from kvtuner_search import __version__
+from kvtuner_search.calibration.anchors import affordable_point
+from kvtuner_search.calibration.candidates import pair_name
+from kvtuner_search.calibration.finals import row
+from kvtuner_search.calibration.objective import Outcome
+from kvtuner_search.calibration.pipeline import Run, Target
+from kvtuner_search.calibration.plan import Plan
+from kvtuner_search.calibration.proxy import proxy_front
+from kvtuner_search.calibration.space import Space
+from kvtuner_search.calibration.study import Finished, hypervolume
+from kvtuner_search.data.types import Dataset
+from kvtuner_search.evaluation.scorer import Scorer
+from kvtuner_search.evaluation.statistics import measures
+from kvtuner_search.profile.schema import DataInfo, LayerEntry, SearchInfo, storage_of
+
+RECORD_VERSION: Final = 1
+LIBRARIES: Final = ("torch", "transformers", "optuna", "numpy")
+
+
+def data_info(data: Dataset) -> list[dict[str, Any]]:
+    """DataInfo of every source and split."""
+    return [
+        DataInfo(
+            name=name, split=split.name, samples=len(part.samples), tokens=part.tokens, digest=part.digest
+        ).model_dump()
+        for split in data
+        for name, part in split.by_source().items()
+    ]
+
+
+def profile_content(
+    run: Run, plan: Plan, space: Space, target: Target, test: Scorer, found: Sequence[Finished], name: str
+) -> dict[str, Any]:
+    """A profile's content without its digest and its transforms' digest."""
+    heads, head_dim = run.shape
+    setting = list(target.chosen.candidate.setting)
+    front: list[dict[str, Any]] = []
+    complete = sorted(
+        (t for t in found if t.outcome.complete and not t.duplicate),
+        key=lambda t: (space.nbytes(t.choices), t.outcome.loss, t.number),
+    )
+    for trial in complete:
+        if not front or trial.outcome.loss < front[-1]["loss"]:
+            front.append(
+                {
+                    "bytes_per_token": space.nbytes(trial.choices),
+                    "loss": trial.outcome.loss,
+                    "origin": trial.origin,
+                    "layers": [str(layer) for layer in space.setting(trial.choices)],
+                }
+            )
+    info = SearchInfo(
+        sampler=run.options.sampler,
+        seed=run.options.seed,
+        trials=len([t for t in found if not t.duplicate]),
+        variables=len(space.variables),
+        grouping_quality=space.grouping_quality,
+        target_bits=target.bits,
+        max_loss=run.options.max_loss,
+        pipeline_stages=run.options.stages,
+    )
+    notes = [
+        "quality was measured offline, with attention reading every key and value as stored; no server was measured"
+    ]
+    if run.loaded.info.id == "reference":
+        notes.insert(
+            0, "made on the embedded reference model, a 13.9 M-parameter test instrument: of no use for another model"
+        )
+    return {
+        "name": name,
+        "model": run.loaded.info.model_dump(mode="json"),
+        "layers": [LayerEntry.of(spec).model_dump() for spec in setting],
+        "storage": storage_of(setting, heads, head_dim).model_dump(),
+        "quality": [m.model_dump() for m in measures(target.chosen.scores, test.baseline_all(), "test")],
+        "pareto": front,
+        "provenance": {
+            "origin": "calibrated",
+            "tool": f"kvtuner-search {__version__}",
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in LIBRARIES},
+            },
+            "device": torch.cuda.get_device_name(run.loaded.device) if run.loaded.device.type == "cuda" else "cpu",
+            "dtype": str(run.loaded.dtype).removeprefix("torch."),
+            "search": info.model_dump(),
+            "data": data_info(run.data),
+            "notes": notes,
+        },
+    }
+
+
+def record(
+    run: Run,
+    plan: Plan,
+    space: Space,
+    found: Sequence[Finished],
+    random: Sequence[Finished],
+    targets: Sequence[Target],
+    test: Scorer,
+) -> dict[str, Any]:
+    """Everything that the report shows, as plain JSON."""
+    heads, head_dim = run.shape
+    reference_loss = max((t.outcome.loss for t in [*found, *random] if t.outcome.complete), default=1.0)
+    corner = (run.total_bytes(16.0), reference_loss)
+    groups: dict[str, list[Outcome]] = {"searched": [t.outcome for t in found], "random": [t.outcome for t in random]}
+    for origin in ("uniform", "proxy", "preset"):
+        groups[origin] = [t.outcome for t in found if t.origin == origin]
+    layers = plan.to_json()["layers"]
+    for layer in layers:
+        del layer["centres"]
+    return {
+        "record_version": RECORD_VERSION,
+        "tool": f"kvtuner-search {__version__}",
+        "model": run.loaded.info.model_dump(mode="json"),
+        "options": asdict(run.options),
+        "data": data_info(run.data),
+        "sensitivity": layers,
+        "space": {
+            "variables": [
+                {"name": v.name, "layers": list(v.layers), "pairs": [pair_name(p) for p in v.pairs]}
+                for v in space.variables
+            ],
+            "grouping_quality": space.grouping_quality,
+            "rejected_quality": space.rejected_quality,
+        },
+        "trials": [_trial(t, space) for t in found],
+        "random_trials": [_trial(t, space) for t in random],
+        "proxy_front": [[p.nbytes, p.loss] for p in proxy_front(space)],
+        "proxy_at_target": [
+            point.loss if (point := affordable_point(space, proxy_front(space), run.total_bytes(t.bits))) else None
+            for t in targets
+            if t.bits is not None
+        ],
+        "targets": [
+            {
+                "label": t.label,
+                "target_bits": t.bits,
+                "chosen": row(t.chosen, t.chosen, test.baseline_all(), heads, head_dim),
+                "rivals": [row(r, t.chosen, test.baseline_all(), heads, head_dim) for r in t.rivals],
+            }
+            for t in targets
+        ],
+        "hypervolume": {name: hypervolume(outcomes, corner) for name, outcomes in groups.items()},
+        "hypervolume_corner": list(corner),
+        "seconds": run.reporter.seconds,
+        "environment": environment(run),
+    }
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Hardware, versions and peak memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    cuda = run.loaded.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(run.loaded.device) if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(run.loaded.dtype).removeprefix("torch."),
+        "peak_memory_bytes": peak,
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def _trial(trial: Finished, space: Space) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "origin": trial.origin,
+        "cost": trial.outcome.cost,
+        "bytes_per_token": space.nbytes(trial.choices),
+        "loss": trial.outcome.loss,
+        "rungs": list(trial.outcome.rungs),
+        "complete": trial.outcome.complete,
+        "seconds": trial.seconds,
+        "duplicate": trial.duplicate,
+        "layers": [str(layer) for layer in space.setting(trial.choices)],
+    }

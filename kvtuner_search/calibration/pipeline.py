@@ -1,0 +1,307 @@
+"""A calibration run from model and text to profiles: analyse, search, choose, and measure what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pairs
+from kvtuner_search.calibration.candidates import StorageClass, pair_name, storage_classes
+from kvtuner_search.calibration.finals import Candidate, Judge, Result, finalists
+from kvtuner_search.calibration.moments import Moments
+from kvtuner_search.calibration.objective import Objective
+from kvtuner_search.calibration.options import TIERS, CalibrationOptions
+from kvtuner_search.calibration.plan import Plan, make_plan
+from kvtuner_search.calibration.proxy import proxy_front
+from kvtuner_search.calibration.space import Space, build_space
+from kvtuner_search.calibration.study import Finished, Study, pareto
+from kvtuner_search.data.load import load_dataset_for
+from kvtuner_search.data.types import Dataset, Sample, Split
+from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.evaluation.scorer import Scorer
+from kvtuner_search.models.load import LoadedModel, load_model
+from kvtuner_search.models.runner import Runner
+from kvtuner_search.profile.presets import published
+from kvtuner_search.progress import Reporter
+
+OTHERS: Final = (
+    (8, 8),
+    (8, 4),
+    (4, 4),
+    (4, 2),
+    (2, 2),
+)  # uniform per-token settings as others store them: no transform, no clip
+MEMORY_HELP: Final = "lower --batch-tokens or --length, use --device-map auto, or a smaller --dtype"
+
+
+@dataclass
+class Run:
+    """Everything that is known while a calibration goes on."""
+
+    options: CalibrationOptions
+    reporter: Reporter
+    loaded: LoadedModel
+    data: Dataset
+    scorer: Scorer  # search split
+    moments: Moments
+    classes: list[StorageClass]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """KV heads and head_dim."""
+        return self.loaded.info.num_kv_heads, self.loaded.info.head_dim
+
+    def total_bytes(self, bits: float) -> int:
+        """Bytes per token of all layers at ``bits`` effective bits."""
+        heads, head_dim = self.shape
+        return int(bits * 2 * heads * head_dim * self.loaded.info.num_layers / 8)
+
+
+def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
+    """Load model and data and score the 16-bit cache on the search split.
+
+    Raises:
+        UsageError, DataError: if something cannot be used.
+    """
+    with reporter.stage("load the model"):
+        loaded = load_model(options.model)
+    info = loaded.info
+    classes = storage_classes(options.bits, options.group_sizes, info.head_dim, options.symmetric)
+    _check_targets(options, classes, info.num_kv_heads, info.head_dim, info.num_layers)
+    with reporter.stage("read the data"):
+        data = load_data(options, loaded)
+    runner = Runner(loaded)
+    moments = Moments()
+    with reporter.stage("score the 16-bit cache", data.search.tokens) as advance:
+        tiers = split_tiers(data.search)
+        scorer = Scorer(runner, tiers, batch_tokens=options.batch_tokens, observe=moments, advance=advance)
+    scorer.advance = lambda _: None
+    return Run(options, reporter, loaded, data, scorer, moments, classes)
+
+
+def load_data(options: CalibrationOptions, loaded: LoadedModel) -> Dataset:
+    """The three splits; random token ids for a model without a tokenizer.
+
+    Raises:
+        UsageError, DataError: if a source cannot be used.
+    """
+    n = options.samples
+    if loaded.tokenizer is None:
+        generator = torch.Generator().manual_seed(options.seed)
+        ids = torch.randint(0, loaded.model.config.vocab_size, (3, n, options.length), generator=generator).tolist()
+        splits = [
+            tuple(Sample("random tokens", tuple(row), ((1, options.length),), False) for row in part) for part in ids
+        ]
+        return Dataset(Split("search", splits[0]), Split("selection", splits[1]), Split("test", splits[2]))
+    return load_dataset_for(
+        options.sources, loaded.tokenizer, seed=options.seed, search=n, selection=n, test=n, length=options.length
+    )
+
+
+def split_tiers(split: Split) -> list[list[Sample]]:
+    """Samples by rung: the first sixth of each source, up to half, the rest."""
+    tiers: list[list[Sample]] = [[] for _ in TIERS]
+    for part in split.by_source().values():
+        count, start = len(part.samples), 0
+        for tier, fraction in zip(tiers, TIERS, strict=True):
+            end = max(min(start + 1, count), round(count * fraction))
+            tier += part.samples[start:end]
+            start = end
+    return [tier for tier in tiers if tier]
+
+
+def analyse(run: Run, study: Study | None) -> Plan:
+    """Measure sensitivity, or take it from a study that is being resumed or joined.
+
+    Raises:
+        UsageError: if the study was made with other options, another model or other data.
+    """
+    fingerprint = run.options.fingerprint(run.loaded.info.model_dump(mode="json"), [split.digest for split in run.data])
+    content = study.plan() if study is not None else None
+    if content is None:
+        layers, measured = run.loaded.info.num_layers, min(2, len(run.scorer.tiers))
+        tokens = sum(batch.numel() for tier in range(measured) for batch in run.scorer.token_batches(tier))
+        reporter = run.reporter
+        with (
+            reporter.stage("sensitivity of each layer", tokens) as errors,
+            reporter.stage("each layer alone", 2 * layers * len(run.classes)) as alone,
+        ):
+            plan = make_plan(
+                fingerprint,
+                run.scorer,
+                run.moments,
+                run.classes,
+                tiers=measured,
+                errors_stage=errors,
+                alone_stage=alone,
+            )
+        content = plan.to_json()
+        if study is not None:
+            study.publish(content)
+    elif content["fingerprint"] != fingerprint:
+        raise UsageError(
+            "the study was made with other options, another model or other data: use the same, or another --output or --storage"
+        )
+    return Plan.from_json(content, run.loaded.info.num_kv_heads)
+
+
+def make_space(run: Run, plan: Plan) -> Space:
+    """Prune and group."""
+    heads, head_dim = run.shape
+    keep = uniform_pairs(run.classes)
+    for preset in presets(run):
+        keep += [pair for pair in preset if pair not in keep]
+    return build_space(plan.options, heads, head_dim, keep, run.options.grouping, run.options.stages)
+
+
+def presets(run: Run) -> list[list[tuple[StorageClass, StorageClass]]]:
+    """Published presets for this model, in the search's classes."""
+    rows = [preset_pairs(layers, run.classes) for _, layers in published(run.loaded.info)]
+    return [found for found in rows if found is not None]
+
+
+def budgets(run: Run, space: Space) -> list[int]:
+    """Costs that the search aims at: the targets, or around where the proxy crosses ``max_loss``."""
+    if run.options.max_loss is None:
+        return [run.total_bytes(bits) for bits in run.options.target_bits]
+    front = proxy_front(space)
+    near = [
+        next((p.nbytes for p in front if p.loss <= run.options.max_loss * factor), front[-1].nbytes)
+        for factor in (2.0, 1.0, 0.5)
+    ]
+    return sorted(set(near))
+
+
+def search(
+    run: Run, plan: Plan, space: Space, study: Study, rival: Study | None
+) -> tuple[list[Finished], list[Finished]]:
+    """Run the study, and the random search that it is compared with, to the end."""
+    goals = budgets(run, space)
+    objective = Objective(run.scorer, plan.centres, space, max(goals))
+    for label, each, first in (
+        ("search", study, anchors(space, uniform_pairs(run.classes), presets(run), goals)),
+        ("random search", rival, []),
+    ):
+        if each is None:
+            continue
+        each.bury()
+        each.enqueue(space, first)
+        done = [t for t in each.finished() if not t.duplicate]
+        best = min(
+            (t.outcome.loss for t in done if t.outcome.complete and t.outcome.cost <= min(goals)), default=float("inf")
+        )
+        with run.reporter.stage(label, run.options.trials) as advance:
+            advance(len(done))
+
+            def tell(trial: Finished, advance: Callable[..., None] = advance) -> None:
+                nonlocal best
+                if trial.outcome.complete and trial.outcome.cost <= min(goals):
+                    best = min(best, trial.outcome.loss)
+                advance(0 if trial.duplicate else 1, f"best {best:.4f} nats")
+
+            each.run(space, objective, run.options.trials, goals, tell)
+    return study.finished(), rival.finished() if rival is not None else []
+
+
+@dataclass(frozen=True)
+class Target:
+    """One budget, and what was chosen for it."""
+
+    label: str  # for example 4.0 bits
+    bits: float | None
+    chosen: Result  # on the test split
+    rivals: list[Result]
+
+
+def choose(
+    run: Run, plan: Plan, space: Space, found: Sequence[Finished], random: Sequence[Finished]
+) -> tuple[list[Target], Scorer]:
+    """Choose on the selection split and measure on the test split.
+
+    Raises:
+        DataError: if no finished trial fits a budget.
+    """
+    options, reporter = run.options, run.reporter
+
+    def candidate(trial: Finished, origin: str) -> Candidate:
+        setting = space.setting(trial.choices)
+        name = f"trial {trial.number}"
+        if origin == "uniform":
+            name = f"uniform {pair_name(space.variables[0].pairs[trial.choices[0]])}"
+        return Candidate(name, origin, setting, trial.outcome.cost, trial.outcome.loss)
+
+    goals: list[tuple[str, float | None]] = [(f"{bits:g} bits", bits) for bits in options.target_bits]
+    if options.max_loss is not None:
+        goals = [(f"loss {options.max_loss:g}", None)]
+    scorers = {}
+    for name, split in (("selection", run.data.selection), ("test", run.data.test)):
+        with reporter.stage(f"score the 16-bit cache ({name})", split.tokens) as advance:
+            scorers[name] = Scorer(
+                run.scorer.runner, [split.samples], batch_tokens=options.batch_tokens, advance=advance
+            )
+            scorers[name].advance = lambda _: None
+    select, test = (Judge(scorer, plan.centres) for scorer in scorers.values())
+    targets = []
+    with reporter.stage("choose and test") as advance:
+        for label, bits in goals:
+            limit = run.total_bytes(bits) if bits is not None else max(t.outcome.cost for t in found)
+            final = finalists(found, random, candidate, lambda t, limit=limit: t.outcome.cost <= limit)  # type: ignore[misc]
+            if options.max_loss is not None:
+                final = [candidate(t, t.origin) for t in pareto(found)]
+            if not final:
+                raise DataError(f"no finished trial fits {label}: raise --trials, or the budget")
+            judged = [select(c) for c in final]
+            if options.max_loss is not None:
+                fitting = [r for r in judged if r.scores.loss <= options.max_loss]
+                if not fitting:
+                    least = min(r.scores.loss for r in judged)
+                    raise DataError(
+                        f"no setting has a loss of at most {options.max_loss:g} (the least is {least:.4g}): raise --max-loss"
+                    )
+                winner = min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
+                judged = [r for r in judged if r.candidate.origin in ("uniform", "proxy")]
+            else:
+                winner = min(judged, key=lambda r: (r.scores.loss, r.candidate.cost)).candidate
+            rivals = [r.candidate for r in judged if r.candidate.origin in ("uniform", "proxy", "preset", "random")]
+            rivals += as_others_store(run)
+            targets.append(Target(label, bits, test(winner), [test(c) for c in rivals if c.setting != winner.setting]))
+            advance()
+    return targets, scorers["test"]
+
+
+def as_others_store(run: Run) -> list[Candidate]:
+    """Uniform per-token settings over the whole head, asymmetric, without any transform."""
+    heads, head_dim = run.shape
+    rows = []
+    for key, value in OTHERS:
+        spec = LayerSpec(StorageClass(key, False, head_dim).spec(), StorageClass(value, False, head_dim).spec())
+        setting = (spec,) * run.loaded.info.num_layers
+        rows.append(
+            Candidate(f"plain {spec.name}", "plain", setting, sum(s.bytes_per_token(heads, head_dim) for s in setting))
+        )
+    return rows
+
+
+def guard_memory(error: torch.OutOfMemoryError) -> DataError:
+    """The one-line form of a GPU out of memory."""
+    return DataError(f"the GPU ran out of memory ({str(error).splitlines()[0]}): {MEMORY_HELP}")
+
+
+def _check_targets(
+    options: CalibrationOptions, classes: Sequence[StorageClass], heads: int, head_dim: int, layers: int
+) -> None:
+    if not 1 <= options.stages <= layers:
+        raise UsageError(f"--pp {options.stages} is not between 1 and the model's {layers} layers")
+    if options.max_loss is not None and not options.max_loss > 0:
+        raise UsageError(f"--max-loss {options.max_loss} is not positive: it is a KL divergence in nats")
+    bits = [LayerSpec(k.spec(), v.spec()).effective_bits(heads, head_dim) for k in classes for v in classes]
+    for target in options.target_bits:
+        if target < min(bits):
+            raise UsageError(
+                f"--target-bits {target:g} is below {min(bits):g}, the least that {', '.join(map(str, classes))} can store: raise it,"
+                " or allow fewer --bits or larger --group-size"
+            )

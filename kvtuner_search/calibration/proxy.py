@@ -1,0 +1,83 @@
+"""The additive proxy of the loss: its exact optimum at every budget, and its correction from finished trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtuner_search.calibration.space import Choices, Space
+
+STRENGTH: Final = 1.0  # of the prior that all weights are equal, in trials of 100 % error each
+WEIGHT_RANGE: Final = (0.2, 5.0)  # of a corrected weight, relative to the common factor
+
+
+@dataclass(frozen=True)
+class ProxyPoint:
+    """One optimum of the proxy."""
+
+    nbytes: int
+    loss: float
+    choices: Choices
+
+
+def proxy_front(space: Space, weights: NDArray[np.float64] | None = None) -> list[ProxyPoint]:
+    """Every Pareto optimum of ``sum(weights * features)`` against bytes, exactly, by dynamic programming over bytes; cheapest first.
+
+    ``weights`` is [2 * variables], all one if not given.
+    """
+    count = len(space.variables)
+    pairs = np.ones((count, 2)) if weights is None else weights.reshape(count, 2)
+    unit = math.gcd(*(int(n) for v in space.variables for n in v.nbytes))
+    least = np.zeros(1)
+    picks: list[NDArray[np.int16]] = []
+    for variable, weight in zip(space.variables, pairs, strict=True):
+        cost, loss = variable.nbytes // unit, variable.features @ weight
+        size = len(least) + int(cost.max())
+        table = np.full(size, np.inf)
+        pick = np.zeros(size, dtype=np.int16)
+        for index in range(len(cost)):
+            part = slice(int(cost[index]), int(cost[index]) + len(least))
+            better = least + loss[index] < table[part]
+            table[part][better] = (least + loss[index])[better]
+            pick[part][better] = index
+        least = table
+        picks.append(pick)
+    front: list[ProxyPoint] = []
+    for total in np.flatnonzero(np.isfinite(least)):
+        if not front or least[total] < front[-1].loss:
+            at, choices = int(total), []
+            for variable, pick in zip(reversed(space.variables), reversed(picks), strict=True):
+                choices.append(int(pick[at]))
+                at -= int(variable.nbytes[choices[-1]]) // unit
+            front.append(ProxyPoint(int(total) * unit, float(least[total]), tuple(reversed(choices))))
+    return front
+
+
+def at_budget(front: Sequence[ProxyPoint], nbytes: float) -> ProxyPoint | None:
+    """The best point of at most ``nbytes`` bytes, if there is one."""
+    fitting = [point for point in front if point.nbytes <= nbytes]
+    return fitting[-1] if fitting else None
+
+
+def corrected_weights(space: Space, trials: Sequence[tuple[Choices, float]]) -> NDArray[np.float64]:
+    """Weights [2 * variables] that bring the proxy near the measured losses, by ridge regression of relative errors.
+
+    Layers that hurt more together than alone get a weight above the common factor. With few trials all weights stay near it.
+    """
+    features = np.array([space.features(choices) for choices, _ in trials])
+    losses = np.array([loss for _, loss in trials])
+    keep = (losses > 0) & (features.sum(1) > 0)
+    features, losses = features[keep], losses[keep]
+    if not len(losses):
+        return np.ones(2 * len(space.variables))
+    common = float(np.median(losses / features.sum(1)))
+    scaled = features * common / losses[:, None]
+    gram = scaled.T @ scaled + STRENGTH * np.eye(scaled.shape[1])
+    correction = np.linalg.solve(gram, scaled.T @ (1 - scaled.sum(1)))
+    weights: NDArray[np.float64] = common * np.clip(1 + correction, *WEIGHT_RANGE)
+    return weights

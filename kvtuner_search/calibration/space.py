@@ -1,0 +1,168 @@
+"""The search space after pruning and grouping: a few variables, each with a list of storage-class pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_search.calibration.candidates import Pair, StorageClass
+from kvtuner_search.calibration.stages import pipeline_cost
+
+MIN_SILHOUETTE: Final = 0.5  # below this, layers of a group differ too much to share a variable
+Choices = tuple[int, ...]  # index into each variable's pairs
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What one layer may be stored as."""
+
+    keys: Mapping[StorageClass, TensorSpec]  # best variant of each class
+    values: Mapping[StorageClass, TensorSpec]
+    key_loss: Mapping[StorageClass, float]  # layer-alone loss of each class, the other side at 16 bits
+    value_loss: Mapping[StorageClass, float]
+    pair_error: Mapping[Pair, float]  # e_o of each pair
+
+    def spec(self, pair: Pair) -> LayerSpec:
+        """The pair's spec in this layer."""
+        return LayerSpec(self.keys[pair[0]], self.values[pair[1]])
+
+    def loss(self, pair: Pair) -> float:
+        """Additive estimate of the pair's layer-alone loss."""
+        return self.key_loss[pair[0]] + self.value_loss[pair[1]]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """Layers that share one choice."""
+
+    name: str
+    layers: tuple[int, ...]
+    pairs: tuple[Pair, ...]  # cheapest first
+    nbytes: NDArray[np.int64]  # [pairs] bytes per token of all its layers
+    features: NDArray[np.float64]  # [pairs, 2] summed layer-alone loss of keys and of values
+
+
+@dataclass(frozen=True)
+class Space:
+    """All variables, and how a choice becomes a setting."""
+
+    options: tuple[LayerOptions, ...]
+    variables: tuple[Variable, ...]
+    kv_heads: int
+    head_dim: int
+    grouping_quality: float | None  # silhouette of the groups in use; None if each layer is its own variable
+    rejected_quality: float | None = None  # silhouette of the best grouping that was not good enough
+    stages: int = 1  # pipeline stages
+
+    def setting(self, choices: Sequence[int]) -> tuple[LayerSpec, ...]:
+        """One LayerSpec a layer."""
+        specs: dict[int, LayerSpec] = {}
+        for variable, choice in zip(self.variables, choices, strict=True):
+            for layer in variable.layers:
+                specs[layer] = self.options[layer].spec(variable.pairs[choice])
+        return tuple(specs[layer] for layer in range(len(self.options)))
+
+    def features(self, choices: Sequence[int]) -> NDArray[np.float64]:
+        """[2 * variables]: summed layer-alone losses of keys and values of each variable."""
+        return np.concatenate([v.features[c] for v, c in zip(self.variables, choices, strict=True)])
+
+    def nbytes(self, choices: Sequence[int]) -> int:
+        """Bytes per token of all layers."""
+        return int(sum(v.nbytes[c] for v, c in zip(self.variables, choices, strict=True)))
+
+    def cost(self, choices: Sequence[int]) -> int:
+        """Bytes per token that limit capacity: all layers', or with pipeline stages those of the heaviest times their number."""
+        if self.stages == 1:
+            return self.nbytes(choices)
+        return pipeline_cost(
+            [spec.bytes_per_token(self.kv_heads, self.head_dim) for spec in self.setting(choices)], self.stages
+        )
+
+    def choices_of(self, pairs: Sequence[Pair]) -> Choices | None:
+        """The choices that give each layer its pair, or None if a variable cannot."""
+        found = []
+        for variable in self.variables:
+            wanted = {pairs[layer] for layer in variable.layers}
+            if len(wanted) != 1 or (pair := wanted.pop()) not in variable.pairs:
+                return None
+            found.append(variable.pairs.index(pair))
+        return tuple(found)
+
+
+def prune(options: LayerOptions, kv_heads: int, head_dim: int, keep: Sequence[Pair]) -> tuple[Pair, ...]:
+    """Pairs on the layer's front of (bytes, e_o), and those in ``keep``; cheapest first."""
+
+    def cost(pair: Pair) -> int:
+        return options.spec(pair).bytes_per_token(kv_heads, head_dim)
+
+    front: set[Pair] = set(keep)
+    least = float("inf")
+    for pair in sorted(options.pair_error, key=lambda p: (cost(p), options.pair_error[p], p)):
+        if options.pair_error[pair] < least:
+            least = options.pair_error[pair]
+            front.add(pair)
+    return tuple(sorted(front, key=lambda p: (cost(p), p)))
+
+
+def group_layers(options: Sequence[LayerOptions], pairs: Sequence[Pair]) -> tuple[list[list[int]], float]:
+    """Cluster layers by the logarithm of their layer-alone losses on ``pairs``; the number of groups has the best mean silhouette.
+
+    Returns:
+        groups of layer indices, and their mean silhouette in [-1, 1]; one group a layer and -1 if there are too few layers.
+
+    Source: P. Rousseeuw, Silhouettes, J. Comput. Appl. Math. 20, 1987.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.metrics import silhouette_score
+
+    table = np.log10(np.array([[max(layer.loss(pair), 1e-9) for pair in pairs] for layer in options]))
+    best: tuple[float, list[int]] = (-1.0, list(range(len(options))))
+    if len(options) > 3:
+        for count in range(2, max(3, len(options) * 3 // 4)):
+            labels = AgglomerativeClustering(count, linkage="average").fit_predict(table)
+            quality = float(silhouette_score(table, labels))
+            if quality > best[0]:
+                best = (quality, [int(label) for label in labels])
+    groups: dict[int, list[int]] = {}
+    for layer, label in enumerate(best[1]):
+        groups.setdefault(label, []).append(layer)
+    return sorted(groups.values()), best[0]
+
+
+def build_space(
+    options: Sequence[LayerOptions], kv_heads: int, head_dim: int, keep: Sequence[Pair], grouping: str, stages: int = 1
+) -> Space:
+    """Prune, group and tabulate.
+
+    Args:
+        options: what each layer may be stored as.
+        kv_heads, head_dim: shape of the cache.
+        keep: pairs that every layer keeps, so that uniform settings and presets can be expressed.
+        grouping: ``auto`` (group if the silhouette is at least MIN_SILHOUETTE), ``on`` or ``off``.
+        stages: pipeline stages.
+    """
+    pruned = [prune(layer, kv_heads, head_dim, keep) for layer in options]
+    common = [pair for pair in pruned[0] if all(pair in other for other in pruned)]
+    groups, quality = ([[i] for i in range(len(options))], None) if grouping == "off" else group_layers(options, common)
+    rejected = None
+    if grouping == "auto" and (quality is None or quality < MIN_SILHOUETTE):
+        groups, rejected, quality = [[i] for i in range(len(options))], quality, None
+    variables = []
+    for members in groups:
+        union = {pair for layer in members for pair in pruned[layer]}
+        cost = {pair: sum(options[i].spec(pair).bytes_per_token(kv_heads, head_dim) for i in members) for pair in union}
+        pairs = tuple(sorted(union, key=lambda pair: (cost[pair], pair)))
+        features = [
+            [sum(options[i].key_loss[pair[0]] for i in members), sum(options[i].value_loss[pair[1]] for i in members)]
+            for pair in pairs
+        ]
+        name = "layer " + ",".join(map(str, members))
+        variables.append(
+            Variable(name, tuple(members), pairs, np.array([cost[pair] for pair in pairs]), np.array(features))
+        )
+    return Space(tuple(options), tuple(variables), kv_heads, head_dim, quality, rejected, stages)

@@ -1,0 +1,74 @@
+"""``kvtuner-search check``: is a profile sound, and does it belong to this model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvtuner_search.cli.options import json_option
+from kvtuner_search.errors import ExitCode, KVTunerError
+from kvtuner_search.profile.canonical import canonical_json, loads, read_limited
+from kvtuner_search.profile.checks import check_model, check_transforms, strict_remarks
+from kvtuner_search.profile.model_config import read_config
+from kvtuner_search.profile.schema import ModelInfo
+from kvtuner_search.profile.text import printable
+
+_GRAVEST_FIRST = (ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCode.GATE_FAILED, ExitCode.OK)
+
+
+@click.command(
+    "check",
+    epilog="Exit codes: 0 all sound, 1 a remark with --strict, 2 usage, 3 unreadable or invalid, 4 for another model."
+    " With several profiles the gravest wins: 3, then 4, then 1.",
+)
+@click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--model", type=click.Path(path_type=Path), show_envvar=True,
+    help="Folder of the model, or its config.json: the profile must belong to it.",
+)  # fmt: skip
+@click.option("--strict", is_flag=True, show_envvar=True, help="Fail on remarks too, e.g. nothing was measured.")
+@json_option
+def command(profiles: tuple[Path, ...], model: Path | None, strict: bool, as_json: bool) -> int:
+    """Check each of PROFILES: schema, digest, bytes, effective bits, front, and the transforms file beside it."""
+    info = None if model is None else read_config(model)
+    results = [_check(path, info, str(model), strict) for path in profiles]
+    code = next(code for code in _GRAVEST_FIRST if any(result["exit_code"] == code for result in results))
+    for result in results:
+        if result["error"]:
+            click.echo(f"kvtuner-search: {result['error']}", err=True)
+    if as_json:
+        click.echo(canonical_json({"exit_code": int(code), "profiles": results}), nl=False)
+    else:
+        _print([result for result in results if not result["error"]], strict)
+    return code
+
+
+def _print(results: list[dict[str, Any]], strict: bool) -> None:
+    for result in results:
+        figures = f"{result['effective_bits']:.3f} effective bits, {result['bytes_per_token']} bytes per token"
+        click.echo(f"{printable(result['path'])}: sound, {figures}")
+        for remark in result["remarks"]:
+            click.echo(f"  {'error' if strict else 'remark'} {remark['id']}: {remark['message']}")
+
+
+def _check(path: Path, model: ModelInfo | None, model_name: str, strict: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"path": str(path).encode(errors="replace").decode(), "error": None, "remarks": []}
+    try:
+        data = read_limited(path)
+        profile = loads(data, str(path))
+        result |= {
+            "name": profile.name,
+            "digest": profile.digest,
+            "bytes_per_token": profile.storage.bytes_per_token,
+            "effective_bits": profile.storage.effective_bits,
+        }
+        check_transforms(profile, path.parent)
+        if model is not None:
+            check_model(profile, model, model_name)
+    except KVTunerError as error:
+        return result | {"error": printable(error), "exit_code": int(error.exit_code)}
+    remarks = [{"id": remark.id, "message": printable(remark.message)} for remark in strict_remarks(profile, data)]
+    code = ExitCode.GATE_FAILED if remarks and strict else ExitCode.OK
+    return result | {"remarks": remarks, "exit_code": int(code)}

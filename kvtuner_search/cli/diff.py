@@ -1,0 +1,105 @@
+"""``kvtuner-search diff``: compare two profiles as a review gate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvtuner_search.cli.options import json_option, memory_option
+from kvtuner_search.errors import UsageError
+from kvtuner_search.profile.canonical import canonical_json
+from kvtuner_search.profile.compare import Budgets, compare
+from kvtuner_search.profile.report import Report, to_github, to_json, to_junit, to_markdown
+from kvtuner_search.profile.rules import RULES, rules_markdown
+from kvtuner_search.profile.settings import FAIL_ON, load_settings
+from kvtuner_search.profile.source import load_from
+
+FORMATS = ("text", "json", "markdown", "github", "junit")
+
+
+@click.command(
+    "diff",
+    epilog="Exit codes: 0 pass, 1 a finding reaches --fail-on, 2 usage, 3 unreadable or invalid profile, 4 not comparable.",
+)
+@click.argument("old", required=False)
+@click.argument("new", required=False)
+@click.option(
+    "--fail-on", type=click.Choice(FAIL_ON), help="Fail from this severity on.  [default: error]", show_envvar=True
+)
+@click.option("--max-bytes-per-token", type=click.IntRange(min=0), help="Budget of NEW in bytes.", show_envvar=True)
+@click.option(
+    "--max-loss-increase", type=click.FloatRange(min=0), help="Budget for kl and nll in nats.", show_envvar=True
+)
+@memory_option
+@click.option(
+    "--format", "style", type=click.Choice(FORMATS), default="text", envvar="KVTUNER_DIFF_FORMAT", show_envvar=True,
+    help="github writes annotations and the step summary.",
+)  # fmt: skip
+@json_option
+@click.option(
+    "--config", type=click.Path(path_type=Path), show_envvar=True,
+    help="TOML file with [tool.kvtuner-search.diff].  [default: the nearest pyproject.toml that has it]",
+)  # fmt: skip
+@click.option("--rules", is_flag=True, allow_from_autoenv=False, help="List the rules and leave.")
+def command(
+    old: str | None,
+    new: str | None,
+    fail_on: str | None,
+    max_bytes_per_token: int | None,
+    max_loss_increase: float | None,
+    memory: int | None,
+    style: str,
+    as_json: bool,
+    config: Path | None,
+    rules: bool,
+) -> int:
+    """Say what changed from profile OLD to profile NEW, and whether that is allowed.
+
+    Each is a file, REF:path for a file in git, or - for standard input.
+    """
+    style = "json" if as_json else style
+    if rules:
+        _print_rules(style)
+        return 0
+    if old is None or new is None:
+        raise UsageError("two profiles are needed: kvtuner-search diff OLD NEW")
+    if old == new == "-":
+        raise UsageError("only one of the two profiles can come from standard input: name a file for the other")
+    if max_loss_increase is not None and not math.isfinite(max_loss_increase):
+        raise UsageError(f"--max-loss-increase {max_loss_increase} is no number: give a finite number of nats")
+    settings = load_settings(config, Path.cwd())
+    given: dict[str, Any] = {
+        "fail_on": fail_on,
+        "max_bytes_per_token": max_bytes_per_token,
+        "max_loss_increase": max_loss_increase,
+        "memory": memory,
+    }
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    budgets = Budgets(settings.max_bytes_per_token, settings.max_loss_increase)
+    comparison = compare(load_from(old, any_layout=True), load_from(new, any_layout=True), budgets)
+    findings, ignored = settings.apply(comparison.findings)
+    report = Report(comparison, findings, ignored, settings, old, new)
+    if style == "text":
+        from kvtuner_search.profile.terminal import print_report
+
+        print_report(report)
+    else:
+        write = {"json": to_json, "markdown": to_markdown, "github": to_github, "junit": to_junit}[style]
+        click.echo(write(report), nl=False)
+    return report.exit_code
+
+
+def _print_rules(style: str) -> None:
+    if style == "json":
+        rows = [{"id": r.id, "severity": r.severity, "fires": r.fires, "fixed": r.fixed} for r in RULES.values()]
+        click.echo(canonical_json(rows), nl=False)
+    elif style == "markdown":
+        click.echo(rules_markdown(), nl=False)
+    else:
+        from kvtuner_search.profile.terminal import print_rules
+
+        print_rules([(r.id, r.severity + (" (fixed)" if r.fixed else ""), r.fires) for r in RULES.values()])

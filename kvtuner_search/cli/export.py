@@ -1,0 +1,40 @@
+"""``kvtuner-search export``: a profile as another tool's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kvtuner_search.cli.import_ import report_losses
+from kvtuner_search.files import write_atomic
+from kvtuner_search.profile.convert import FORMATS
+from kvtuner_search.profile.source import load_from
+
+
+@click.command(
+    "export",
+    epilog="Exit codes: 0 written, 1 something would be lost and --allow-lossy is not given, 2 usage, 3 unreadable or invalid profile.",
+)
+@click.argument("profile")
+@click.option(
+    "--to", "target", type=click.Choice(tuple(FORMATS)), required=True, help="Format to write.", show_envvar=True
+)
+@click.option(
+    "--allow-lossy", is_flag=True, help="Write it even if the format cannot express all of PROFILE.", show_envvar=True
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="File to write.  [default: standard output]",
+    show_envvar=True,
+)
+def command(profile: str, target: str, allow_lossy: bool, output: Path | None) -> None:
+    """Write PROFILE in another format. What that cannot express is listed, and refused unless it is allowed."""
+    result = FORMATS[target].write(load_from(profile))
+    report_losses(result.lost, result.notes, allow_lossy, target)
+    if output is None:
+        click.echo(result.text, nl=False)
+    else:
+        write_atomic(output, result.text)

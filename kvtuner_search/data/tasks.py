@@ -1,0 +1,116 @@
+"""Generated tasks, in the formats that the embedded reference model was trained on (see its model card).
+
+Each task is a function of a random generator, so a seed and a split's name fix every document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+from kvtuner_search.errors import UsageError
+
+_COLOURS: Final = """
+amber azure birch cedar coral dune ember fern flint frost glade hazel iris jade lark lotus maple moss north oak opal pearl
+pine quartz raven river rose sage slate snow south stone storm teal thorn violet west willow wren
+"""
+_ANIMALS: Final = "fox owl bear hare wolf crow swan deer mole lynx seal crab toad newt goat mule duck hawk ibis kite"
+WORDS: Final = tuple(_COLOURS.split())
+ANIMALS: Final = tuple(_ANIMALS.split())
+NAMES: Final = tuple(f"{first} {second}" for first in WORDS for second in ANIMALS)
+DEFAULT_PAIRS: Final = 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, and the parts of it that are answers."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...] = ()  # half-open character spans, in order
+    exact: bool = False  # whether the answers are short enough for exact match to be a meaningful accuracy
+
+
+class _Writer:
+    """Collects a text and where its answers stand."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.answers: list[tuple[int, int]] = []
+
+    def say(self, text: str) -> _Writer:
+        self.text += text
+        return self
+
+    def answer(self, text: str) -> _Writer:
+        self.answers.append((len(self.text), len(self.text) + len(text)))
+        return self.say(text)
+
+    def done(self) -> Document:
+        return Document(self.text, tuple(self.answers), exact=True)
+
+
+def stream(source: str, purpose: str, seed: int) -> Random:
+    """The random generator of one source and purpose (a split's name, or ``evaluation``).
+
+    Generators of different purposes are unrelated: Python seeds from a text through SHA-512.
+    """
+    return Random(f"kvtuner-search {source} {purpose} {seed}")
+
+
+def recall(rng: Random, pairs: int = DEFAULT_PAIRS) -> Document:
+    """``pairs`` lines that give a code to a name, then one question; the code asked for is the answer.
+
+    Raises:
+        UsageError: if ``pairs`` is not in 1 .. 780, the number of names.
+    """
+    if not 1 <= pairs <= len(NAMES):
+        raise UsageError(f"recall with pairs={pairs}: there are {len(NAMES)} names, so use 1 to {len(NAMES)}")
+    codes = {name: rng.randint(10000, 99999) for name in rng.sample(NAMES, pairs)}
+    asked = rng.choice(list(codes))
+    lines = "".join(f"The code of the {name} is {value}.\n" for name, value in codes.items())
+    question = f"Question: What is the code of the {asked}?\nAnswer: "
+    return _Writer().say(lines + question).answer(str(codes[asked])).done()
+
+
+def arithmetic(rng: Random) -> Document:
+    """4 to 16 additions and subtractions of numbers up to 999; every result is an answer."""
+    writer = _Writer()
+    for line in range(rng.randint(4, 16)):
+        x, y = rng.randint(0, 999), rng.randint(0, 999)
+        sign = rng.choice("+-")
+        if sign == "-":
+            x, y = max(x, y), min(x, y)
+        writer.say(("\n" if line else "") + f"Question: What is {x} {sign} {y}?\nAnswer: ")
+        writer.answer(str(x + y if sign == "+" else x - y))
+    return writer.done()
+
+
+def repeat_list(rng: Random) -> Document:
+    """8 to 24 different words and the same again, then the first and the last; all of the repetition is an answer."""
+    words = rng.sample(WORDS + ANIMALS, rng.randint(8, 24))
+    listed = ", ".join(words)
+    writer = _Writer().say(f"List: {listed}\nAgain: ").answer(listed).say("\nItem number one is ").answer(words[0])
+    return writer.say(" and the last one is ").answer(words[-1]).say(".").done()
+
+
+TASKS: Final[dict[str, Callable[[Random], Document]]] = {
+    "recall": recall,
+    "arithmetic": arithmetic,
+    "list": repeat_list,
+}
+
+
+def recall_prompts(seed: int, count: int, pairs: int = DEFAULT_PAIRS) -> list[tuple[str, str]]:
+    """``count`` pairs of prompt and answer for evaluation; the answer starts with its space.
+
+    They come from a generator of their own: no seed gives a prompt that the search, selection or test split of any
+    seed was built from, short of a collision of 20 random codes.
+
+    Raises:
+        UsageError: if ``pairs`` is not in 1 .. 780.
+    """
+    rng = stream("recall", "evaluation", seed)
+    documents = [recall(rng, pairs) for _ in range(count)]
+    return [(d.text[: d.answers[0][0] - 1], d.text[d.answers[0][0] - 1 :]) for d in documents]

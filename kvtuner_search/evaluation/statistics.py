@@ -1,0 +1,85 @@
+"""Paired confidence intervals: the same samples under two caches, resampled together."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtuner_search.evaluation.scorer import Scores
+from kvtuner_search.profile.schema import Measure
+
+RESAMPLES: Final = 2000
+CONFIDENCE: Final = 0.95
+
+
+class Interval(NamedTuple):
+    """A difference and its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def paired_ratio(difference: NDArray[np.float64], weight: NDArray[np.float64], seed: int = 0) -> Interval:
+    """Interval of ``sum(difference) / sum(weight)`` by the percentile bootstrap over samples.
+
+    Args:
+        difference: [n] sums over each sample's tokens under one cache, minus the same under the other.
+        weight: [n] tokens of each sample.
+        seed: seed of the resampling; the same input gives the same interval.
+
+    Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    estimate = float(difference.sum() / weight.sum())
+    count = len(difference)
+    picks = np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
+    means = difference[picks].sum(1) / weight[picks].sum(1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(estimate, float(low), float(high))
+
+
+def paired_loss(ours: Scores, theirs: Scores, seed: int = 0) -> Interval:
+    """Interval of ``ours.loss - theirs.loss``; samples are resampled within each source. Negative means that ours is better."""
+    rng = np.random.default_rng(seed)
+    estimates, means = [], []
+    for name in ours.names:
+        a, b = ours.of(name), theirs.of(name)
+        difference, weight = a.kl - b.kl, a.tokens.astype(np.float64)
+        picks = rng.integers(0, len(weight), size=(RESAMPLES, len(weight)))
+        estimates.append(float(difference.sum() / weight.sum()))
+        means.append(difference[picks].sum(1) / weight[picks].sum(1))
+    low, high = np.quantile(np.mean(means, axis=0), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(np.mean(estimates)), float(low), float(high))
+
+
+def measures(scores: Scores, baseline: Scores, split: Literal["search", "selection", "test"]) -> list[Measure]:
+    """KL and NLL of every source, and accuracy of every task source, against the 16-bit cache on the same samples."""
+    found = []
+    for name in scores.names:
+        ours, base = scores.of(name), baseline.of(name)
+        tokens, ones = ours.tokens.astype(np.float64), np.ones(len(ours.tokens))
+        rows: list[
+            tuple[Literal["kl", "nll", "accuracy"], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+        ]
+        rows = [("kl", ours.kl, np.zeros_like(ours.kl), tokens), ("nll", ours.nll, base.nll, tokens)]
+        if ours.is_task.all():
+            rows.append(("accuracy", ours.exact.astype(np.float64), base.exact.astype(np.float64), ones))
+        for metric, value, reference, weight in rows:
+            interval = paired_ratio(value - reference, weight)
+            found.append(
+                Measure(
+                    metric=metric,
+                    data=name,
+                    split=split,
+                    samples=len(ours.tokens),
+                    tokens=int(ours.tokens.sum()),
+                    baseline=float(reference.sum() / weight.sum()),
+                    value=float(value.sum() / weight.sum()),
+                    ci_low=interval.low,
+                    ci_high=interval.high,
+                    confidence=CONFIDENCE,
+                )
+            )
+    return found

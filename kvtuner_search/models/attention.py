@@ -1,0 +1,99 @@
+"""The attention function that lets calibration see, and replace, the keys and values of every layer.
+
+It is registered with transformers' ``AttentionInterface`` under the name ``kvtuner``. Queries, keys and values arrive after the
+rotary embedding, which is where a server stores them. The whole sequence is computed at once and every key and value is what
+the tap returns, the current token's included: the same as decoding token by token from a cache that holds those values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from kvtuner_search.errors import DataError
+
+NAME: Final = "kvtuner"
+
+
+class Tap(Protocol):
+    """Called once a layer and forward pass.
+
+    ``query`` is [B, T, Hq, D], ``key`` and ``value`` are [B, T, H, D], all in the model's dtype. What is returned takes the place
+    of key and value.
+    """
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Observer(Tap, Protocol):
+    """A tap that returns keys and values as they are, and is told before each pass which tokens [B, T] are no padding."""
+
+    def begin(self, valid: Tensor) -> None: ...
+
+
+_TAP: ContextVar[Tap | None] = ContextVar("kvtuner_tap", default=None)
+
+
+@contextmanager
+def tapped(tap: Tap | None) -> Iterator[None]:
+    """Forward passes inside the block go through ``tap``."""
+    token = _TAP.set(tap)
+    try:
+        yield
+    finally:
+        _TAP.reset(token)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention from position 0; [B, H, T, D] in, [B, T, Hq, D] out. Padding on the right needs no mask."""
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise DataError(
+            f"attention module {type(module).__name__} has no layer_idx: this architecture is not supported"
+        )
+    if query.shape[2] != key.shape[2] or attention_mask is not None:
+        raise DataError(
+            f"layer {layer} attends with a cache or a mask: run the model without use_cache and padding on the left"
+        )
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        raise DataError(
+            f"layer {layer} attends in a window of {sliding_window} tokens: only full attention is supported"
+        )
+    if softcap is not None or s_aux is not None:
+        raise DataError(
+            f"layer {layer} attends with {'a soft cap' if softcap is not None else 'sinks'}: only standard attention is supported"
+        )
+    tap = _TAP.get()
+    if tap is not None:
+        new_key, new_value = tap(layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        key, value = new_key.transpose(1, 2), new_value.transpose(1, 2)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Causality is built in, so transformers need not build a mask."""
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _no_mask)

@@ -1,0 +1,148 @@
+"""What ``check`` looks at beyond loading a profile: its canonical form, its transforms file, its model, what a reader expects."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeGuard
+
+from kvtuner_search.errors import NotComparableError, ProfileError
+from kvtuner_search.profile.canonical import dumps, parse_json, read_limited
+from kvtuner_search.profile.schema import ModelInfo, Profile
+
+MAX_HEADER: Final = 2**20  # bytes; a 128-layer transforms file has a header of about 25 KB
+_FLOAT32: Final = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something that only a strict check refuses."""
+
+    id: str
+    message: str
+
+
+def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
+    """Compare a profile with the model that ``source`` describes: shape, class, and config digest where both have one.
+
+    Raises:
+        NotComparableError: if the profile belongs to another model.
+    """
+    names = ("architecture", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim", "config_digest")
+    for name in names:
+        stated, actual = getattr(profile.model, name), getattr(model, name)
+        if stated != actual and not (name == "config_digest" and None in (stated, actual)):
+            raise NotComparableError(
+                f"profile {profile.name} is for {name}={stated}, {source} has {actual}: it is for another model;"
+                " choose its own, or calibrate this one"
+            )
+
+
+def check_transforms(profile: Profile, folder: Path) -> None:
+    """Check the transforms file beside a profile: its digest, and one float32 vector a KV head for each centred tensor.
+
+    Tensors are called ``layers.I.key`` and ``layers.I.value`` and have the shape [num_kv_heads, head_dim]; there is one for
+    every centred tensor and none besides. Only the header is interpreted, so torch is not needed.
+
+    Raises:
+        ProfileError: if the file is missing or does not fit.
+    """
+    if profile.transforms is None:
+        return
+    path = folder / profile.transforms.file
+    shape = [profile.model.num_kv_heads, profile.model.head_dim]
+    names = [
+        f"layers.{index}.{part}"
+        for index, layer in enumerate(profile.layers)
+        for part, entry in (("key", layer.key), ("value", layer.value))
+        if entry.centred
+    ]
+    payload = len(names) * shape[0] * shape[1] * _FLOAT32
+    data = read_limited(path, f"the transforms of {profile.name}", 8 + MAX_HEADER + payload)
+    actual = "sha256:" + hashlib.sha256(data).hexdigest()
+    if actual != profile.transforms.digest:
+        raise ProfileError(
+            f"{path} has digest {actual[:19]}…, {profile.name} names {profile.transforms.digest[:19]}…:"
+            " restore the file that was written with the profile"
+        )
+    tensors = _safetensors_header(data, path)
+    if sorted(tensors) != sorted(names):
+        odd = sorted(set(tensors) ^ set(names))
+        raise ProfileError(
+            f"{path} and the centred tensors of {profile.name} differ in {', '.join(odd[:3])}"
+            f"{' and more' if len(odd) > 3 else ''}: restore the file that was written with the profile"
+        )
+    for name, entry in tensors.items():
+        if entry.get("dtype") != "F32" or entry.get("shape") != shape:
+            raise ProfileError(
+                f"{path}: {name} is {entry.get('dtype')} {entry.get('shape')}, not F32 {shape}: restore the file"
+            )
+
+
+def _safetensors_header(data: bytes, path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a safetensors file, whose offsets must tile the rest of the file.
+
+    Raises:
+        ProfileError: if it is no safetensors file.
+    """
+    length = struct.unpack_from("<Q", data)[0] if len(data) >= 8 else -1
+    if not 2 <= length <= min(MAX_HEADER, len(data) - 8):
+        raise ProfileError(f"{path} is no safetensors file: its header does not fit; restore it")
+    header = parse_json(data[8 : 8 + length], str(path))
+    if not isinstance(header, dict):
+        raise ProfileError(f"{path} is no safetensors file: its header is no object; restore it")
+    header.pop("__metadata__", None)
+    spans = []
+    for entry in header.values():
+        shape, offsets = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None, None)
+        if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2):
+            raise ProfileError(f"{path} is no safetensors file: a tensor has no shape or offsets; restore it")
+        spans.append((offsets[0], offsets[1], _FLOAT32 * math.prod(shape)))
+    end = 0
+    for start, stop, nbytes in sorted(spans):
+        if start != end or stop - start != nbytes:
+            raise ProfileError(f"{path} is no safetensors file of float32 tensors: its offsets do not fit; restore it")
+        end = stop
+    if end != len(data) - 8 - length:
+        raise ProfileError(f"{path} is no safetensors file of float32 tensors: its offsets do not fit; restore it")
+    return header
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    """True for a list of few integers from 0 to 2**32."""
+    return (
+        isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 2**32 for item in value)
+    )
+
+
+def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
+    """What is allowed but not what a reviewed profile should look like; ``data`` is the file."""
+    if data != dumps(profile).encode():
+        yield Remark(
+            "not-canonical", "the file is not in canonical form: it was edited; write it again with kvtuner-search"
+        )
+    if profile.model.config_digest is None:
+        yield Remark(
+            "model-unverified", "no config digest: only the model's shape can be checked; import it with --model"
+        )
+    quantized = any(not tensor.raw for layer in profile.layer_specs() for tensor in (layer.key, layer.value))
+    if quantized and not profile.quality:
+        yield Remark("quality-unproven", "nothing was measured: run evaluate")
+    for measure in profile.quality:
+        if not measure.ci_low <= measure.delta <= measure.ci_high:
+            name = f"{measure.metric} {measure.data} {measure.split}"
+            yield Remark(
+                "interval-excludes-value",
+                f"{name} changed by {measure.delta:g}, outside its interval [{measure.ci_low:g}, {measure.ci_high:g}]",
+            )
+    chosen = [str(spec) for spec in profile.layer_specs()]
+    if profile.pareto and all(point.layers != chosen for point in profile.pareto):
+        yield Remark("not-on-front", "the layers are no point of the profile's own front")
+    if profile.transforms is not None and not any(
+        e.centred for layer in profile.layers for e in (layer.key, layer.value)
+    ):
+        yield Remark("unused-transforms", f"{profile.transforms.file} is named, but no tensor is centred")

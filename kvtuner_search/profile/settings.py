@@ -1,0 +1,172 @@
+"""``[tool.kvtuner-search.diff]`` in pyproject.toml: severities, ignores, budgets and the gate of ``diff``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from kvtuner_search.errors import ProfileError, UsageError
+from kvtuner_search.profile.canonical import read_limited
+from kvtuner_search.profile.rules import RULES, SEVERITIES, Finding, Severity
+
+FailOn = Literal["error", "warning", "none"]
+FAIL_ON: Final[tuple[FailOn, ...]] = get_args(FailOn)
+
+_MAX_BYTES: Final = 2**20
+_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
+_SIZE: Final = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
+_UNITS: Final = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What configures ``diff``; command-line options win over the file."""
+
+    fail_on: FailOn = "error"
+    max_bytes_per_token: int | None = None  # bytes
+    max_loss_increase: float | None = None  # nats
+    memory: int | None = None  # bytes for which the capacity is shown
+    severity: dict[str, Severity | Literal["ignore"]] = field(default_factory=dict)  # rule -> severity
+    ignore: frozenset[str] = frozenset()  # rule ids and fingerprints
+
+    def apply(self, findings: list[Finding]) -> tuple[list[Finding], int]:
+        """Findings with overridden severities, gravest first, and how many were ignored."""
+        kept = []
+        for finding in findings:
+            severity = self.severity.get(finding.rule, finding.severity)
+            if not RULES[finding.rule].fixed and (
+                severity == "ignore" or finding.rule in self.ignore or finding.fingerprint in self.ignore
+            ):
+                continue
+            kept.append(finding if severity == "ignore" else replace(finding, severity=severity))
+        kept.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+        return kept, len(findings) - len(kept)
+
+    def passes(self, findings: list[Finding]) -> bool:
+        """False if a finding is as grave as ``fail_on``, or graver."""
+        if self.fail_on == "none":
+            return True
+        return all(SEVERITIES.index(f.severity) > SEVERITIES.index(self.fail_on) for f in findings)
+
+
+def load_settings(explicit: Path | None, start: Path) -> Settings:
+    """The settings in ``explicit``, or in the nearest pyproject.toml at or above ``start`` that has the table.
+
+    Raises:
+        UsageError: if the file is no TOML, or has a key or value that means nothing here.
+    """
+    if explicit is not None:
+        return _parse(_table(explicit), explicit)
+    for folder in (start, *start.parents):
+        file = folder / "pyproject.toml"
+        if file.is_file():
+            table = _table(file)
+            if table:
+                return _parse(table, file)
+    return Settings()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``40GiB``, ``24 GB`` or ``1000000``.
+
+    Raises:
+        ValueError: if it is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    nbytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
+    if nbytes < 1:
+        raise ValueError(f"{text!r} is no size: write a number and one of {', '.join(_UNITS)}, e.g. 40GiB")
+    return nbytes
+
+
+def _table(file: Path) -> dict[str, Any]:
+    try:
+        content: Any = tomllib.loads(read_limited(file, "a pyproject.toml", _MAX_BYTES).decode())
+    except ProfileError as error:
+        raise UsageError(str(error)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{file} is no valid TOML: {error}: mend it, or name another with --config") from error
+    for name in ("tool", "kvtuner-search", "diff"):
+        content = content.get(name, {})
+        if not isinstance(content, dict):
+            raise UsageError(f"{file}: {name} is no table: write [tool.kvtuner-search.diff]")
+    return dict(content)
+
+
+def _parse(table: dict[str, Any], file: Path) -> Settings:
+    where = f"{file}: [tool.kvtuner-search.diff]"
+    known = ("fail-on", "max-bytes-per-token", "max-loss-increase", "memory", "severity", "ignore")
+    for key in table:
+        if key not in known:
+            raise UsageError(f"{where} has no key {key!r}{_nearest(key, known)}: use {', '.join(known)}")
+    fail_on = table.get("fail-on", "error")
+    if fail_on not in FAIL_ON:
+        raise UsageError(f"{where}: fail-on={fail_on!r}: use one of {', '.join(FAIL_ON)}")
+    severity = table.get("severity", {})
+    ignore = table.get("ignore", [])
+    if not isinstance(severity, dict) or not isinstance(ignore, list):
+        raise UsageError(f"{where}: severity is a table of rules, ignore a list of rules and fingerprints")
+    for rule, value in severity.items():
+        _changeable(rule, where)
+        if value not in (*SEVERITIES, "ignore"):
+            raise UsageError(f"{where}: severity.{rule}={value!r}: use one of {', '.join(SEVERITIES)}, ignore")
+    for entry in ignore:
+        if not isinstance(entry, str):
+            raise UsageError(f"{where}: ignore holds {entry!r}: give rule ids or fingerprints as strings")
+        if not _FINGERPRINT.fullmatch(entry):
+            _changeable(entry, where)
+    max_bytes = _number(table, "max-bytes-per-token", where)
+    if isinstance(max_bytes, float):
+        raise UsageError(f"{where}: max-bytes-per-token={max_bytes!r}: give whole bytes")
+    return Settings(
+        fail_on,
+        max_bytes,
+        _number(table, "max-loss-increase", where),
+        _memory(table.get("memory"), where),
+        severity,
+        frozenset(ignore),
+    )
+
+
+def _changeable(rule: str, where: str) -> None:
+    if rule not in RULES:
+        raise UsageError(f"{where}: there is no rule {rule!r}{_nearest(rule, RULES)}: see diff --rules")
+    if RULES[rule].fixed:
+        raise UsageError(f"{where}: {rule} ends the comparison and cannot be changed: remove it")
+
+
+def _number(table: dict[str, Any], key: str, where: str) -> int | float | None:
+    value = table.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+        raise UsageError(f"{where}: {key}={value!r}: give a number that is not negative")
+    return value
+
+
+def _memory(value: Any, where: str) -> int | None:
+    if value is None:
+        return None
+    try:
+        return parse_size(str(value))
+    except ValueError as error:
+        raise UsageError(f"{where}: memory: {error}") from error
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,230 @@
+"""Profiles and comparisons for the terminal. Text from files is never read as markup."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import IO, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_search.profile.compare import Comparison
+from kvtuner_search.profile.report import Report, capacity, group_fingerprint, group_message, grouped, quality_rows
+from kvtuner_search.profile.schema import Profile
+from kvtuner_search.profile.text import percent, printable, ranges, runs, signed, size, specs_by_layer
+
+_SEVERITY_STYLE: Final = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_VERDICT_STYLE: Final = {"pass": "bold green", "fail": "bold red", "not-comparable": "bold red"}
+_QUALITY_STYLE: Final = {"regressed": "red", "improved": "green", "inconclusive": "yellow", "incomparable": "yellow"}
+_BITS_STYLE: Final = {2: "red", 4: "yellow", 8: "green", 16: "blue"}
+_BITS_MARK: Final = {2: "2", 4: "4", 8: "8", 16: "F"}
+_STRIP: Final = 64  # layers in one line of the strip
+_WIDTH: Final = 120  # columns where the output is no terminal
+
+
+def console(file: IO[str] | None = None) -> Console:
+    """Standard output; without any escape sequence if NO_COLOR is set or it is no terminal."""
+    stream = sys.stdout if file is None else file
+    terminal = stream.isatty()
+    plain = bool(os.environ.get("NO_COLOR")) or not (terminal or os.environ.get("FORCE_COLOR"))
+    width = None if terminal or "COLUMNS" in os.environ else _WIDTH
+    return Console(
+        file=stream,
+        color_system=None if plain else "auto",
+        force_terminal=False if plain else None,
+        width=width,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+def print_report(report: Report) -> None:
+    """A comparison: totals, layers that changed, quality, provenance, findings, verdict."""
+    out, comparison = console(), report.comparison
+    old, new = comparison.old, comparison.new
+    out.print(Text(printable(new.model.id), "bold"))
+    out.print(f"  old  {printable(old.name)}  {old.digest[:19]}  {printable(report.old_name)}")
+    out.print(f"  new  {printable(new.name)}  {new.digest[:19]}  {printable(report.new_name)}\n")
+    if comparison.comparable:
+        _totals(out, report)
+        _changed_layers(out, comparison)
+        if comparison.quality:
+            table = _table("quality against 16 bits", "old", "new", "change", "verdict")
+            for *cells, verdict in quality_rows(comparison):
+                table.add_row(*cells, Text(verdict, _QUALITY_STYLE.get(verdict, "")))
+            out.print(table)
+            out.print()
+        if comparison.provenance:
+            table = _table("provenance", "old", "new")
+            for row in comparison.provenance:
+                table.add_row(*(_cut(printable(cell)) for cell in row))
+            out.print(table)
+            out.print()
+    _findings(out, report)
+    out.print(Text.assemble(("verdict: ", ""), (report.verdict, _VERDICT_STYLE[report.verdict])))
+
+
+def print_rules(rows: Sequence[tuple[str, str, str]]) -> None:
+    """The catalogue of rules."""
+    table = _table("rule", "severity", "fires when")
+    for rule, severity, fires in rows:
+        table.add_row(rule, Text(severity, _SEVERITY_STYLE.get(severity.split()[0], "")), fires)
+    console().print(table)
+
+
+def print_card(profile: Profile, memory: int | None) -> None:
+    """One profile: figures, layers, quality, front, provenance."""
+    out, model, storage = console(), profile.model, profile.storage
+    quantized = storage.bytes_per_token != storage.bytes_per_token_16bit
+    origin = profile.provenance.origin + (", quality not measured" if quantized and not profile.quality else "")
+    out.print(Text.assemble((printable(profile.name), "bold"), f"  {origin}"))
+    revision = f" at {printable(model.revision)}" if model.revision else ""
+    out.print(f"{printable(model.id)}{revision}  {printable(model.architecture)}")
+    out.print(f"{model.num_layers} layers x {model.num_kv_heads} KV heads x {model.head_dim} channels")
+    out.print(f"{profile.digest}\n", style="dim")
+    table = Table.grid(padding=(0, 3))
+    table.add_row("effective bits", Text(f"{storage.effective_bits:.3f}", "bold"), "of 16")
+    saving = percent(storage.bytes_per_token_16bit, storage.bytes_per_token)
+    table.add_row(
+        "bytes per token",
+        Text(f"{storage.bytes_per_token:,}", "bold"),
+        f"of {storage.bytes_per_token_16bit:,} ({saving})",
+    )
+    if memory is not None:
+        table.add_row(f"tokens in {size(memory)}", Text(f"{capacity(memory, profile):,}", "bold"))
+    out.print(table)
+    out.print()
+    _strip(out, profile.layer_specs())
+    _specs(out, profile)
+    _measures(out, profile)
+    _front(out, profile)
+    _provenance(out, profile)
+
+
+def _totals(out: Console, report: Report) -> None:
+    table = _table("total", "old", "new", "change", right=(1, 2, 3))
+    for row in report.totals():
+        table.add_row(*row)
+    out.print(table)
+    out.print()
+
+
+def _changed_layers(out: Console, comparison: Comparison) -> None:
+    if not any(layer.changed for layer in comparison.layers):
+        out.print("all layers are stored alike\n")
+        return
+    table = _table("layers", "old", "new", "effective bits", "bytes per token", right=(3, 4))
+    for indices, (old, new) in runs([(layer.old, layer.new) for layer in comparison.layers]):
+        if old == new:
+            continue
+        layer = comparison.layers[indices[0]]
+        style = "red" if layer.new_bits < layer.old_bits else "green" if layer.new_bits > layer.old_bits else ""
+        bits = Text(f"{layer.old_bits:.3f} → {layer.new_bits:.3f}", style)
+        table.add_row(ranges(indices), str(old), str(new), bits, f"{layer.old_bytes} → {layer.new_bytes}")
+    alike = [layer.index for layer in comparison.layers if not layer.changed]
+    if alike:
+        table.add_row(ranges(alike), Text("stored alike", "dim"))
+    out.print(table)
+    out.print()
+
+
+def _findings(out: Console, report: Report) -> None:
+    for finding, group in grouped(report.findings):
+        style = _SEVERITY_STYLE[finding.severity]
+        head = Text.assemble((f"{finding.severity:7}", style), f"  {finding.rule}  ")
+        out.print(head.append(group_fingerprint(group), "dim"))
+        out.print(f"         {group_message(group)}", soft_wrap=True)
+    if report.ignored:
+        out.print(f"{report.ignored} findings are ignored by configuration")
+    if report.findings or report.ignored:
+        out.print()
+
+
+def _strip(out: Console, layers: list[LayerSpec]) -> None:
+    """One character a layer: its bits, F for 16."""
+    for start in range(0, len(layers), _STRIP):
+        part = layers[start : start + _STRIP]
+        for name, bits in (("keys", [x.key.bits for x in part]), ("values", [x.value.bits for x in part])):
+            line = Text(f"{name:8}{start:4}  ")
+            for width in bits:
+                line.append(_BITS_MARK[width], _BITS_STYLE[width])
+            out.print(line)
+    out.print("bits of each layer from the first to the last, F is 16\n", style="dim")
+
+
+def _specs(out: Console, profile: Profile) -> None:
+    model = profile.model
+    table = _table("layers", "keys", "values", "effective bits", "bytes per token", right=(3, 4))
+    for layers, spec in specs_by_layer(profile.layer_specs()):
+        bits = spec.effective_bits(model.num_kv_heads, model.head_dim)
+        nbytes = spec.bytes_per_token(model.num_kv_heads, model.head_dim)
+        table.add_row(layers, str(spec.key), str(spec.value), f"{bits:.3f}", f"{nbytes:,}")
+    out.print(table)
+    out.print()
+
+
+def _measures(out: Console, profile: Profile) -> None:
+    if not profile.quality:
+        return
+    table = _table("quality", "16 bits", "profile", "change", "interval", "samples", "tokens", right=(1, 2, 3, 5, 6))
+    for m in profile.quality:
+        interval = f"[{signed(m.ci_low)}, {signed(m.ci_high)}] at {m.confidence:.0%}"
+        figures = (f"{m.baseline:.6g}", f"{m.value:.6g}", signed(m.delta), interval, f"{m.samples:,}", f"{m.tokens:,}")
+        table.add_row(f"{m.metric} {printable(m.data)} {m.split}", *figures)
+    out.print(table)
+    out.print()
+
+
+def _front(out: Console, profile: Profile) -> None:
+    if not profile.pareto:
+        return
+    chosen = [str(spec) for spec in profile.layer_specs()]
+    raw_bytes = profile.storage.bytes_per_token_16bit
+    table = _table("front", "bytes per token", "effective bits", "loss (nats)", "origin", right=(1, 2, 3))
+    for point in profile.pareto:
+        mark = "this" if point.layers == chosen else ""
+        bits = 16 * point.bytes_per_token / raw_bytes if raw_bytes else 0.0
+        table.add_row(mark, f"{point.bytes_per_token:,}", f"{bits:.3f}", f"{point.loss:.6g}", printable(point.origin))
+    out.print(table)
+    out.print()
+
+
+def _provenance(out: Console, profile: Profile) -> None:
+    origin = profile.provenance
+    table = Table.grid(padding=(0, 3))
+    rows: list[tuple[str, object]] = [
+        ("source", origin.source),
+        ("tool", origin.tool),
+        ("computed on", ", ".join(part for part in (origin.device, origin.dtype) if part)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in sorted(origin.versions.items()))),
+    ]
+    if origin.search:
+        found = origin.search.model_dump(exclude_none=True)
+        rows.append(("search", ", ".join(f"{name} {value}" for name, value in found.items())))
+    rows += [
+        ("data", f"{d.name} {d.split}: {d.samples:,} x, {d.tokens:,} tokens, {d.digest[:19]}") for d in origin.data
+    ]
+    if profile.transforms:
+        rows.append(("centring", f"{profile.transforms.file} {profile.transforms.digest[:19]}"))
+    rows.append(("validation", "present" if profile.validation is not None else "none: not validated on a server"))
+    rows += [("note", note) for note in origin.notes]
+    for name, value in rows:
+        if value:
+            table.add_row(Text(name, "dim"), printable(value))
+    out.print(table)
+
+
+def _table(*heads: str, right: tuple[int, ...] = ()) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), show_edge=False)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"

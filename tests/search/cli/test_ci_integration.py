@@ -1,0 +1,292 @@
+"""The composite action, the pre-commit hook and scripts/diff_profiles: the shell lines that they run are run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from tests.search.profile_factory import digest, measure, write
+
+ROOT = Path(__file__).resolve().parents[3]
+K8V8, K8V4 = "8-g64-asym/8-g64-asym", "8-g64-asym/4-g64-asym"
+ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
+STEPS = {step["name"]: step for step in ACTION["runs"]["steps"]}
+# What GitHub runs for `shell: bash` in a composite action.
+BASH = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"]
+
+
+def shim(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def command_line(python_path: str = f"{ROOT}:{ROOT / 'kernels'}", *, flags: str = "") -> str:
+    return f'PYTHONPATH={shlex.quote(python_path)} exec {shlex.quote(sys.executable)} {flags} -m kvtuner_search "$@"'
+
+
+def step_environment(step: dict[str, Any], inputs: dict[str, str], action_path: str = "") -> dict[str, str]:
+    """The step's ``env`` with expressions filled in as GitHub does; an expression anywhere else would be shell injection."""
+    defaults = {name: field.get("default", "") for name, field in ACTION["inputs"].items()}
+    values = defaults | inputs
+
+    def fill(match: re.Match[str]) -> str:
+        context, _, name = match[1].partition(".")
+        return {"inputs": values, "github": {"action_path": action_path}}[context][name]
+
+    assert "${{" not in step["run"]
+    return {key: re.sub(r"\$\{\{ (\S+) \}\}", fill, value) for key, value in step["env"].items()}
+
+
+def outputs(file: Path) -> dict[str, str]:
+    """GITHUB_OUTPUT as the runner parses it."""
+    result, lines = {}, iter(file.read_text().splitlines())
+    for line in lines:
+        if "<<" in line and "=" not in line.partition("<<")[0]:
+            name, _, delimiter = line.partition("<<")
+            body = []
+            for inner in lines:
+                if inner == delimiter:
+                    break
+                body.append(inner)
+            result[name] = "\n".join(body)
+        else:
+            name, _, value = line.partition("=")
+            result[name] = value
+    return result
+
+
+class Runner:
+    """A folder set up as on GitHub."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.temp = folder, folder / "runner temp"
+        self.temp.mkdir()
+        shim(self.temp / "kvtuner-search" / "bin" / "kvtuner-search", command_line())
+
+    def compare(self, **inputs: str) -> tuple[int, str, dict[str, str], str]:
+        """Run the step Compare: (exit code, stdout, outputs, step summary)."""
+        files = {"GITHUB_OUTPUT": self.folder / "output", "GITHUB_STEP_SUMMARY": self.folder / "summary"}
+        for file in files.values():
+            file.write_text("")
+        environment = {
+            "PATH": os.environ["PATH"],
+            "RUNNER_TEMP": str(self.temp),
+            **{name: str(file) for name, file in files.items()},
+            **step_environment(STEPS["Compare"], {name.replace("_", "-"): value for name, value in inputs.items()}),
+        }
+        script = self.folder / "step.sh"
+        script.write_text(STEPS["Compare"]["run"])
+        result = subprocess.run([*BASH, script], env=environment, capture_output=True, text=True, cwd=self.folder)
+        return (
+            result.returncode,
+            result.stdout,
+            outputs(files["GITHUB_OUTPUT"]),
+            files["GITHUB_STEP_SUMMARY"].read_text(),
+        )
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    write(tmp_path / "old.json", K8V8)
+    write(tmp_path / "new.json", K8V4)
+    write(tmp_path / "worse.json", K8V4, quality=[measure(value=0.1)])
+    write(tmp_path / "other.json", K8V8, model__config_digest=digest("other"))
+    return Runner(tmp_path)
+
+
+def test_the_action_passes(runner: Runner) -> None:
+    code, out, result, summary = runner.compare(base="old.json", head="new.json", memory="1GiB")
+    assert (code, result["verdict"]) == (0, "pass")
+    assert "::warning file=new.json,title=kvtuner-search layer-bits-lowered::" in out
+    assert summary.startswith("### ✅ KV-cache profile: pass")
+    report = json.loads(result["json"])
+    assert report["new"]["capacity_tokens"] == 2**30 // 832
+    assert json.loads(Path(result["json-file"]).read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("inputs", "code", "verdict"),
+    [
+        ({"head": "worse.json"}, 1, "fail"),
+        ({"head": "worse.json", "fail_on": "none"}, 0, "pass"),
+        ({"head": "new.json", "fail_on": "warning"}, 1, "fail"),
+        ({"head": "new.json", "max_bytes_per_token": "831"}, 1, "fail"),
+        ({"head": "new.json", "max_bytes_per_token": "832"}, 0, "pass"),
+        ({"head": "worse.json", "fail_on": "none", "max_loss_increase": "0.01"}, 0, "pass"),
+        ({"head": "other.json"}, 4, "not-comparable"),
+        ({"head": "missing.json"}, 3, "error"),
+        ({"head": "new.json", "fail_on": "sometimes"}, 2, "error"),
+        ({"head": "--rules"}, 3, "error"),
+        ({"head": "$(touch injected); `touch injected`"}, 3, "error"),
+    ],
+)
+def test_the_action_ends_as_the_gate_says(runner: Runner, inputs: dict[str, str], code: int, verdict: str) -> None:
+    actual, _, result, _ = runner.compare(base="old.json", **inputs)
+    assert (actual, result["verdict"]) == (code, verdict)
+    assert (result["json"] == "") is (verdict == "error")
+    assert not (runner.folder / "injected").exists()
+
+
+def test_the_action_declares_what_it_sets() -> None:
+    assert set(ACTION["outputs"]) == {"verdict", "json", "json-file"}
+    for name, field in ACTION["outputs"].items():
+        assert field["value"] == f"${{{{ steps.diff.outputs.{name} }}}}"
+    assert set(ACTION["inputs"]) == {"base", "head", "fail-on", "max-bytes-per-token", "max-loss-increase", "memory"}
+
+
+def installed_by_the_action(tmp_path: Path) -> list[str]:
+    """Run the step Install with an interpreter that only notes what it is asked for: the requirements it would install."""
+    log = tmp_path / "log"
+    fake = f'printf "%s\\n" "$@" >> {shlex.quote(str(log))}; [ "$2" != venv ] || {{ mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }}'
+    shim(tmp_path / "bin" / "python3", fake)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "RUNNER_TEMP": str(tmp_path / "temp dir"),
+        **step_environment(STEPS["Install"], {}, "/action path"),
+    }
+    script = tmp_path / "install.sh"
+    script.write_text(STEPS["Install"]["run"])
+    subprocess.run([*BASH, script], env=environment, check=True, capture_output=True)
+    lines = log.read_text().splitlines()
+    assert lines[:2] == ["-m", "venv"]
+    assert lines.count("/action path") == 1
+    assert lines[lines.index("/action path") - 1] == "--no-deps"
+    return [line for line in lines if ">=" in line]
+
+
+def test_the_action_installs_what_the_project_asks_for(tmp_path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    requirements = installed_by_the_action(tmp_path)
+    assert requirements
+    assert set(requirements) <= set(project), "the same lower bounds"
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """Distributions that installing these brings, as pip would resolve them here."""
+    found: set[str] = set()
+    todo = [Requirement(text) for text in requirements]
+    while todo:
+        requirement = todo.pop()
+        if requirement.name.lower() in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(requirement.name.lower())
+        todo += [Requirement(text) for text in importlib.metadata.requires(requirement.name) or []]
+    return found
+
+
+def test_what_the_action_installs_is_enough(tmp_path: Path) -> None:
+    """Every form of diff works where only these distributions can be imported."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in closure(installed_by_the_action(tmp_path)):
+        for file in importlib.metadata.files(name) or []:
+            top = file.parts[0]
+            if not top.startswith(".") and not (site / top).exists():
+                (site / top).symlink_to(
+                    Path(str(file.locate())).parents[len(file.parts) - 1] / top
+                    if len(file.parts) > 1
+                    else file.locate()
+                )
+    run = tmp_path / "kvtuner-search"
+    shim(run, command_line(f"{site}:{ROOT}:{ROOT / 'kernels'}", flags="-S"))
+    old, new = write(tmp_path / "old.json", K8V8), write(tmp_path / "new.json", K8V4)
+    for style in ("text", "json", "markdown", "github", "junit"):
+        result = subprocess.run([run, "diff", old, new, "--format", style], capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
+    probe = subprocess.run(
+        [sys.executable, "-S", "-c", "import torch"], env={"PYTHONPATH": str(site)}, capture_output=True
+    )
+    assert probe.returncode != 0, "the folder really has nothing else"
+
+
+# pre-commit
+
+
+HOOKS = {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
+
+
+@pytest.mark.parametrize(
+    ("name", "checked"),
+    [
+        ("profiles/a.json", True),
+        ("deploy/profiles/qwen/a.json", True),
+        ("profiles/schema/v1.json", False),
+        ("profiles/a.yaml", False),
+        ("other/a.json", False),
+    ],
+)
+def test_the_hook_takes_profiles(name: str, checked: bool) -> None:
+    hook = HOOKS["kvtuner-profile-check"]
+    assert hook["types"] == ["json"]
+    assert (re.search(hook["files"], name) is not None) is checked
+
+
+def test_the_hook_runs_check(tmp_path: Path) -> None:
+    shim(tmp_path / "bin" / "kvtuner-search", command_line())
+    good, bad = write(tmp_path / "good.json", K8V8), tmp_path / "bad.json"
+    bad.write_text("{}")
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    entry = shlex.split(HOOKS["kvtuner-profile-check"]["entry"])
+
+    def hook(*arguments: object) -> int:
+        return subprocess.run(
+            [*entry, *map(str, arguments)], env=environment, cwd=tmp_path, capture_output=True
+        ).returncode
+
+    assert hook(good) == 0
+    assert hook(good, bad) == 3
+    assert hook("--strict", write(tmp_path / "unproven.json", K8V8, quality=[])) == 1
+
+
+def test_every_profile_of_this_repository_passes_the_hook() -> None:
+    files = [path for path in (ROOT / "profiles").rglob("*.json") if "schema" not in path.parts]
+    assert len(files) >= 10
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    result = subprocess.run(
+        [sys.executable, "-m", "kvtuner_search", "check", *files], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# the project's own gate
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"), [({}, 0), ({"quality": [measure(value=0.1)]}, 1), ({"model__id": "other"}, 0)]
+)
+def test_diff_profiles_compares_with_the_base(tmp_path: Path, changed: dict[str, Any], code: int) -> None:
+    """A copy of the script in a repository of its own."""
+    for name in ("kvtuner_search", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "diff_profiles").write_bytes((ROOT / "scripts" / "diff_profiles").read_bytes())
+    (tmp_path / "profiles" / "small").mkdir(parents=True)
+    path = write(tmp_path / "profiles" / "small" / "a.json", K8V8)
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "-q"], ["add", "profiles"], ["commit", "-qm", "x"]):
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+    write(path, K8V8, **changed)
+    write(tmp_path / "profiles" / "small" / "new.json", K8V4)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "scripts" / "diff_profiles", "HEAD"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert ("verdict" in result.stdout) is bool(changed)
+    path.write_text("{")
+    result = subprocess.run(
+        [sys.executable, tmp_path / "scripts" / "diff_profiles"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 3

@@ -1,0 +1,132 @@
+"""The transforms file, the model, and what a strict check remarks on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtuner_search.errors import NotComparableError, ProfileError
+from kvtuner_search.profile.canonical import dumps
+from kvtuner_search.profile.checks import MAX_HEADER, check_model, check_transforms, strict_remarks
+from kvtuner_search.profile.schema import Profile
+from tests.search.profile_factory import digest, front, measure, profile, safetensors
+
+LAYERS = ["4-g64-asym-c/4-g64-asym", "4-g64-asym/4-g64-asym", "4-g64-asym-c/4-g64-asym-c", "16/16"]
+TENSORS = {"layers.0.key": [2, 64], "layers.2.key": [2, 64], "layers.2.value": [2, 64]}
+
+
+def with_file(folder: Path, data: bytes) -> Profile:
+    (folder / "a.safetensors").write_bytes(data)
+    return profile(LAYERS, transforms={"file": "a.safetensors", "digest": "sha256:" + hashlib.sha256(data).hexdigest()})
+
+
+def test_a_file_that_fits(tmp_path: Path) -> None:
+    check_transforms(with_file(tmp_path, safetensors(TENSORS)), tmp_path)
+    check_transforms(profile(), tmp_path)
+
+
+def test_a_file_that_the_library_wrote(tmp_path: Path) -> None:
+    import numpy
+    from safetensors.numpy import save
+
+    tensors = {name: numpy.ones(shape, numpy.float32) for name, shape in TENSORS.items()}
+    check_transforms(with_file(tmp_path, save(tensors, {"format": "pt"})), tmp_path)
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    checked = with_file(tmp_path, safetensors(TENSORS))
+    (tmp_path / "a.safetensors").write_bytes(safetensors(TENSORS)[:-1] + b"\1")
+    with pytest.raises(ProfileError, match="has digest"):
+        check_transforms(checked, tmp_path)
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(ProfileError, match="does not exist"):
+        check_transforms(checked, tmp_path)
+
+
+def test_a_file_that_is_far_too_large_is_refused_by_its_size_alone(tmp_path: Path) -> None:
+    checked = with_file(tmp_path, safetensors(TENSORS))
+    with (tmp_path / "a.safetensors").open("r+b") as stream:
+        stream.truncate(2**30)
+    with pytest.raises(ProfileError, match="more than"):
+        check_transforms(checked, tmp_path)
+
+
+def raw(header: object, payload: int = 0) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(payload)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (safetensors({**TENSORS, "layers.1.key": [2, 64]}), "differ in layers.1.key"),
+        (safetensors({**TENSORS, "layers.1.key": [0]}), "differ in layers.1.key"),
+        (safetensors({name: TENSORS[name] for name in ("layers.0.key", "layers.2.key")}), "differ in layers.2.value"),
+        (safetensors({**TENSORS, "layers.2.value": [64, 2]}), r"F32 \[64, 2\], not F32 \[2, 64\]"),
+        (safetensors(TENSORS, "I32"), "I32"),
+        (b"", "header does not fit"),
+        (b"\xff" * 8, "header does not fit"),
+        (struct.pack("<Q", MAX_HEADER + 1) + b"{}", "header does not fit"),
+        (raw([]), "no object"),
+        (raw({"a": 1}), "no shape or offsets"),
+        (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}, 4), "no shape or offsets"),
+        (raw({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, 4), "no shape or offsets"),
+        (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8), "offsets do not fit"),
+        (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 5), "offsets do not fit"),
+        (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4), "offsets do not fit"),
+        (struct.pack("<Q", 9) + b'{"a":NaN}', "no JSON number"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        check_transforms(with_file(tmp_path, data), tmp_path)
+
+
+def test_the_model_must_be_the_profiles_own() -> None:
+    checked = profile()
+    check_model(checked, checked.model, "config.json")
+    check_model(checked, checked.model.model_copy(update={"config_digest": None, "id": "other"}), "config.json")
+    for change in ({"num_layers": 5}, {"config_digest": digest("x")}, {"architecture": "X"}, {"head_dim": 128}):
+        with pytest.raises(NotComparableError, match=next(iter(change))):
+            check_model(checked, checked.model.model_copy(update=change), "config.json")
+
+
+def remarks(data: bytes | None = None, **changes: Any) -> list[str]:
+    checked = profile(**changes)
+    return [remark.id for remark in strict_remarks(checked, dumps(checked).encode() if data is None else data)]
+
+
+@pytest.mark.parametrize(
+    ("remark", "fires", "below"),
+    [
+        ("model-unverified", {"model__config_digest": None}, {"model__revision": None}),
+        ("quality-unproven", {"quality": []}, {"quality": [], "layers": "16/16"}),
+        (
+            "interval-excludes-value",
+            {"quality": [measure() | {"ci_low": 0.0201}]},
+            {"quality": [measure() | {"ci_low": 0.02}]},
+        ),
+        (
+            "not-on-front",
+            {"pareto": front(("4-g64-asym/4-g64-asym", 0.1))},
+            {"pareto": front(("8-g64-asym/4-g64-asym", 0.1))},
+        ),
+        (
+            "unused-transforms",
+            {"transforms": {"file": "a.safetensors", "digest": digest("a")}},
+            {"transforms": {"file": "a.safetensors", "digest": digest("a")}, "layers": LAYERS},
+        ),
+    ],
+)
+def test_remarks(remark: str, fires: dict[str, Any], below: dict[str, Any]) -> None:
+    assert remarks(**fires) == [remark]
+    assert remarks(**below) == []
+
+
+def test_a_file_out_of_canonical_form() -> None:
+    assert remarks(json.dumps(profile().model_dump(mode="json")).encode()) == ["not-canonical"]

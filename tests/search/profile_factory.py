@@ -1,0 +1,110 @@
+"""Profiles for tests: small to read, with every part filled in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from kvtuner_kernels.layout import LayerSpec, bytes_per_token
+from kvtuner_search.profile.canonical import save, seal
+from kvtuner_search.profile.schema import LayerEntry, Profile, storage_of
+
+KV_HEADS, HEAD_DIM = 2, 64
+
+
+def digest(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def measure(
+    metric: str = "kl", value: float = 0.02, half: float = 0.004, baseline: float = 0.0, **more: Any
+) -> dict[str, Any]:
+    """A measure whose interval is ``value - baseline`` plus and minus ``half``."""
+    delta = value - baseline
+    return {
+        "metric": metric,
+        "data": "recall",
+        "split": "test",
+        "samples": 200,
+        "tokens": 51200,
+        "baseline": baseline,
+        "value": value,
+        "ci_low": delta - half,
+        "ci_high": delta + half,
+        **more,
+    }
+
+
+def content(layers: list[str] | str = "8-g64-asym/4-g64-asym", count: int = 4, **more: Any) -> dict[str, Any]:
+    """A profile's content without digest; ``layers`` is one short spec a layer, or one for all ``count`` layers."""
+    specs = [LayerSpec.parse(text) for text in ([layers] * count if isinstance(layers, str) else layers)]
+    body: dict[str, Any] = {
+        "name": "small",
+        "model": {
+            "id": "example/small",
+            "architecture": "Qwen2ForCausalLM",
+            "config_digest": digest("config"),
+            "num_layers": len(specs),
+            "num_attention_heads": 4,
+            "num_kv_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+        },
+        "layers": [LayerEntry.of(spec).model_dump() for spec in specs],
+        "storage": storage_of(specs, KV_HEADS, HEAD_DIM).model_dump(),
+        "quality": [measure()],
+        "provenance": {
+            "origin": "calibrated",
+            "tool": "kvtuner-search 0.1.0",
+            "versions": {"torch": "2.13.0"},
+            "device": "cpu",
+            "dtype": "float32",
+            "search": {"sampler": "tpe", "seed": 0, "trials": 60, "variables": 4},
+            "data": [{"name": "recall", "split": "test", "samples": 200, "tokens": 51200, "digest": digest("recall")}],
+        },
+    }
+    for path, value in more.items():
+        target = body
+        *parents, last = path.split("__")
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    return body
+
+
+def profile(layers: list[str] | str = "8-g64-asym/4-g64-asym", count: int = 4, **more: Any) -> Profile:
+    return seal(content(layers, count, **more))
+
+
+def write(path: Path, layers: list[str] | str = "8-g64-asym/4-g64-asym", count: int = 4, **more: Any) -> Path:
+    save(profile(layers, count, **more), path)
+    return path
+
+
+def front(*points: tuple[str, float], count: int = 4) -> list[dict[str, Any]]:
+    """Pareto points, each one spec for all layers."""
+    return [
+        {
+            "bytes_per_token": bytes_per_token([LayerSpec.parse(spec)] * count, KV_HEADS, HEAD_DIM),
+            "loss": loss,
+            "origin": "trial",
+            "layers": [spec] * count,
+        }
+        for spec, loss in points
+    ]
+
+
+def safetensors(tensors: dict[str, list[int]], dtype: str = "F32") -> bytes:
+    """A safetensors file of zeros with the given shapes."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in tensors.items():
+        size = 4
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(end)

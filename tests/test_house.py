@@ -1,0 +1,154 @@
+"""The house rules that code can check: layout, arrows of imports, light commands, and the scripts that the README names."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from kvtuner_search.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"kvtuner_search": ROOT / "kvtuner_search", "kvtuner_kernels": ROOT / "kernels" / "kvtuner_kernels"}
+# A part imports only parts of its own rank or below. `base` are the modules beside the subpackages (errors, files).
+RANK = {
+    "kvtuner_kernels": 0,
+    "base": 0,
+    "profile": 1,
+    "data": 2,
+    "models": 2,
+    "evaluation": 2,
+    "calibration": 3,
+    "serving": 3,
+    "bench": 3,
+    "report": 3,
+    "cli": 4,
+    "__main__": 5,
+}
+HEAVY = ("torch", "transformers", "optuna", "datasets", "plotly", "triton")
+
+
+def part_of(module: str) -> str:
+    """The part that a module of this project belongs to."""
+    package, *rest = module.split(".")
+    if package == "kvtuner_kernels":
+        return package
+    return rest[0] if rest and rest[0] in RANK else "base"
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Module -> every module that it imports anywhere in its code, by full name."""
+    found: dict[str, set[str]] = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            names = found.setdefault(module, set())
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    names.update(alias.name for alias in node.names)
+                elif isinstance(node, ast.ImportFrom):
+                    assert node.level == 0, f"{path}:{node.lineno}: write the full name of the module"
+                    names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def test_top_level_kernels_is_no_package() -> None:
+    """transformers and SGLang probe for a library named `kernels`; an importable folder of that name breaks both."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert [path.name for path in (ROOT / "kernels").iterdir() if path.name != "__pycache__"] == ["kvtuner_kernels"]
+
+
+def test_pytest_and_wheel_see_the_same_packages() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert "kernels" in project["pytest"]["ini_options"]["pythonpath"]
+    assert "--import-mode=importlib" in project["pytest"]["ini_options"]["addopts"]
+    assert project["hatch"]["build"]["targets"]["wheel"]["packages"] == ["kvtuner_search", "kernels/kvtuner_kernels"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_typed(package: str) -> None:
+    assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_imports_point_one_way() -> None:
+    assert len(imports()) > 20
+    wrong, graph = [], {}
+    for module, names in imports().items():
+        part = part_of(module)
+        targets = {part_of(name) for name in names if name.split(".")[0] in PACKAGES} - {part}
+        graph.setdefault(part, set()).update(targets)
+        wrong += [f"{module} -> {target}" for target in targets if RANK[target] > RANK[part]]
+    assert not wrong
+    TopologicalSorter({part: graph[part] for part in sorted(graph)}).prepare()  # raises CycleError among equals
+
+
+@pytest.mark.parametrize("module", ["kvtuner_kernels.layout", "kvtuner_search.profile"])
+def test_profile_and_layout_import_nothing_heavy_even_inside_functions(module: str) -> None:
+    chosen = {name: found for name, found in imports().items() if f"{name}.".startswith(f"{module}.")}
+    assert chosen
+    for name, found in chosen.items():
+        assert not [target for target in found if target.split(".")[0] in HEAVY], name
+        kernels = {target for target in found if target.startswith("kvtuner_kernels")}
+        assert all(target.startswith("kvtuner_kernels.layout.") for target in kernels), name
+
+
+def test_kernels_know_nothing_of_the_search() -> None:
+    for name, found in imports().items():
+        if name.startswith("kvtuner_kernels"):
+            assert not [
+                target for target in found if target.startswith(("kvtuner_search", "transformers", "sglang"))
+            ], name
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom kvtuner_search.cli.main import run\n"
+        f"code = run({arguments!r})\n"
+        f"print('heavy:', *[name for name in {HEAVY!r} if name in sys.modules])\nsys.exit(code)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+@pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", ".ci/run"])
+def test_scripts_run_and_stop_at_the_first_error(script: str) -> None:
+    path = ROOT / script
+    assert os.access(path, os.X_OK)
+    assert path.read_text().startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in path.read_text()
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_readme_names_the_two_commands_and_ci_runs_the_tests() -> None:
+    named = set(re.findall(r"\bscripts/\w+", (ROOT / "README.md").read_text()))
+    assert {"scripts/demo", "scripts/test"} <= named
+    assert all((ROOT / script).is_file() for script in named)
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith('/../scripts/test"')
+
+
+def test_environment_says_which_python_it_needs(tmp_path: Path) -> None:
+    """With no usable interpreter the scripts end in one line, before anything is made."""
+    for script in ("environment", "test"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        (tmp_path / "scripts" / script).write_bytes((ROOT / "scripts" / script).read_bytes())
+    environment = os.environ | {"KVTUNER_PYTHON": "no-such-python"}
+    script = str(tmp_path / "scripts" / "test")
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"scripts: none of no-such-python is Python 3\.11 to 3\.13 .+KVTUNER_PYTHON\n", done.stderr)
+    assert not (tmp_path / ".venv").exists()
