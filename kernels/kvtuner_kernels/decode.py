@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# ruff: noqa: RUF005, RET505 - Triton compiles what follows a return and has no starred tuples
 """Split-KV decode attention over packed rows, and the merge of the splits.
 
 One program reads whole rows: all local KV heads (up to ``BATCH``) of a run of tokens. The tile is three-dimensional and a warp
@@ -12,7 +13,7 @@ are summed with them. Nothing is dequantized.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,9 +27,12 @@ from kvtuner_kernels.operands import (
     butterflies,
     check_centre,
     check_rows,
+    fill,
     grid_of,
+    inverse_power,
     operand,
     pieces,
+    power_below,
     rotation_shift,
     rounded,
     sides,
@@ -47,15 +51,24 @@ def _query_operands(
     query, heads, columns, mask,
     SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Per plane one [BATCH, words, N] operand, and per group the sum of q and of q times the operands' bias."""
+    """Per plane one [BATCH, words, N] operand, per group the sum of q and of q times the operands' bias, and q's unit [BATCH, 1, N].
+
+    Operands and sums are in units of a power of two, so that a query of any magnitude is exact in fp16.
+    """
     word = tl.arange(0, SIDE.padded)[None, :, None]
     operands = ()
     sums = ()
     biases = ()
     PLANES: tl.constexpr = SIDE.segments * SIDE.planes
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
+    peak = tl.full([1, 1, 1], 0.0, tl.float32)
     for x in tl.static_range(PLANES):
-        part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0).to(DTYPE)
+        part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0)
+        peak = tl.maximum(peak, tl.max(tl.abs(part.to(tl.float32)), 1, keep_dims=True))
+    unit = tl.maximum(power_below(peak), 2.0**-60) * 2.0**-7  # the largest channel becomes 2**7 or more
+    for x in tl.static_range(PLANES):
+        part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0)
+        part = (part.to(tl.float32) * inverse_power(unit)).to(DTYPE)
         total = tl.sum(part.to(tl.float32), 1, keep_dims=True)
         if x % PLANES_A_GROUP == 0:
             group_sum = total
@@ -67,99 +80,118 @@ def _query_operands(
             sums = sums + (group_sum,)
             biases = biases + (group_bias,)
         operands = operands + (part,)
-    return operands, sums, biases
+    return operands, sums, biases, unit
 
 
 @triton.jit
-def _load_words(base, heads, word, live, SEGMENT: tl.constexpr, SIDE: tl.constexpr, MASKED_HEADS: tl.constexpr):
-    """uint16 words of one segment; ``base``, ``heads``, ``word`` and ``live`` broadcast to the tile."""
-    pointer = (base + SIDE.codes).to(tl.pointer_type(tl.uint16)) + heads * (SIDE.head_codes // 2)
-    pointer = pointer + (SEGMENT * SIDE.words + word)
-    if SIDE.words != SIDE.padded:
-        if MASKED_HEADS:
-            return tl.load(pointer, mask=live & (word < SIDE.words), other=0)
+def _load_words(
+    rows, slot, heads, word, SEGMENT: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr, CONTIGUOUS: tl.constexpr
+):  # fmt: skip
+    """uint16 words of one segment; ``slot``, ``heads`` and ``word`` broadcast to the tile."""
+    # Neighbouring tokens are declared contiguous, which is not true and has one effect: lanes are laid over tokens before
+    # heads. A thread then has few tokens to address, one multiply-add each, and its heads lie at constant offsets from there.
+    token = tl.max_contiguous(slot * (ROW // 2), CONTIGUOUS)
+    pointer = rows.to(tl.pointer_type(tl.uint16)) + (SIDE.codes // 2 + SEGMENT * SIDE.words) + word
+    pointer = (pointer + token) + heads * (SIDE.head_codes // 2)
+    if SIDE.words == SIDE.padded:
+        return tl.load(pointer)
+    else:
         return tl.load(pointer, mask=word < SIDE.words, other=0)
-    if MASKED_HEADS:
-        return tl.load(pointer, mask=live, other=0)
-    return tl.load(pointer)
 
 
 @triton.jit
 def _scores(
-    base, heads, live, operands, sums, biases,
-    SIDE: tl.constexpr, MASKED_HEADS: tl.constexpr, DTYPE: tl.constexpr, SHAPE: tl.constexpr,
+    rows, slot, heads, operands, sums, biases,
+    SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """q . k as [BATCH, TOKENS, N] without the softmax scale; ``base`` [1 or BATCH, TOKENS], ``heads``, ``live`` [BATCH, 1]."""
+    """q . k as [BATCH, TOKENS, N] without the softmax scale; ``slot`` int64 [1 or BATCH, TOKENS], ``heads`` [BATCH, 1]."""
     word = tl.arange(0, SIDE.padded)[None, None, :]
-    PIECES: tl.constexpr = pieces(SIDE.bits, DTYPE)
-    if SIDE.bits == 16:
-        words = _load_words(base[:, :, None], heads[:, :, None], word, live[:, :, None], 0, SIDE, MASKED_HEADS)
-        return tl.dot(operand(words, 16, 0, 0, DTYPE, ASSEMBLY_BODY), operands[0])
+    slot3 = slot[:, :, None]
+    heads3 = heads[:, :, None]
     GROUPS: tl.constexpr = SIDE.groups
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
-    scores = tl.zeros(SHAPE, tl.float32)
     for group in tl.static_range(GROUPS):
         part = tl.broadcast_to(-biases[group], SHAPE)
         for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
             if x % SIDE.planes == 0:
-                words = _load_words(
-                    base[:, :, None], heads[:, :, None], word, live[:, :, None], x // SIDE.planes, SIDE, MASKED_HEADS
-                )
-            for piece in tl.static_range(PIECES):
+                words = _load_words(rows, slot3, heads3, word, x // SIDE.planes, SIDE, ROW, [1, 2, 1])
+            for piece in tl.static_range(pieces(SIDE.bits, DTYPE)):
                 codes = operand(words, SIDE.bits, x % SIDE.planes, piece, DTYPE, ASSEMBLY_BODY)
                 part = tl.dot(codes, operands[x], part)
-        scale, minimum = grid_of(base, heads, group, SIDE)
-        scores += part * scale[:, :, None] + minimum[:, :, None] * sums[group]
+        if SIDE.bits < 16:
+            scale, minimum = grid_of(rows, slot, heads, group, SIDE, ROW)
+            part = part * scale[:, :, None] + minimum[:, :, None] * sums[group]
+        if group == 0:
+            scores = part
+        else:
+            scores += part
     return scores
 
 
 @triton.jit
 def _add_values(
-    base, heads, live, p, decay, acc, code_sums, minimum_sums,
-    SIDE: tl.constexpr, MASKED_HEADS: tl.constexpr, DTYPE: tl.constexpr,
+    rows, slot, heads, p, decay, acc, middles, units, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Decay the accumulators and add the tile's values, weighted with ``p`` [BATCH, TOKENS, N]."""
+    """Decay the accumulators and add the tile's values, weighted with ``p`` [BATCH, TOKENS, N].
+
+    A value is ``scale * (code - n / 2) + middle``: what is rounded, ``p * scale``, meets numbers centred on zero. Likewise an
+    operand's bias is taken off tile by tile, so that sums stay as small as what they sum. Bytes need fp16 operands, hence
+    fp16 weights: these, and their sums, are in ``units``, the power of two of the largest scale so far, and cannot overflow.
+    """
+    BATCH: tl.constexpr = p.shape[0]
+    TOKENS: tl.constexpr = p.shape[1]
+    COLUMNS: tl.constexpr = p.shape[2]
     word = tl.arange(0, SIDE.padded)[None, :, None]
-    base3 = base[:, None, :]
+    slot3 = slot[:, None, :]
     heads3 = heads[:, :, None]
-    live3 = live[:, :, None]
-    new_acc = ()
-    if SIDE.bits == 16:
-        words = _load_words(base3, heads3, word, live3, 0, SIDE, MASKED_HEADS)
-        values = operand(words, 16, 0, 0, DTYPE, ASSEMBLY_BODY)
-        return (tl.dot(values, rounded(p, DTYPE, ASSEMBLY_BODY), acc[0] * decay),), code_sums, minimum_sums
     GROUPS: tl.constexpr = SIDE.groups
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
-    new_codes = ()
-    new_minima = ()
+    SHAPE: tl.constexpr = [BATCH, SIDE.padded, COLUMNS]
+    BLOCKS: tl.constexpr = [BATCH, SIDE.padded // 16, 16, COLUMNS]
+    new_acc = ()
+    new_middles = ()
+    new_units = ()
     for group in tl.static_range(GROUPS):
-        scale, minimum = grid_of(base, heads, group, SIDE)
-        weighted = rounded(p * scale[:, :, None], DTYPE, ASSEMBLY_BODY)
-        # The biases are taken off the same rounded weights that the products use, so that they cancel exactly.
-        new_codes = new_codes + (code_sums[group] * decay + tl.sum(weighted.to(tl.float32), 1, keep_dims=True),)
-        if SIDE.symmetric:
-            new_minima = new_minima + (minimum_sums[group],)
+        if SIDE.bits == 16:
+            weights = rounded(p, DTYPE, ASSEMBLY_BODY)
+            acc_decay = decay
+            new_units = new_units + (units[group],)
         else:
-            new_minima = new_minima + (
-                minimum_sums[group] * decay + tl.sum(p * minimum[:, :, None], 1, keep_dims=True),
-            )
+            scale, minimum = grid_of(rows, slot, heads, group, SIDE, ROW)
+            if SIDE.bits == 8:
+                unit = tl.maximum(units[group], power_below(tl.max(scale, 1, keep_dims=True)[:, :, None]))
+                inverse = inverse_power(unit)
+                weights = rounded(p * (scale[:, :, None] * inverse), DTYPE, ASSEMBLY_BODY)
+                acc_decay = decay * (units[group] * inverse)
+                new_units = new_units + (unit,)
+            else:
+                weights = rounded(p * scale[:, :, None], DTYPE, ASSEMBLY_BODY)
+                acc_decay = decay
+                new_units = new_units + (units[group],)
+            ones = tl.full([BATCH, 16, TOKENS], 1.0, DTYPE)
+            total = tl.dot(ones, weights)[:, None, :, :]  # in all of 16 rows, as the accumulators have them
+        if SIDE.symmetric or SIDE.bits == 16:
+            new_middles = new_middles + (middles[group],)
+        else:
+            middle = minimum + scale * ((2**SIDE.bits - 1) / 2)
+            new_middles = new_middles + (middles[group] * decay + lane_sums(p * middle[:, :, None]),)
         for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
             if x % SIDE.planes == 0:
-                words = _load_words(base3, heads3, word, live3, x // SIDE.planes, SIDE, MASKED_HEADS)
-            total = acc[x] * decay
+                words = _load_words(rows, slot3, heads3, word, x // SIDE.planes, SIDE, ROW, [1, 1, 2])
+            out = acc[x] * acc_decay
+            if SIDE.bits < 16:
+                excess = total * (bias(SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY) + (2**SIDE.bits - 1) / 2)
+                out -= tl.broadcast_to(excess, BLOCKS).reshape(SHAPE)
             for piece in tl.static_range(pieces(SIDE.bits, DTYPE)):
-                codes = operand(words, SIDE.bits, x % SIDE.planes, piece, DTYPE, ASSEMBLY_BODY)
-                total = tl.dot(codes, weighted, total)
-            new_acc = new_acc + (total,)
-    return new_acc, new_codes, new_minima
+                out = tl.dot(operand(words, SIDE.bits, x % SIDE.planes, piece, DTYPE, ASSEMBLY_BODY), weights, out)
+            new_acc = new_acc + (out,)
+    return new_acc, new_middles, new_units
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
-    result = ()
-    for _ in tl.static_range(COUNT):
-        result = result + (tl.zeros(SHAPE, tl.float32),)
-    return result
+def lane_sums(x):
+    """[BATCH, TOKENS, N] to [BATCH, 8, N], the sums of every eighth token: those that one thread holds anyway."""
+    return tl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), 1)
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
@@ -178,19 +210,24 @@ def decode_kernel(
     that belongs to request ``b`` is partial result ``i + b``; neighbours differ in one or both, so the numbers are unique.
     """
     TILE: tl.constexpr = RUNS * TOKENS
-    MASKED_HEADS: tl.constexpr = HEADS % (BATCH // RUNS) != 0
     QUERY_HEADS: tl.constexpr = HEADS * GROUP
     PLANES: tl.constexpr = VALUE.segments * VALUE.planes
     WORDS: tl.constexpr = VALUE.padded
     GROUPS: tl.constexpr = VALUE.groups
     program = tl.program_id(0)
     entry = tl.arange(0, BATCH)[:, None]
-    heads = tl.program_id(1) * (BATCH // RUNS) + entry // RUNS
-    live = heads < HEADS
+    heads = entry // RUNS
+    if HEADS > BATCH // RUNS:
+        heads += tl.program_id(1) * (BATCH // RUNS)
+    if HEADS % (BATCH // RUNS) == 0:
+        stored_heads = heads
+    else:
+        stored_heads = tl.minimum(heads, HEADS - 1)  # where heads are padded, the last is read again
+    slots = kv_indices.to(tl.pointer_type(tl.int32))  # low halves: a slot's number fits in 32 bits, its address does not
     run = entry % RUNS if RUNS > 1 else tl.full([1, 1], 0, tl.int32)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     query_heads = heads[:, :, None] * GROUP + column
-    mask = live[:, :, None] & (column < GROUP)
+    mask = (heads[:, :, None] < HEADS) & (column < GROUP)
 
     if split_counts is not None:
         first = program // splits
@@ -228,36 +265,36 @@ def decode_kernel(
             part = program + request
 
         columns = request * query_token_stride + query_heads * query_head_stride
-        operands, sums, biases = _query_operands(query, heads, columns, mask, KEY, HEAD_DIM, KEY_DTYPE)
+        operands, sums, biases, unit = _query_operands(query, heads, columns, mask, KEY, HEAD_DIM, KEY_DTYPE)
         top = tl.full([BATCH, 1, COLUMNS], -1.0e30, tl.float32)
-        total = tl.zeros([BATCH, 1, COLUMNS], tl.float32)
-        acc = _zeros(PLANES, [BATCH, WORDS, COLUMNS])
-        code_sums = _zeros(GROUPS, [BATCH, 1, COLUMNS])
-        minimum_sums = _zeros(GROUPS, [BATCH, 1, COLUMNS])
+        lane_total = tl.zeros([BATCH, 8, COLUMNS], tl.float32)
+        acc = fill(PLANES, [BATCH, WORDS, COLUMNS], 0.0)
+        lane_middles = fill(GROUPS, [BATCH, 8, COLUMNS], 0.0)
+        units = fill(GROUPS, [BATCH, 1, 1], 2.0**-60)
         for tile in tl.range(low, high, TILE, num_stages=STAGES):
             token = tile + run * TOKENS + tl.arange(0, TOKENS)[None, :]
             # Beyond the end the last token is read again and weighted with 0: no mask, and no row that is not in use.
-            slot = tl.load(kv_indices + tl.minimum(token, high - 1)).to(tl.int64)
-            base = rows + slot * ROW
+            slot = tl.load(slots + tl.minimum(token, high - 1) * 2).to(tl.int64)
             scores = _scores(
-                base, heads, live, operands, sums, biases, KEY, MASKED_HEADS, KEY_DTYPE, [BATCH, TOKENS, COLUMNS]
+                rows, slot, stored_heads, operands, sums, biases, KEY, ROW, KEY_DTYPE, [BATCH, TOKENS, COLUMNS]
             )
             if CAP != 0:
                 # tanh(x) = 1 - 2 / (1 + exp(2 x)), scores in units of log2
-                scores = 1 - 2 / (1 + tl.exp2(scores * (softmax_scale * (2 / CAP * LOG2E))))
-                factor = CAP * LOG2E
+                scores = 1 - 2 / (1 + tl.exp2(scores * (unit * softmax_scale * (2 / CAP * LOG2E))))
+                factor = tl.full([1, 1, 1], CAP * LOG2E, tl.float32)
             else:
-                factor = softmax_scale * LOG2E
+                factor = unit * softmax_scale * LOG2E
             scores = tl.where((token < high)[:, :, None], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1, keep_dims=True) * factor)
             decay = tl.exp2(top - new_top)
             p = tl.exp2(scores * factor - new_top)
             top = new_top
-            total = total * decay + tl.sum(p, 1, keep_dims=True)
-            acc, code_sums, minimum_sums = _add_values(
-                base, heads, live, p, decay, acc, code_sums, minimum_sums, VALUE, MASKED_HEADS, VALUE_DTYPE
+            lane_total = lane_total * decay + lane_sums(p)
+            acc, lane_middles, units = _add_values(
+                rows, slot, stored_heads, p, decay, acc, lane_middles, units, VALUE, ROW, VALUE_DTYPE
             )
 
+        total = tl.sum(lane_total, 1, keep_dims=True)
         found = mask & (column < tl.where(low < high, GROUP, 0))
         partial_rows = (part.to(tl.int64) * RUNS + run[:, :, None]) * QUERY_HEADS + query_heads
         tl.store(
@@ -267,13 +304,9 @@ def decode_kernel(
         word = tl.arange(0, WORDS)[None, :, None]
         for x in tl.static_range(PLANES):
             out = acc[x]
-            if VALUE.bits < 16:
-                # What a weight of 1 would have added: the operand's bias and, if symmetric, the codes' middle.
-                shift = bias(VALUE.bits, x % VALUE.planes, VALUE_DTYPE, ASSEMBLY_BODY)
-                if VALUE.symmetric:
-                    out = out - code_sums[x * GROUPS // PLANES] * (shift + (2**VALUE.bits - 1) / 2)
-                else:
-                    out = out - code_sums[x * GROUPS // PLANES] * shift + minimum_sums[x * GROUPS // PLANES]
+            if VALUE.bits == 8:
+                out = out * units[x * GROUPS // PLANES]
+            out += tl.sum(lane_middles[x * GROUPS // PLANES], 1, keep_dims=True)
             tl.store(
                 partial + partial_rows * HEAD_DIM + x * VALUE.words + word,
                 out * inverse,
@@ -284,10 +317,13 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["batch", "splits"])
 def merge_kernel(
     partial, lse, kv_indptr, split_counts, centre, out, batch, splits, out_token_stride, out_head_stride,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATION: tl.constexpr, CENTRED: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
     WINDOW: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax-weighted mean of a request's partial results. Grid: (batch, query heads). A request without tokens gives 0."""
+    """Softmax-weighted mean of a request's partial results; a request without tokens gives 0.
+
+    Grid: (batch, query heads, blocks of WIDTH channels); to rotate back, one block has all channels.
+    """
     request = tl.program_id(0)
     head = tl.program_id(1)
     query_heads = tl.num_programs(1)
@@ -307,7 +343,7 @@ def merge_kernel(
         last = (high - 1 - begin) // length + 1 + request
     if high == low:
         last = first
-    channel = tl.arange(0, WIDTH)[None, :]
+    channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)[None, :]
     top = tl.full([1, 1], -1.0e30, tl.float32)
     total = tl.zeros([1, 1], tl.float32)
     acc = tl.zeros([1, WIDTH], tl.float32)
@@ -324,8 +360,8 @@ def merge_kernel(
         total = total * decay + tl.sum(p, 0, keep_dims=True)
         acc = acc * decay + tl.sum(values * p, 0, keep_dims=True)
     result = acc / tl.where(total > 0, total, 1.0)
-    if ROTATION:
-        result = butterflies(result, 1, WIDTH, ROTATION, rotation_shift(HEAD_DIM, True))
+    if ROTATED:
+        result = butterflies(result, 1, WIDTH, HEAD_DIM, rotation_shift(HEAD_DIM, True))
     if CENTRED:
         shift = tl.load(centre + head // GROUP * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)
         result += tl.where(total > 0, shift, 0.0)
@@ -410,27 +446,20 @@ def decode(
     workspace = workspace or decode_workspace(batch, splits, query_heads, head_dim, launch, rows.device, bool(max_kv_splits))
     if key_side.rotated:
         query = rotate_heads(query, inverse=True, dtype=query.dtype)
-    dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[query.dtype]
-    # fp16 weights would underflow once a value's scale is multiplied in; bf16 has the range, whatever the model's dtype.
-    value_dtype = dtype if value_side.bits == 16 else tl.bfloat16 if ASSEMBLY else tl.float32
-    head_blocks = triton.cdiv(heads, launch.batch // launch.runs)
     programs = batch * splits if max_kv_splits else splits
-    decode_kernel[(programs, head_blocks, triton.cdiv(group, launch.columns))](
+    blocks = triton.cdiv(heads, launch.batch // launch.runs), triton.cdiv(group, launch.columns)
+    decode_kernel[(programs, *blocks)](
         query, rows, kv_indptr, kv_indices, num_kv_splits, workspace.partial, workspace.lse, batch, splits,
         query.stride(0), query.stride(1), head_dim**-0.5 if softmax_scale is None else softmax_scale,
-        KEY=key_side, VALUE=value_side, ROW=rows.stride(0), HEADS=heads, GROUP=group, HEAD_DIM=head_dim,
-        CAP=soft_cap, WINDOW=window, KEY_DTYPE=dtype, VALUE_DTYPE=value_dtype,
-        BATCH=launch.batch, RUNS=launch.runs, TOKENS=launch.tokens, COLUMNS=launch.columns, STAGES=launch.stages,
-        num_warps=launch.warps,
+        **decode_constants(spec, heads, group, head_dim, query.dtype, rows.stride(0), launch, soft_cap, window),
+        num_warps=launch.warps, **launch.options(),
     )  # fmt: skip
     later = value_side.rotated and rotation_block(head_dim) < head_dim  # undone by a kernel of its own
     merged = torch.empty(query.shape, dtype=torch.float32, device=query.device) if later else out
-    merge_kernel[(batch, query_heads)](
+    constants = merge_constants(spec, batch, splits, group, head_dim, launch, window)
+    merge_kernel[(batch, query_heads, triton.cdiv(head_dim, constants["WIDTH"]))](
         workspace.partial, workspace.lse, kv_indptr, num_kv_splits, centres.value, merged, batch, splits,
-        merged.stride(0), merged.stride(1),
-        GROUP=group, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-        ROTATION=head_dim if value_side.rotated and not later else 0, CENTRED=value_side.centred and not later,
-        WINDOW=window, RUNS=launch.runs, TILE=launch.runs * launch.tokens, PARTS=16, num_warps=4,
+        merged.stride(0), merged.stride(1), **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4,
     )  # fmt: skip
     if later:
         centre = None if centres.value is None else centres.value.repeat_interleave(group, 0)
@@ -454,3 +483,45 @@ def decode_workspace(
         torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
     )
+
+
+def decode_constants(
+    spec: LayerSpec,
+    heads: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    row_stride: int,
+    launch: DecodeLaunch,
+    soft_cap: float = 0.0,
+    window: int = 0,
+) -> dict[str, Any]:
+    """Compile-time constants of :func:`decode_kernel`; ``dtype`` is the query's."""
+    key_side, value_side = sides(spec, heads, head_dim)
+    model = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+    # fp16 has room for more planes without a shift, and for bytes. Values of less than 8 bits take bf16 all the same: it
+    # needs no unit, and its smaller bias keeps the sums more exact.
+    key_dtype = tl.float16 if ASSEMBLY and key_side.bits < 16 else model
+    value_dtype = model if value_side.bits == 16 or not ASSEMBLY else tl.float16 if value_side.bits == 8 else tl.bfloat16
+    return {
+        "KEY": key_side, "VALUE": value_side, "ROW": row_stride, "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim,
+        "CAP": soft_cap, "WINDOW": window, "KEY_DTYPE": key_dtype, "VALUE_DTYPE": value_dtype, "BATCH": launch.batch,
+        "RUNS": launch.runs, "TOKENS": launch.tokens, "COLUMNS": launch.columns, "STAGES": launch.stages,
+    }  # fmt: skip
+
+
+def merge_constants(
+    spec: LayerSpec, batch: int, splits: int, group: int, head_dim: int, launch: DecodeLaunch, window: int = 0
+) -> dict[str, Any]:
+    """Compile-time constants of :func:`merge_kernel`.
+
+    Few partial results: one warp merges a head. Many: its channels are spread over several programs.
+    """
+    rotated = spec.value.rotated and rotation_block(head_dim) == head_dim
+    few = splits * launch.runs <= 12 * batch or rotated
+    width, parts = (triton.next_power_of_2(head_dim), 8) if few else (32, 128)
+    return {
+        "GROUP": group, "HEAD_DIM": head_dim, "WIDTH": width, "ROTATED": rotated,
+        "CENTRED": spec.value.centred and (rotated or not spec.value.rotated),
+        "WINDOW": window, "RUNS": launch.runs, "TILE": launch.runs * launch.tokens, "PARTS": parts,
+    }  # fmt: skip

@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# ruff: noqa: RUF005, RET505, SIM300 - Triton compiles what follows a return, has no starred tuples, and upper case names no constant
 """What all Triton kernels share: one side of a row as constants, words to matrix operands, Hadamard butterflies.
 
-A matrix operand holds codes as exact small integers. The **assembly body** turns one 32-bit register (the same bits of two
-16-bit words) into two numbers with one shift and one ``lop3``: the code bits are placed in the mantissa of a power of two, so
-bf16 operands read ``128 + code`` (:func:`bias`; callers subtract it, times the operands' sum) and fp16 operands are freed of
-their 1024 by one exact subtraction. The **plain body** computes codes with integer arithmetic; Triton's interpreter and other
-back ends run that one.
+A matrix operand holds codes as exact small numbers. The **assembly body** turns one 32-bit register (the same bits of two
+16-bit words) into two numbers with at most one shift and one ``lop3``: code bits become mantissa bits of a power of two, so an
+operand reads, say, ``128 + code``; callers take that :func:`bias` off, times the sum of what the operand was multiplied with.
+The **plain body** computes codes with integer arithmetic; Triton's interpreter runs that one.
 """
 
 from __future__ import annotations
@@ -117,41 +117,41 @@ def pieces(bits, dtype):
 
 
 @triton.constexpr_function
-def _shift_and_mask(bits, plane, piece, dtype):
-    """Where a plane lies in a word. Three 2-bit planes fit a mantissa side by side, so they share a shift."""
-    if bits == 2:
-        return 6 * (plane // 3), 3 << 2 * (plane % 3)
-    return (8 * plane + 4 * piece, 15) if pieces(bits, dtype) == 2 else (bits * plane, 2**bits - 1)
+def _place(bits, plane, piece, dtype):
+    """Right shift that brings a plane's bits into the mantissa, and where they then start in it.
 
-
-@triton.constexpr_function
-def _exponent(bits, plane, piece):
-    """Power of two that the masked bits are multiplied with to give the code, or the piece's part of it."""
-    return -2 * (plane % 3) if bits == 2 else 4 * piece
+    As many planes as fit side by side (10 bits in fp16, 7 in bf16) share a shift.
+    """
+    if pieces(bits, dtype) == 2:
+        return 8 * plane + 4 * piece, 0
+    shared = max(1, (10 if dtype == tl.float16 else 7) // bits)
+    return bits * shared * (plane // shared), bits * (plane % shared)
 
 
 @triton.constexpr_function
 def _assembly(bits, plane, piece, dtype):
-    """The code bits become the low mantissa bits of ``2**mantissa``, whose exponent field also carries the multiplier."""
-    shift, mask = _shift_and_mask(bits, plane, piece, dtype)
-    field, start = (10, 0x6400) if dtype == tl.float16 else (7, 0x4300)
-    magic = (start + (_exponent(bits, plane, piece) << field)) * 0x10001
-    source, lines = "$1", []
-    if shift:
-        lines, source = [f"shr.b32 t, $1, {shift};"], "t"
-    if dtype == tl.float16:
-        lines += [f"mov.b32 m, {magic};", f"lop3.b32 t, {source}, {mask * 0x10001}, m, 0xea;", "sub.f16x2 $0, t, m;"]
-    else:
-        lines += [f"lop3.b32 $0, {source}, {mask * 0x10001}, {magic}, 0xea;"]
-    return " ".join(["{", ".reg .b32 t, m;", *lines, "}"])
+    """The code bits become mantissa bits of the power of two whose last place makes them count as they should."""
+    shift, start = _place(bits, plane, piece, dtype)
+    field, one = (10, 0x6400) if dtype == tl.float16 else (7, 0x4300)  # 2**field: the mantissa counts in ones
+    magic = (one + ((4 * piece - start) << field)) * 0x10001
+    mask = ((15 if pieces(bits, dtype) == 2 else 2**bits - 1) << start) * 0x10001
+    if not shift:
+        return f"lop3.b32 $0, $1, {mask}, {magic}, 0xea;"
+    return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; lop3.b32 $0, t, {mask}, {magic}, 0xea; }}"
+
+
+@triton.constexpr_function
+def piece_bias(bits, plane, piece, dtype, asm):
+    """What an operand exceeds its part of the code by."""
+    if bits == 16 or not asm:
+        return 0.0
+    return (1024.0 if dtype == tl.float16 else 128.0) * 2.0 ** (4 * piece - _place(bits, plane, piece, dtype)[1])
 
 
 @triton.constexpr_function
 def bias(bits, plane, dtype, asm):
     """What the sum of a plane's operands exceeds the code by."""
-    if bits == 16 or not asm or dtype != tl.bfloat16:
-        return 0.0
-    return sum(128.0 * 2.0 ** _exponent(bits, plane, piece) for piece in range(pieces(bits, dtype)))
+    return sum(piece_bias(bits, plane, piece, dtype, asm) for piece in range(pieces(bits, dtype)))
 
 
 @triton.jit
@@ -159,17 +159,30 @@ def operand(words, BITS: tl.constexpr, PLANE: tl.constexpr, PIECE: tl.constexpr,
     """One plane of uint16 ``words`` as numbers of DTYPE. A plane's pieces sum to the code plus :func:`bias`."""
     if BITS == 16:
         return words.to(DTYPE, bitcast=True)
-    if ASM and tl.float16 == DTYPE:
+    elif not ASM:
+        if pieces(BITS, DTYPE) == 2:
+            return ((words >> (8 * PLANE + 4 * PIECE)) & 15).to(DTYPE) * (16.0**PIECE)
+        else:
+            return ((words >> (BITS * PLANE)) & (2**BITS - 1)).to(DTYPE)
+    elif DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
             _assembly(BITS, PLANE, PIECE, DTYPE), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
         )
-    if ASM:
+    else:
         return tl.inline_asm_elementwise(
             _assembly(BITS, PLANE, PIECE, DTYPE), "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
         )
-    SHIFT: tl.constexpr = _shift_and_mask(BITS, PLANE, PIECE, DTYPE)[0]
-    MASK: tl.constexpr = _shift_and_mask(BITS, PLANE, PIECE, DTYPE)[1]
-    return ((words >> SHIFT) & MASK).to(DTYPE) * 2.0 ** _exponent(BITS, PLANE, PIECE)
+
+
+@triton.jit
+def codes(words, BITS: tl.constexpr, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """One plane of uint16 ``words`` as plain codes in DTYPE, for kernels in which conversion is not what takes the time."""
+    result = operand(words, BITS, PLANE, 0, DTYPE, ASM)
+    if BITS < 16:
+        result -= piece_bias(BITS, PLANE, 0, DTYPE, ASM)
+        if pieces(BITS, DTYPE) == 2:
+            result += operand(words, BITS, PLANE, 1, DTYPE, ASM) - piece_bias(BITS, PLANE, 1, DTYPE, ASM)
+    return result
 
 
 @triton.constexpr_function
@@ -179,35 +192,57 @@ def log2(number):
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """fp32 to DTYPE, to nearest even; two numbers an instruction where the hardware can."""
-    if ASM and tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-    return x.to(DTYPE)
+def power_below(x):
+    """The largest power of two up to a positive fp32 ``x``; 0 for 0."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def grid_of(base, heads, GROUP: tl.constexpr, SIDE: tl.constexpr):
-    """fp32 scale and minimum of one group, for byte pointers ``base`` to rows and KV heads ``heads`` (broadcast).
+def inverse_power(x):
+    """Exact inverse of a power of two, without a division."""
+    return (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """fp32 to DTYPE, to nearest even; two numbers an instruction where the hardware can."""
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def grid_of(rows, slot, heads, GROUP: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr):
+    """fp32 scale and minimum of one group, for int64 ``slot`` and KV heads ``heads`` (broadcast to the result's shape).
 
     A symmetric side has its minimum at ``-scale * n / 2``.
     """
     if SIDE.symmetric:
-        pointer = (base + SIDE.metadata).to(tl.pointer_type(tl.float16)) + heads * SIDE.groups + GROUP
-        scale = tl.load(pointer).to(tl.float32)
+        pointer = rows.to(tl.pointer_type(tl.float16)) + SIDE.metadata // 2 + heads * SIDE.groups + GROUP
+        scale = tl.load(pointer + slot * (ROW // 2)).to(tl.float32)
         return scale, scale * (-(2**SIDE.bits - 1) / 2)
-    if SIDE.metadata % 4 == 0:  # scale and minimum in one load
-        pointer = (base + SIDE.metadata).to(tl.pointer_type(tl.uint32)) + heads * SIDE.groups + GROUP
-        pair = tl.load(pointer)
+    elif SIDE.metadata % 4 == 0:  # scale and minimum in one load
+        pointer = rows.to(tl.pointer_type(tl.uint32)) + SIDE.metadata // 4 + heads * SIDE.groups + GROUP
+        pair = tl.load(pointer + slot * (ROW // 4))
         scale = pair.to(tl.uint16).to(tl.float16, bitcast=True)
         minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        return scale.to(tl.float32), minimum.to(tl.float32)
     else:
-        pointer = (base + SIDE.metadata).to(tl.pointer_type(tl.float16)) + (heads * SIDE.groups + GROUP) * 2
-        scale = tl.load(pointer)
-        minimum = tl.load(pointer + 1)
-    return scale.to(tl.float32), minimum.to(tl.float32)
+        pointer = rows.to(tl.pointer_type(tl.float16)) + SIDE.metadata // 2 + (heads * SIDE.groups + GROUP) * 2
+        pointer += slot * (ROW // 2)
+        return tl.load(pointer).to(tl.float32), tl.load(pointer + 1).to(tl.float32)
+
+
+@triton.jit
+def fill(COUNT: tl.constexpr, SHAPE: tl.constexpr, VALUE: tl.constexpr):
+    """A tuple of COUNT fp32 tensors."""
+    result = ()
+    for _ in tl.static_range(COUNT):
+        result = result + (tl.full(SHAPE, VALUE, tl.float32),)
+    return result
 
 
 @triton.jit

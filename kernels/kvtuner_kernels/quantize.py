@@ -7,13 +7,14 @@ The arithmetic is :func:`kvtuner_kernels.reference.quantize` step for step, so c
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvtuner_kernels.layout import LayerSpec, LayoutError
-from kvtuner_kernels.operands import butterflies, check_centre, check_rows, rotation_shift, sides
+from kvtuner_kernels.operands import Side, butterflies, check_centre, check_rows, rotation_shift, sides
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
 
@@ -145,16 +146,29 @@ def store(
                 f"the {name} is {x.dtype} {list(x.shape)}, strides {x.stride()}: expected 16-bit {list(key.shape)}, dense along head_dim"
             )
         check_centre(side, centre, heads, head_dim)
-        if side.rotated and rotation_block(head_dim) < head_dim:  # such blocks do not line up with words: go first
-            x = rotate_heads(x if centre is None else x.float() - centre, inverse=False)
-            side = replace(side, centred=False, rotated=False)
-        inputs.append((x, side))
+        inputs.append(
+            rotate_heads(x if centre is None else x.float() - centre, inverse=False) if _goes_first(side, head_dim) else x
+        )
     if tokens == 0:
         return
-    (key, key_side), (value, value_side) = inputs
-    tile_rows = max(1, TILE // triton.next_power_of_2(head_dim))
-    store_kernel[(triton.cdiv(tokens * heads, tile_rows), 2)](
+    key, value = inputs
+    constants = store_constants(spec, heads, head_dim)
+    store_kernel[(triton.cdiv(tokens * heads, constants["TILE_ROWS"]), 2)](
         key, value, centres.key, centres.value, slots, rows, tokens * heads, rows.stride(0),
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        KEY=key_side, VALUE=value_side, HEADS=heads, HEAD_DIM=head_dim, TILE_ROWS=tile_rows, num_warps=4,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), **constants, num_warps=4,
     )  # fmt: skip
+
+
+def store_constants(spec: LayerSpec, heads: int, head_dim: int) -> dict[str, Any]:
+    """Compile-time constants of :func:`store_kernel`."""
+    key_side, value_side = (
+        replace(side, centred=False, rotated=False) if _goes_first(side, head_dim) else side
+        for side in sides(spec, heads, head_dim)
+    )
+    tile_rows = max(1, TILE // triton.next_power_of_2(head_dim))
+    return {"KEY": key_side, "VALUE": value_side, "HEADS": heads, "HEAD_DIM": head_dim, "TILE_ROWS": tile_rows}
+
+
+def _goes_first(side: Side, head_dim: int) -> bool:
+    """Whether a side is centred and rotated by a kernel of its own: Hadamard blocks that do not line up with words."""
+    return side.rotated and rotation_block(head_dim) < head_dim

@@ -40,7 +40,7 @@ class Quantized(NamedTuple):
 
 def _split(x: Tensor, *sizes: int) -> Tensor:
     """[..., n] to [..., n / product(sizes), *sizes]."""
-    return x.reshape(*x.shape[:-1], -1, *sizes)
+    return x.unflatten(-1, (x.shape[-1] // math.prod(sizes), *sizes))
 
 
 def rotation_block(head_dim: int) -> int:
@@ -231,14 +231,15 @@ def unpack_rows(
         (spec.key, centres.key, row.key_codes, row.key_metadata),
         (spec.value, centres.value, row.value_codes, row.value_metadata),
     ):
-        codes = rows[:, codes_at : codes_at + heads * side.code_bytes(head_dim)].reshape(len(rows), heads, -1)
+        nbytes = side.code_bytes(head_dim)
+        codes = rows[:, codes_at : codes_at + heads * nbytes].reshape(len(rows), heads, nbytes)
         if side.raw:
             sides.append(codes.contiguous().view(dtype))
             continue
         metadata = (
             rows[:, metadata_at : metadata_at + heads * side.metadata_bytes(head_dim)].contiguous().view(torch.float16)
         )
-        grid = metadata.view(len(rows), heads, side.groups(head_dim), -1)
+        grid = metadata.view(len(rows), heads, side.groups(head_dim), 1 if side.symmetric else 2)
         minimum = None if side.symmetric else grid[..., 1]
         plain = unpack(codes, side.bits, side.segment(head_dim))
         sides.append(dequantize(Quantized(plain, grid[..., 0], minimum), side, centre))

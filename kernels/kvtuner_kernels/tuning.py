@@ -23,6 +23,11 @@ class DecodeLaunch:
     stages: int  # software pipelining: tiles in flight, plus two for the indirect load of slots
     warps: int
     programs: int  # for each multiprocessor
+    registers: int = 0  # upper bound for a thread; 0 leaves it to the compiler
+
+    def options(self) -> dict[str, int]:
+        """Compiler options that are not left at their defaults."""
+        return {"maxnreg": self.registers} if self.registers else {}
 
 
 def decode_launch(spec: LayerSpec, heads: int, group: int, head_dim: int) -> DecodeLaunch:
@@ -30,7 +35,26 @@ def decode_launch(spec: LayerSpec, heads: int, group: int, head_dim: int) -> Dec
     batch = 4
     runs = max(1, batch // (1 << (heads - 1).bit_length()))
     columns = 8 if group <= 8 or head_dim > 128 else 16
-    return DecodeLaunch(batch, runs, 64, columns, 4, 4, 2)
+    plain = max(spec.key.groups(head_dim), spec.value.groups(head_dim)) <= 2
+    tokens = 64 if head_dim <= 128 and columns == 8 and plain else 32 if head_dim * columns <= 2048 and plain else 16
+    return DecodeLaunch(batch, runs, tokens, columns, 4, 4, 2)
+
+
+@dataclass(frozen=True)
+class ExtendLaunch:
+    """How :func:`kvtuner_kernels.extend.extend` is launched."""
+
+    rows: int  # of a tile: new tokens times query heads of a group
+    tokens: int  # stored tokens of a tile
+    stages: int
+    warps: int
+
+
+def extend_launch(head_dim: int, rows: int) -> ExtendLaunch:
+    """Launch parameters; ``rows`` is the largest number of rows of a request."""
+    if head_dim > 128:
+        return ExtendLaunch(64, 32, 2, 4)
+    return ExtendLaunch(128, 64, 3, 8) if rows > 64 else ExtendLaunch(64 if rows > 16 else 16, 64, 3, 4)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvtuner_kernels.layout import bytes_per_token, effective_bits
 from kvtuner_kernels.reference import Centres
+from kvtuner_search.calibration.space import Space
 from kvtuner_search.calibration.study import Finished
 from kvtuner_search.evaluation.scorer import Scorer, Scores
 from kvtuner_search.evaluation.statistics import Interval, measures, paired_loss
@@ -48,6 +49,7 @@ class Judge:
 
 
 def finalists(
+    space: Space,
     found: Sequence[Finished],
     random: Sequence[Finished],
     candidate: Callable[[Finished, str], Candidate],
@@ -60,9 +62,14 @@ def finalists(
         return sorted(fitting, key=lambda t: (t.outcome.loss, t.outcome.cost, t.number))[:count]
 
     picked = [candidate(t, t.origin) for t in best(found, FINALISTS)]
-    for origin, count in (("proxy", 1), ("uniform", 2), ("preset", 1)):
-        picked += [candidate(t, origin) for t in best([t for t in found if t.origin == origin], count)]
-    picked += [candidate(t, "random") for t in best(random, 1)]
+    uniform = [t for t in found if space.uniform_pair(t.choices)]
+    picked += [candidate(t, "uniform") for t in best(uniform, 2)]
+    for origin in ("proxy", "preset"):
+        picked += [candidate(t, origin) for t in best([t for t in found if t.origin == origin], 1)]
+    picked += [
+        candidate(t, "random")
+        for t in sorted(filter(affordable, random), key=lambda t: (not t.outcome.complete, t.outcome.loss))[:1]
+    ]
     return list({c.setting: c for c in reversed(picked)}.values())[::-1]
 
 
@@ -76,6 +83,7 @@ def verdict(interval: Interval) -> str:
 def row(result: Result, chosen: Result, baseline: Scores, kv_heads: int, head_dim: int) -> dict[str, object]:
     """One line of the comparison on the test split, as plain JSON."""
     interval = paired_loss(chosen.scores, result.scores)
+    own = paired_loss(result.scores, baseline)
     setting = result.candidate.setting
     return {
         "name": result.candidate.name,
@@ -85,6 +93,8 @@ def row(result: Result, chosen: Result, baseline: Scores, kv_heads: int, head_di
         "layers": [str(layer) for layer in setting],
         "search_loss": result.candidate.search_loss,
         "loss": result.scores.loss,
+        "loss_low": own.low,
+        "loss_high": own.high,
         "measures": [measure.model_dump() for measure in measures(result.scores, baseline, "test")],
         "chosen_minus_this": {"estimate": interval.estimate, "low": interval.low, "high": interval.high},
         "verdict": verdict(interval),

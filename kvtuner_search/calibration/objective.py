@@ -35,13 +35,13 @@ class Objective:
     def __init__(self, scorer: Scorer, centres: Mapping[int, Centres], space: Space, budget: int) -> None:
         self.scorer, self.centres, self.space, self.budget = scorer, centres, space, budget
 
-    def __call__(self, choices: Choices, finished: Iterable[Outcome]) -> Outcome:
-        """Score one setting; one that costs more than the budget gets no further than the first rung."""
+    def __call__(self, choices: Choices, finished: Iterable[Outcome], screen: bool) -> Outcome:
+        """Score one setting. One that costs more than the budget, or with ``screen`` looks poor, gets no further than the first rung."""
         cost, setting = self.space.cost(choices), self.space.setting(choices)
         scores = self.scorer.score(setting, self.centres, 0)
         rungs = [scores.loss]
         best = min((o.rungs[0] for o in finished if o.complete and o.cost <= cost), default=float("inf"))
-        if cost > self.budget or rungs[0] > MARGIN * best:
+        if cost > self.budget or (screen and rungs[0] > MARGIN * best):
             return Outcome(cost, tuple(rungs), complete=len(self.scorer.tiers) == 1)
         for tier in range(1, len(self.scorer.tiers)):
             scores = scores + self.scorer.score(setting, self.centres, tier)

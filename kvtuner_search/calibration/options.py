@@ -20,7 +20,7 @@ class CalibrationOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     sources: tuple[str, ...] = DEFAULT_SOURCES
     samples: int = 6  # sequences of each source in the search split; selection and test have as many each
-    length: int = 384  # most tokens of a sequence
+    length: int = 448  # most tokens of a sequence
     seed: int = 0
     bits: tuple[int, ...] = (2, 4, 8, 16)
     group_sizes: tuple[int, ...] = (0,)  # channels; 0 is the whole head

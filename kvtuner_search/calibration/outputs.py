@@ -21,7 +21,7 @@ from kvtuner_search.calibration.pipeline import Run, Target
 from kvtuner_search.calibration.plan import Plan
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Space
-from kvtuner_search.calibration.study import Finished, hypervolume
+from kvtuner_search.calibration.study import Finished, hypervolume, rung_ratio
 from kvtuner_search.data.types import Dataset
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.statistics import measures
@@ -115,9 +115,11 @@ def record(
     """Everything that the report shows, as plain JSON."""
     heads, head_dim = run.shape
     reference_loss = max((t.outcome.loss for t in [*found, *random] if t.outcome.complete), default=1.0)
-    corner = (run.total_bytes(16.0), reference_loss)
+    corner = (16.0, reference_loss)
+    scale, per_bit = rung_ratio(found), run.total_bytes(1.0)
     groups: dict[str, list[Outcome]] = {"searched": [t.outcome for t in found], "random": [t.outcome for t in random]}
-    for origin in ("uniform", "proxy", "preset"):
+    groups["uniform"] = [t.outcome for t in found if space.uniform_pair(t.choices)]
+    for origin in ("proxy", "preset"):
         groups[origin] = [t.outcome for t in found if t.origin == origin]
     layers = plan.to_json()["layers"]
     for layer in layers:
@@ -154,7 +156,10 @@ def record(
             }
             for t in targets
         ],
-        "hypervolume": {name: hypervolume(outcomes, corner) for name, outcomes in groups.items()},
+        "hypervolume": {
+            name: hypervolume(outcomes, scale, (corner[0] * per_bit, corner[1])) / per_bit
+            for name, outcomes in groups.items()
+        },
         "hypervolume_corner": list(corner),
         "seconds": run.reporter.seconds,
         "environment": environment(run),

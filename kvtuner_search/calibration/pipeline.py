@@ -13,11 +13,11 @@ from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pa
 from kvtuner_search.calibration.candidates import StorageClass, pair_name, storage_classes
 from kvtuner_search.calibration.finals import Candidate, Judge, Result, finalists
 from kvtuner_search.calibration.moments import Moments
-from kvtuner_search.calibration.objective import Objective
+from kvtuner_search.calibration.objective import Objective, Outcome
 from kvtuner_search.calibration.options import TIERS, CalibrationOptions
 from kvtuner_search.calibration.plan import Plan, make_plan
 from kvtuner_search.calibration.proxy import proxy_front
-from kvtuner_search.calibration.space import Space, build_space
+from kvtuner_search.calibration.space import Choices, Space, build_space
 from kvtuner_search.calibration.study import Finished, Study, pareto
 from kvtuner_search.data.load import load_dataset_for
 from kvtuner_search.data.types import Dataset, Sample, Split
@@ -123,22 +123,8 @@ def analyse(run: Run, study: Study | None) -> Plan:
     fingerprint = run.options.fingerprint(run.loaded.info.model_dump(mode="json"), [split.digest for split in run.data])
     content = study.plan() if study is not None else None
     if content is None:
-        layers, measured = run.loaded.info.num_layers, min(2, len(run.scorer.tiers))
-        tokens = sum(batch.numel() for tier in range(measured) for batch in run.scorer.token_batches(tier))
-        reporter = run.reporter
-        with (
-            reporter.stage("sensitivity of each layer", tokens) as errors,
-            reporter.stage("each layer alone", 2 * layers * len(run.classes)) as alone,
-        ):
-            plan = make_plan(
-                fingerprint,
-                run.scorer,
-                run.moments,
-                run.classes,
-                tiers=measured,
-                errors_stage=errors,
-                alone_stage=alone,
-            )
+        measured = min(2, len(run.scorer.tiers))
+        plan = make_plan(fingerprint, run.scorer, run.moments, run.classes, tiers=measured, stage=run.reporter.stage)
         content = plan.to_json()
         if study is not None:
             study.publish(content)
@@ -165,7 +151,7 @@ def presets(run: Run) -> list[list[tuple[StorageClass, StorageClass]]]:
 
 
 def budgets(run: Run, space: Space) -> list[int]:
-    """Costs that the search aims at: the targets, or around where the proxy crosses ``max_loss``."""
+    """Costs that the search aims at: the targets, or where the proxy crosses fractions of ``max_loss``, as it may promise too much."""
     if run.options.max_loss is None:
         return [run.total_bytes(bits) for bits in run.options.target_bits]
     front = proxy_front(space)
@@ -203,7 +189,14 @@ def search(
                     best = min(best, trial.outcome.loss)
                 advance(0 if trial.duplicate else 1, f"best {best:.4f} nats")
 
-            each.run(space, objective, run.options.trials, goals, tell)
+            others = [t.outcome for t in study.finished()] if each is rival else []
+
+            def score(
+                choices: Choices, outcomes: Sequence[Outcome], screen: bool, others: list[Outcome] = others
+            ) -> Outcome:
+                return objective(choices, [*others, *outcomes], screen)
+
+            each.run(space, score, run.options.trials, goals, tell)
     return study.finished(), rival.finished() if rival is not None else []
 
 
@@ -230,9 +223,10 @@ def choose(
     def candidate(trial: Finished, origin: str) -> Candidate:
         setting = space.setting(trial.choices)
         name = f"trial {trial.number}"
-        if origin == "uniform":
-            name = f"uniform {pair_name(space.variables[0].pairs[trial.choices[0]])}"
-        return Candidate(name, origin, setting, trial.outcome.cost, trial.outcome.loss)
+        if pair := space.uniform_pair(trial.choices):
+            name = f"uniform {pair_name(pair)}"
+        loss = trial.outcome.loss if trial.outcome.complete else None
+        return Candidate(name, origin, setting, trial.outcome.cost, loss)
 
     goals: list[tuple[str, float | None]] = [(f"{bits:g} bits", bits) for bits in options.target_bits]
     if options.max_loss is not None:
@@ -249,7 +243,7 @@ def choose(
     with reporter.stage("choose and test") as advance:
         for label, bits in goals:
             limit = run.total_bytes(bits) if bits is not None else max(t.outcome.cost for t in found)
-            final = finalists(found, random, candidate, lambda t, limit=limit: t.outcome.cost <= limit)  # type: ignore[misc]
+            final = finalists(space, found, random, candidate, lambda t, limit=limit: t.outcome.cost <= limit)  # type: ignore[misc]
             if options.max_loss is not None:
                 final = [candidate(t, t.origin) for t in pareto(found)]
             if not final:
@@ -260,17 +254,23 @@ def choose(
                 if not fitting:
                     least = min(r.scores.loss for r in judged)
                     raise DataError(
-                        f"no setting has a loss of at most {options.max_loss:g} (the least is {least:.4g}): raise --max-loss"
+                        f"no setting that was tried has a loss of at most {options.max_loss:g} (the least is {least:.4g}): raise --trials or --max-loss"
                     )
                 winner = min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
                 judged = [r for r in judged if r.candidate.origin in ("uniform", "proxy")]
             else:
-                winner = min(judged, key=lambda r: (r.scores.loss, r.candidate.cost)).candidate
+                winner = min(judged, key=lambda r: (_evidence(r), r.candidate.cost)).candidate
             rivals = [r.candidate for r in judged if r.candidate.origin in ("uniform", "proxy", "preset", "random")]
             rivals += as_others_store(run)
             targets.append(Target(label, bits, test(winner), [test(c) for c in rivals if c.setting != winner.setting]))
             advance()
     return targets, scorers["test"]
+
+
+def _evidence(result: Result) -> float:
+    """What finalists are ranked by: the loss on search and selection split together, which halves the noise of either."""
+    searched = result.candidate.search_loss
+    return result.scores.loss if searched is None else (result.scores.loss + searched) / 2
 
 
 def as_others_store(run: Run) -> list[Candidate]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -82,8 +83,7 @@ def make_plan(
     classes: Sequence[StorageClass],
     *,
     tiers: int,
-    errors_stage: Callable[[int], None],
-    alone_stage: Callable[[], None],
+    stage: Callable[[str, int], AbstractContextManager[Callable[..., None]]],
 ) -> Plan:
     """Measure the errors of every pair on the first ``tiers`` tiers, then the layer-alone losses on the first.
 
@@ -93,27 +93,28 @@ def make_plan(
         moments: gathered while the scorer was made.
         classes: storage classes of keys and values.
         tiers: how many tiers the errors are measured on.
-        errors_stage, alone_stage: progress, by tokens and by measured sides.
+        stage: opens a stage of so many units and yields what advances it (see Reporter.stage).
     """
     sensitivity = Sensitivity(classes, moments)
-    scorer.observe(sensitivity, tiers, errors_stage)
+    tokens = sum(batch.numel() for tier in range(tiers) for batch in scorer.token_batches(tier))
+    with stage("sensitivity of each layer", tokens) as advance:
+        scorer.observe(sensitivity, tiers, advance)
     layers = len(scorer.runner.layers)
     errors = [sensitivity.errors(layer) for layer in range(layers)]
     best = [best_variants(table) for table in errors]
     centres = moments.centres()
-    alone = LayerAlone(scorer, 0, centres)
-    losses = side_losses(
-        alone, [list(keys.values()) for keys, _ in best], [list(values.values()) for _, values in best], alone_stage
-    )
+    keys, values = [list(k.values()) for k, _ in best], [list(v.values()) for _, v in best]
+    with stage("each layer alone", sum(map(len, keys + values))) as advance:
+        losses = side_losses(LayerAlone(scorer, 0, centres), keys, values, advance)
     options = [
         layer_options(
-            keys,
-            values,
-            dict(zip(keys, key_loss, strict=True)),
-            dict(zip(values, value_loss, strict=True)),
+            key_specs,
+            value_specs,
+            dict(zip(key_specs, key_loss, strict=True)),
+            dict(zip(value_specs, value_loss, strict=True)),
             list(table.values()),
         )
-        for (keys, values), key_loss, value_loss, table in zip(best, *losses, errors, strict=True)
+        for (key_specs, value_specs), key_loss, value_loss, table in zip(best, *losses, errors, strict=True)
     ]
     return Plan(fingerprint, tuple(options), tuple(tuple(table.values()) for table in errors), centres)
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from kvtuner_search.calibration.space import Choices, Space
 
-STRENGTH: Final = 1.0  # of the prior that all weights are equal, in trials of 100 % error each
-WEIGHT_RANGE: Final = (0.2, 5.0)  # of a corrected weight, relative to the common factor
+SPREAD: Final = 0.5  # prior standard deviation of a weight, relative to the common factor
+NOISE: Final = 0.15  # standard deviation of a trial's loss about the corrected proxy, relative
+WEIGHT_RANGE: Final = (0.2, 5.0)  # of a weight, relative to the common factor
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,36 @@ def at_budget(front: Sequence[ProxyPoint], nbytes: float) -> ProxyPoint | None:
     return fitting[-1] if fitting else None
 
 
-def corrected_weights(space: Space, trials: Sequence[tuple[Choices, float]]) -> NDArray[np.float64]:
-    """Weights [2 * variables] that bring the proxy near the measured losses, by ridge regression of relative errors.
+@dataclass(frozen=True)
+class Correction:
+    """Posterior of the proxy's weights given finished trials: normal, in units of the common factor."""
 
-    Layers that hurt more together than alone get a weight above the common factor. With few trials all weights stay near it.
+    common: float  # measured over predicted loss, median over trials
+    mean: NDArray[np.float64]  # [2 * variables], about 1
+    factor: NDArray[np.float64]  # [2 * variables, 2 * variables]: times standard normals, what draws deviate by
+
+    def draw(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        """Weights drawn from the posterior (Thompson sampling)."""
+        weights: NDArray[np.float64] = self.common * np.clip(
+            self.mean + self.factor @ rng.standard_normal(len(self.mean)), *WEIGHT_RANGE
+        )
+        return weights
+
+
+def correct(space: Space, trials: Sequence[tuple[Choices, float]]) -> Correction:
+    """Bayesian linear regression of the trials' relative errors on the proxy's features.
+
+    Layers that hurt more together than alone get a mean weight above the common factor, and draws vary most where the trials say least.
+
+    Source: O. Chapelle and L. Li, An Empirical Evaluation of Thompson Sampling, NeurIPS 2011.
     """
-    features = np.array([space.features(choices) for choices, _ in trials])
+    size = 2 * len(space.variables)
+    features = np.array([space.features(choices) for choices, _ in trials]).reshape(len(trials), size)
     losses = np.array([loss for _, loss in trials])
     keep = (losses > 0) & (features.sum(1) > 0)
     features, losses = features[keep], losses[keep]
-    if not len(losses):
-        return np.ones(2 * len(space.variables))
-    common = float(np.median(losses / features.sum(1)))
+    common = float(np.median(losses / features.sum(1))) if len(losses) else 1.0
     scaled = features * common / losses[:, None]
-    gram = scaled.T @ scaled + STRENGTH * np.eye(scaled.shape[1])
-    correction = np.linalg.solve(gram, scaled.T @ (1 - scaled.sum(1)))
-    weights: NDArray[np.float64] = common * np.clip(1 + correction, *WEIGHT_RANGE)
-    return weights
+    precision = scaled.T @ scaled / NOISE**2 + np.eye(size) / SPREAD**2
+    mean = 1 + np.linalg.solve(precision, scaled.T @ (1 - scaled.sum(1)) / NOISE**2)
+    return Correction(common, mean, np.linalg.cholesky(np.linalg.inv(precision)))

@@ -98,7 +98,9 @@ class Sensitivity:
             for candidate in self.classes:
                 if candidate.bits == 16:
                     continue
-                for transform in TRANSFORMS:
+                for transform in (
+                    TRANSFORMS[1:] if candidate.symmetric else TRANSFORMS
+                ):  # a grid about zero wants a centre
                     options = [candidate.spec(transform, clip) for clip in CLIPS[candidate.bits]]
                     if len(options) > 1:
                         options.sort(

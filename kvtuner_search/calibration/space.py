@@ -83,6 +83,11 @@ class Space:
             [spec.bytes_per_token(self.kv_heads, self.head_dim) for spec in self.setting(choices)], self.stages
         )
 
+    def uniform_pair(self, choices: Sequence[int]) -> Pair | None:
+        """The pair that all layers have, or None if they differ."""
+        pairs = {v.pairs[c] for v, c in zip(self.variables, choices, strict=True)}
+        return pairs.pop() if len(pairs) == 1 else None
+
     def choices_of(self, pairs: Sequence[Pair]) -> Choices | None:
         """The choices that give each layer its pair, or None if a variable cannot."""
         found = []

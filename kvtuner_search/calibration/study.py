@@ -12,6 +12,7 @@ import os
 import socket
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from kvtuner_search.calibration.candidates import pair_name
 from kvtuner_search.calibration.objective import Outcome
-from kvtuner_search.calibration.proxy import corrected_weights, proxy_front
+from kvtuner_search.calibration.proxy import correct, proxy_front
 from kvtuner_search.calibration.space import Choices, Space
 from kvtuner_search.errors import DataError, UsageError
 
 CHUNK: Final = 60_000  # characters of one study attribute, which some databases limit to 64 KiB
-REFINE_EVERY: Final = 3  # every third proposal is the optimum of the corrected proxy
+SAMPLER_EVERY: Final = 3  # every third proposal is Optuna's sampler's, the others are optima of the corrected proxy
+DRAWS: Final = 8  # weights drawn before a proposal is left to the sampler
+TRUSTED: Final = ("proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
+PRIOR_WEIGHT: Final = 0.05  # TPE's: with a weight of 1, 16 variables of 20 choices are drawn almost at random
+SIGNING: Final = 2.0  # seconds after which an unsigned running trial is taken for a killed worker's
+LOCK_GRACE: Final = 5  # seconds after which the journal's lock is taken from a worker that was killed while writing
+LEAST_LOSS: Final = 1e-9  # nats; the 16-bit cache itself has none
 DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at most this many times the trials asked for
 
 
@@ -69,7 +76,7 @@ def open_storage(where: str) -> BaseStorage:
             return optuna.storages.get_storage(where)
         path = Path(where)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = JournalFileOpenLock(where)
+        lock = JournalFileOpenLock(where, grace_period=LOCK_GRACE)
         _drop_torn_line(path, lock)
         return JournalStorage(JournalFileBackend(where, lock_obj=lock))
     except OSError as error:
@@ -86,12 +93,7 @@ def _drop_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
     """A writer that was killed may have left half a line at the end of the journal, or its lock."""
     if not path.exists():
         return
-    deadline = time.monotonic() + 30
-    while not lock.acquire():
-        if time.monotonic() > deadline:
-            raise DataError(
-                f"the study {path} is locked by another process: stop it, or delete {path}.lock if there is none"
-            )
+    lock.acquire()  # waits for a writer, and LOCK_GRACE at most for a dead one
     try:
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
@@ -143,14 +145,24 @@ class Study:
         return found
 
     def bury(self) -> int:
-        """Mark trials whose process on this host is gone as failed; returns how many."""
-        gone = [
-            t
-            for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if not _alive(t.user_attrs.get("worker"))
-        ]
+        """Register this worker and mark trials whose process on this host is gone as failed; returns how many."""
+        me = [socket.gethostname(), os.getpid(), _started(os.getpid())]
+        self.study.set_user_attr(f"worker:{me[0]}:{me[1]}", me)
+        workers = [value for name, value in self.study.user_attrs.items() if name.startswith("worker:")]
+        others = [worker for worker in workers if worker != me and _alive(worker)]
+        deadline = time.monotonic() + SIGNING
+        while True:
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if all("worker" in trial.user_attrs for trial in running) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)  # a live worker signs a trial right after asking for it
+        gone = [trial for trial in running if not _alive(trial.user_attrs.get("worker"))]
         for trial in gone:
             self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        if not others:
+            # Nobody else is at work: empty the queue, so that enqueue() fills it in the order of an undisturbed run.
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return len(gone)
 
     def enqueue(self, space: Space, anchors: Sequence[Anchor]) -> None:
@@ -174,7 +186,7 @@ class Study:
     def run(
         self,
         space: Space,
-        objective: Callable[[Choices, Sequence[Outcome]], Outcome],
+        objective: Callable[[Choices, Sequence[Outcome], bool], Outcome],
         trials: int,
         budgets: Sequence[int],
         advance: Callable[[Finished], None] = lambda _: None,
@@ -183,7 +195,7 @@ class Study:
 
         Args:
             space: what may be chosen.
-            objective: scores choices, given all outcomes so far.
+            objective: scores choices, given all outcomes so far and whether a poor first rung may end the trial.
             trials: distinct finished trials of all workers together.
             budgets: bytes per token that profiles are wanted for; dearer trials violate the constraint.
             advance: called with every trial that this worker finishes.
@@ -196,11 +208,14 @@ class Study:
             trial, origin, choices = self._propose(space, done, budgets)
             started = time.monotonic()
             known = next((t.outcome for t in distinct if t.choices == choices), None)
-            outcome = objective(choices, [t.outcome for t in distinct]) if known is None else known
+            outcome = (
+                objective(choices, [t.outcome for t in distinct], origin not in TRUSTED) if known is None else known
+            )
             seconds = round(time.monotonic() - started, 3)
             trial.set_user_attr("outcome", [outcome.cost, list(outcome.rungs), outcome.complete])
             trial.set_user_attr("seconds", seconds)
             trial.set_user_attr("duplicate", known is not None)
+            trial.set_constraint("budget", float(outcome.cost - max(budgets)))
             self.study.tell(trial, [outcome.cost, _comparable(outcome, distinct)])
             advance(Finished(trial.number, origin, choices, outcome, seconds, known is not None))
 
@@ -212,9 +227,9 @@ class Study:
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and self.sampler == "random":
             self.enqueue(space, [Anchor("random", self._random(space, count, budgets[count % len(budgets)]))])
-        elif not waiting and count % REFINE_EVERY == 0 and (refined := self._refined(space, done, budgets)) is not None:
+        elif not waiting and count % SAMPLER_EVERY and (refined := self._refined(space, done, budgets)) is not None:
             self.enqueue(space, [Anchor("refined", refined)])
-        self.study.sampler = self._sampler(count, max(budgets))
+        self.study.sampler = self._sampler(count)
         trial = self.study.ask(
             {v.name: CategoricalDistribution([pair_name(pair) for pair in v.pairs]) for v in space.variables}
         )
@@ -229,17 +244,21 @@ class Study:
         return trial, trial.user_attrs["origin"], tuple(trial.user_attrs["choices"])
 
     def _refined(self, space: Space, done: Sequence[Finished], budgets: Sequence[int]) -> Choices | None:
-        """The dearest affordable optimum of the corrected proxy that was not tried yet, at each budget in turn."""
+        """The corrected proxy's optimum at one budget for weights drawn from their posterior; None if all draws were tried."""
         tried = {trial.choices for trial in done}
-        complete = [(t.choices, t.outcome.loss) for t in done if t.outcome.complete and not t.duplicate]
-        if not complete:
-            return None
-        front = proxy_front(space, corrected_weights(space, complete))
-        budget = budgets[len(done) // REFINE_EVERY % len(budgets)]
-        affordable = (
-            point.choices for point in reversed(front) if point.nbytes <= budget and space.cost(point.choices) <= budget
+        correction = correct(
+            space, [(t.choices, t.outcome.loss) for t in done if t.outcome.complete and not t.duplicate]
         )
-        return next((choices for choices in affordable if choices not in tried), None)
+        rng = np.random.default_rng([self.seed, len(done)])
+        for _ in range(DRAWS):
+            front = proxy_front(space, correction.draw(rng))
+            budget = budgets[len(done) % len(budgets)]
+            best = next(
+                (p.choices for p in reversed(front) if p.nbytes <= budget and space.cost(p.choices) <= budget), None
+            )
+            if best is not None and best not in tried:
+                return best
+        return None
 
     def _random(self, space: Space, count: int, budget: int) -> Choices:
         """Uniformly random choices, then random variables made one step cheaper until the budget holds."""
@@ -250,27 +269,45 @@ class Study:
             choices[picked] -= 1
         return tuple(choices)
 
-    def _sampler(self, count: int, budget: int) -> BaseSampler:
+    def _sampler(self, count: int) -> BaseSampler:
         seed = (self.seed * 1_000_003 + count) % 2**32
-
-        def violation(trial: FrozenTrial) -> tuple[float]:
-            outcome = trial.user_attrs.get("outcome")
-            return (float(outcome[0] - budget) if outcome else 0.0,)
-
         if self.sampler == "nsga2":
-            return NSGAIISampler(population_size=20, seed=seed, constraints_func=violation)
-        return TPESampler(multivariate=True, seed=seed, constraints_func=violation, n_startup_trials=10)
+            return NSGAIISampler(population_size=20, seed=seed)
+        with warnings.catch_warnings():
+            # Both settings are deprecated and have no successor yet; pyproject holds Optuna below 6, where they go.
+            warnings.simplefilter("ignore", FutureWarning)
+            return TPESampler(
+                multivariate=True,
+                seed=seed,
+                n_startup_trials=10,
+                gamma=lambda finished: min(math.ceil(finished / 5), 25),
+                prior_weight=PRIOR_WEIGHT,
+            )
 
 
-def hypervolume(outcomes: Sequence[Outcome], reference: tuple[float, float]) -> float:
-    """Area that complete outcomes dominate below ``reference`` (cost, loss), with the loss on a log10 scale."""
-    area, edge = 0.0, math.log10(reference[1])
-    points = sorted((o.cost, math.log10(max(o.loss, 1e-9))) for o in outcomes if o.complete and o.cost < reference[0])
+def hypervolume(outcomes: Sequence[Outcome], scale: float, corner: tuple[float, float]) -> float:
+    """Area that outcomes dominate below ``corner`` (cost, loss), in units of cost times decades of loss.
+
+    Args:
+        outcomes: what was found; the loss of an early stop is multiplied by ``scale`` (see rung_ratio).
+    """
+    area, edge = 0.0, math.log10(corner[1])
+    points = sorted(
+        (o.cost, math.log10(max(o.loss * (1 if o.complete else scale), LEAST_LOSS)))
+        for o in outcomes
+        if o.cost < corner[0]
+    )
     for cost, loss in points:
         if loss < edge:
-            area += (reference[0] - cost) * (edge - loss)
+            area += (corner[0] - cost) * (edge - loss)
             edge = loss
     return area
+
+
+def rung_ratio(trials: Sequence[Finished]) -> float:
+    """How the loss of all rungs relates to that of the first: the median over complete trials."""
+    ratios = [t.outcome.loss / t.outcome.rungs[0] for t in trials if t.outcome.complete and t.outcome.rungs[0] > 0]
+    return statistics.median(ratios) if ratios else 1.0
 
 
 def pareto(trials: Sequence[Finished]) -> list[Finished]:
@@ -286,12 +323,8 @@ def pareto(trials: Sequence[Finished]) -> list[Finished]:
 
 
 def _comparable(outcome: Outcome, others: Sequence[Finished]) -> float:
-    """log10 of the loss that all rungs would give: an early stop is scaled by how the rungs of complete trials relate."""
-    loss = outcome.loss
-    if not outcome.complete:
-        ratios = [t.outcome.loss / t.outcome.rungs[0] for t in others if t.outcome.complete and t.outcome.rungs[0] > 0]
-        loss *= statistics.median(ratios) if ratios else 1.0
-    return math.log10(max(loss, 1e-9))
+    """log10 of the loss that all rungs would give."""
+    return math.log10(max(outcome.loss * (1 if outcome.complete else rung_ratio(others)), LEAST_LOSS))
 
 
 def _parameters(space: Space, choices: Choices) -> dict[str, str]:

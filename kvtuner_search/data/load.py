@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, Final
 
 from kvtuner_search.data.sources import Rows, Source, Task, Text, parse_source
-from kvtuner_search.data.tasks import Document, stream
+from kvtuner_search.data.tasks import SEARCH_QUESTIONS, Document, stream
 from kvtuner_search.data.types import SPLITS, Dataset, Sample, Split, SplitName
 from kvtuner_search.errors import DataError, UsageError
 
@@ -47,7 +47,7 @@ def load_dataset_for(
         raise UsageError(f"samples a split are search={search}, selection={selection}, test={test}: use 1 or more")
     encoder = Encoder(tokenizer, length)
     samples: dict[SplitName, list[Sample]] = {name: [] for name in SPLITS}
-    for source in _parse(sources):
+    for source in _parse(sources, SEARCH_QUESTIONS):
         if isinstance(source, Task):
             drawn = {
                 name: _generate(source, encoder, stream_name=name, seed=seed, count=count)
@@ -136,10 +136,10 @@ class Encoder:
         return Sample(source, (*self.start, *body), tuple(spans), is_task=document.exact)
 
 
-def _parse(sources: Sequence[str]) -> list[Source]:
+def _parse(sources: Sequence[str], questions: int = 1) -> list[Source]:
     if not sources:
         raise UsageError("no data source is named: name one or more, e.g. recall, text or a .txt file")
-    parsed = [parse_source(spec) for spec in sources]
+    parsed = [parse_source(spec, questions) for spec in sources]
     names = [source.name for source in parsed]
     for name in names:
         if names.count(name) > 1:

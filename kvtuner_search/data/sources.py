@@ -1,8 +1,8 @@
 """What a source's name means: a generated task, rows with answers, or running text.
 
 ==============================  ==========================================================================
-``recall`` ``arithmetic``       generated tasks (``recall#pairs=40`` for another number of codes)
-``list``
+``recall`` ``arithmetic``       generated tasks; ``recall#pairs=40#questions=2`` sets the number of codes (20) and of questions
+``list``                        (4 in calibration, 1 in evaluation)
 ``text``                        the prose of Python's own language reference
 ``gsm8k`` ``wikitext``          hub datasets, with the prompts below
 ``hub:NAME[:CONFIG][:SPLIT]``   any hub dataset or local folder that ``datasets`` reads; SPLIT is train if not given
@@ -28,7 +28,7 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
-from kvtuner_search.data.tasks import TASKS, Document, recall
+from kvtuner_search.data.tasks import DEFAULT_PAIRS, TASKS, Document, recall
 from kvtuner_search.data.topics import python_reference
 from kvtuner_search.errors import DataError, UsageError
 
@@ -100,8 +100,10 @@ class Template:
         return Document(text, tuple(answers), self.exact)
 
 
-def parse_source(spec: str) -> Source:
+def parse_source(spec: str, questions: int = 1) -> Source:
     """The source that a name, path or ``hub:`` address stands for. Nothing is read yet.
+
+    ``questions`` is the number of questions of a recall document that does not set its own.
 
     Raises:
         UsageError: if the options after ``#`` cannot be used.
@@ -109,14 +111,18 @@ def parse_source(spec: str) -> Source:
     """
     location, options = _split(spec)
     if location in TASKS:
-        _allow(spec, options, {"pairs"} if location == "recall" else set())
+        _allow(spec, options, {"pairs", "questions"} if location == "recall" else set())
         make = TASKS[location]
-        if "pairs" in options:
-            if not options["pairs"].isdecimal():
-                raise UsageError(
-                    f"source {spec!r}: pairs={options['pairs']!r} is no number: write e.g. recall#pairs=20"
-                )
-            make = partial(recall, pairs=int(options["pairs"]))
+        if location == "recall":
+            for name, value in options.items():
+                if not value.isdecimal():
+                    raise UsageError(f"source {spec!r}: {name}={value!r} is no number: write e.g. recall#{name}=2")
+            numbers = {
+                "pairs": DEFAULT_PAIRS,
+                "questions": questions,
+                **{name: int(value) for name, value in options.items()},
+            }
+            make = partial(recall, pairs=numbers["pairs"], questions=numbers["questions"])
         return Task(spec, make)
     if location == "text":
         _allow(spec, options, set())

@@ -21,6 +21,9 @@ WORDS: Final = tuple(_COLOURS.split())
 ANIMALS: Final = tuple(_ANIMALS.split())
 NAMES: Final = tuple(f"{first} {second}" for first in WORDS for second in ANIMALS)
 DEFAULT_PAIRS: Final = 20
+SEARCH_QUESTIONS: Final = (
+    4  # of a recall document in the calibration splits: four times the scored tokens for a fifth more text
+)
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,23 @@ def stream(source: str, purpose: str, seed: int) -> Random:
     return Random(f"kvtuner-search {source} {purpose} {seed}")
 
 
-def recall(rng: Random, pairs: int = DEFAULT_PAIRS) -> Document:
-    """``pairs`` lines that give a code to a name, then one question; the code asked for is the answer.
+def recall(rng: Random, pairs: int = DEFAULT_PAIRS, questions: int = 1) -> Document:
+    """``pairs`` lines that give a code to a name, then questions; the codes asked for are the answers.
 
     Raises:
-        UsageError: if ``pairs`` is not in 1 .. 780, the number of names.
+        UsageError: if ``pairs`` is not in 1 .. 780, the number of names, or ``questions`` not in 1 .. 6.
     """
     if not 1 <= pairs <= len(NAMES):
         raise UsageError(f"recall with pairs={pairs}: there are {len(NAMES)} names, so use 1 to {len(NAMES)}")
+    if not 1 <= questions <= 6:
+        raise UsageError(f"recall with questions={questions}: use 1 to 6")
     codes = {name: rng.randint(10000, 99999) for name in rng.sample(NAMES, pairs)}
-    asked = rng.choice(list(codes))
-    lines = "".join(f"The code of the {name} is {value}.\n" for name, value in codes.items())
-    question = f"Question: What is the code of the {asked}?\nAnswer: "
-    return _Writer().say(lines + question).answer(str(codes[asked])).done()
+    writer = _Writer().say("".join(f"The code of the {name} is {value}.\n" for name, value in codes.items()))
+    for number in range(questions):
+        asked = rng.choice(list(codes))
+        writer.say(("\n" if number else "") + f"Question: What is the code of the {asked}?\nAnswer: ")
+        writer.answer(str(codes[asked]))
+    return writer.done()
 
 
 def arithmetic(rng: Random) -> Document:

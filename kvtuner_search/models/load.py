@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from kvtuner_search.errors import DataError, UsageError
@@ -18,6 +19,7 @@ from kvtuner_search.profile.model_config import model_info
 from kvtuner_search.profile.schema import ModelInfo
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _REMEDY: Final = "give a local folder with config.json, tokenizer and safetensors weights, or a hub id while online"
 
 
@@ -72,14 +74,17 @@ def load_model(options: ModelOptions) -> LoadedModel:
         config = AutoConfig.from_pretrained(name, **common)
     check_supported(config.get_text_config())
     tokenizer = None
-    if not (options.random_weights and folder is not None and not _has_tokenizer(folder)):
+    if folder is not None and not _has_tokenizer(folder):
+        if not options.random_weights:  # transformers would make up an empty one
+            raise DataError(f"model folder {options.source} has no tokenizer ({', '.join(_TOKENIZERS)}): copy it there")
+    else:
         with _loading(options.source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, **common)
     with _loading(options.source, "weights"):
         if options.random_weights:
             torch.manual_seed(0)
             with torch.device(device):
-                model = AutoModelForCausalLM.from_config(
+                model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     config, dtype=DTYPES[dtype], attn_implementation=attention.NAME
                 )
         else:
@@ -155,7 +160,7 @@ def _folder(source: str) -> Path | None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 def _public_id(source: str, folder: Path | None) -> str:
@@ -181,6 +186,6 @@ class _loading:
             raise DataError(
                 f"the GPU has no room for {self.source}: use --device-map auto, a larger GPU, or --device cpu"
             ) from error
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)):
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise DataError(f"cannot load the {self.part} of {self.source}: {first.rstrip('.')}: {_REMEDY}") from error

@@ -33,9 +33,13 @@ def canonical_json(content: Any) -> str:
 
 
 def digest_of(content: dict[str, Any]) -> str:
-    """``sha256:...`` of the canonical form of a profile's content without its digest field."""
+    """``sha256:...`` of a profile's content without its digest field, as JSON with sorted keys and no white space.
+
+    Not of the file's own form: Python indents JSON slowly, and every load computes this.
+    """
     body = {key: value for key, value in content.items() if key != "digest"}
-    return "sha256:" + hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def seal(content: dict[str, Any]) -> Profile:

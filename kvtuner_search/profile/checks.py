@@ -42,17 +42,20 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
             )
 
 
-def check_transforms(profile: Profile, folder: Path) -> None:
+def check_transforms(profile: Profile, folder: Path) -> bytes | None:
     """Check the transforms file beside a profile: its digest, and one float32 vector a KV head for each centred tensor.
 
     Tensors are called ``layers.I.key`` and ``layers.I.value`` and have the shape [num_kv_heads, head_dim]; there is one for
     every centred tensor and none besides. Only the header is interpreted, so torch is not needed.
 
+    Returns:
+        the file's bytes; None if the profile names none.
+
     Raises:
         ProfileError: if the file is missing or does not fit.
     """
     if profile.transforms is None:
-        return
+        return None
     path = folder / profile.transforms.file
     shape = [profile.model.num_kv_heads, profile.model.head_dim]
     names = [
@@ -81,6 +84,7 @@ def check_transforms(profile: Profile, folder: Path) -> None:
             raise ProfileError(
                 f"{path}: {name} is {entry.get('dtype')} {entry.get('shape')}, not F32 {shape}: restore the file"
             )
+    return data
 
 
 def _safetensors_header(data: bytes, path: Path) -> dict[str, dict[str, Any]]:

@@ -315,6 +315,6 @@ def _text(value: object) -> str:
 
 def _short(value: object) -> str:
     """Digests cut to what a reader compares."""
-    text = _text(value)
+    text = "none" if value in (None, "-") else str(value)
     start = text.find("sha256:")
     return text if start < 0 else text[: start + 19] + "…"

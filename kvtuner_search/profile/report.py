@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import re
 from dataclasses import dataclass
@@ -216,7 +215,8 @@ def _table(head: tuple[str, ...], rows: list[Any], *, escaped: bool = False) -> 
 
 def _escape(text: str) -> str:
     """Neither Markdown, nor HTML, nor a mention of somebody."""
-    return _MARKDOWN.sub(r"\\\1", html.escape(printable(text), quote=False)).replace("\\@", "@\u200b")
+    plain = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKDOWN.sub(r"\\\1", plain).replace("\\@", "@\u200b")
 
 
 def to_github(report: Report) -> str:
@@ -226,17 +226,19 @@ def to_github(report: Report) -> str:
         UsageError: if the step summary cannot be written.
     """
     lines = []
+    name = report.new_name
+    file = name if os.path.lexists(name) or ":" not in name else name.partition(":")[2]  # REF:path annotates the path
     for severity, level in _LEVELS.items():
         groups = [(f, group) for f, group in grouped(report.findings) if f.severity == severity]
         shown = groups if len(groups) <= ANNOTATIONS else groups[: ANNOTATIONS - 1]
         for finding, group in shown:
             message = f"{group_message(group)} ({group_fingerprint(group)})"
-            lines.append(_annotation(level, report.new_name, finding.rule, message))
+            lines.append(_annotation(level, file, finding.rule, message))
         if len(shown) < len(groups):
             rest = (
                 f"{len(groups) - len(shown)} more findings of this level are in the step summary and in --format json"
             )
-            lines.append(_annotation(level, report.new_name, "more findings", rest))
+            lines.append(_annotation(level, file, "more findings", rest))
     lines.append(f"kvtuner-search diff: {report.verdict}")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -94,6 +92,8 @@ def parse_size(text: str) -> int:
 
 
 def _table(file: Path) -> dict[str, Any]:
+    import tomllib
+
     try:
         content: Any = tomllib.loads(read_limited(file, "a pyproject.toml", _MAX_BYTES).decode())
     except ProfileError as error:
@@ -168,5 +168,7 @@ def _memory(value: Any, where: str) -> int | None:
 
 
 def _nearest(word: str, known: Any) -> str:
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Final
@@ -51,6 +50,8 @@ def _git_blob(spec: str) -> bytes:
 
 
 def _git(command: str, kind: str, spec: str) -> bytes:
+    import subprocess
+
     # cat-file, unlike show, runs no text conversion or external diff that the repository's configuration may name.
     environment = os.environ | {
         "GIT_TERMINAL_PROMPT": "0",

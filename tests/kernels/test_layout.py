@@ -85,10 +85,8 @@ def test_parts_of_a_row_do_not_overlap(spec: LayerSpec, heads: int, head_dim: in
     starts = [row.value_codes, row.key_metadata, row.value_metadata, row.nbytes]
     assert all(0 <= start - end < 4 for end, start in zip(ends, starts, strict=True))
     assert row.nbytes % 4 == row.key_metadata % 2 == 0
-    assert (
-        effective_bits([spec], heads, head_dim)
-        >= (spec.key.effective_bits(head_dim) + spec.value.effective_bits(head_dim)) / 2
-    )
+    parts = (spec.key.effective_bits(head_dim) + spec.value.effective_bits(head_dim)) / 2
+    assert effective_bits([spec], heads, head_dim) >= parts * (1 - 1e-12)  # padding adds, rounding may take
 
 
 @given(SPECS, st.sampled_from([64, 80, 96, 128, 192, 256]))

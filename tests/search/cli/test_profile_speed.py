@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parents[3]
 SECONDS, MEGABYTES, LAYERS, POINTS, ATTEMPTS = 0.5, 80, 128, 40, 7
 HEAVY = ("torch", "transformers", "optuna", "datasets", "numpy", "triton", "plotly", "sklearn")
 PROGRAM = """
-import json, resource, sys
+import json, sys
 from kvtuner_search.cli.main import run
 code = run(sys.argv[1:])
 sys.stdout.flush()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss, which a child inherits from the process that started it.
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"code": code, "kilobytes": peak, "modules": sorted(sys.modules)}), file=sys.stderr)
 """
 

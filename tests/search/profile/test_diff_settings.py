@@ -103,7 +103,7 @@ def test_overrides_and_ignores() -> None:
     by_rule = {finding.rule: finding for finding in findings}
     assert set(by_rule) == {"layer-bits-lowered", "bytes-per-token-decreased"}
     kept, ignored = Settings(severity={"bytes-per-token-decreased": "error"}).apply(findings)
-    assert [(f.rule, f.severity) for f in kept][0] == ("bytes-per-token-decreased", "error"), "gravest first"
+    assert (kept[0].rule, kept[0].severity) == ("bytes-per-token-decreased", "error"), "gravest first"
     assert ignored == 0
     for settings in (
         Settings(ignore=frozenset({"layer-bits-lowered"})),

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import DataError
 from kvtuner_search.profile.convert import FORMATS
 from kvtuner_search.profile.convert.base import Imported, Source, nearest_group, parse
-from kvtuner_search.profile.presets import published
 from kvtuner_search.profile.schema import ModelInfo
 from tests.search.profile_factory import profile
 
@@ -35,126 +34,6 @@ def specs(imported: Imported) -> list[str]:
 
 def bits(*pairs: tuple[int, int]) -> dict[int, dict[str, int]]:
     return {index: {"nbits_key": key, "nbits_value": value} for index, (key, value) in enumerate(pairs)}
-
-
-# KVTuner
-
-
-def test_a_kvtuner_preset_is_the_published_one() -> None:
-    result = load("kvtuner", parse(PRESET.read_bytes(), "x"), QWEN, "pertoken", PRESET.name)
-    assert result.layers == dict(published(QWEN))[PRESET.stem]
-    assert result.lost == []
-
-
-def test_the_scheme_must_be_given_and_must_not_contradict_the_name() -> None:
-    content = parse(PRESET.read_bytes(), "x")
-    with pytest.raises(UsageError, match="hints at pertoken: say so with --scheme pertoken"):
-        load("kvtuner", content, QWEN, None, PRESET.name)
-    with pytest.raises(UsageError, match="contradicts"):
-        load("kvtuner", content, QWEN, "kivi", PRESET.name)
-    with pytest.raises(UsageError, match="give --scheme"):
-        load("kvtuner", content, QWEN, None, "preset.yaml")
-
-
-def test_kivi_loses_channels_and_the_window() -> None:
-    result = load("kvtuner", bits((4, 2), (8, 8), (2, 2), (16, 4)), scheme="kivi")
-    assert [str(layer) for layer in result.layers] == [
-        "4-g32-asym/2-g32-asym",
-        "8-g32-asym/8-g32-asym",
-        "2-g32-asym/2-g32-asym",
-        "16/4-g32-asym",
-    ]
-    assert len(result.lost) == 2
-    assert "per channel" in result.lost[0]
-    assert "32 of the newest tokens" in result.lost[1]
-
-
-def test_other_bits_are_rounded_up_and_listed() -> None:
-    result = load("kvtuner", bits((3, 4), (3, 4), (4, 4), (5, 1)), scheme="pertoken")
-    assert [layer.name for layer in result.layers] == ["K4V4", "K4V4", "K4V4", "K8V2"]
-    assert result.lost == [
-        "layers 0-1: key bits 3 become 4",
-        "layers 3: key bits 5 become 8",
-        "layers 3: value bits 1 become 2",
-    ]
-
-
-def test_bits_by_head() -> None:
-    head = {"nbits_key": 4, "nbits_value": 4}
-    same = {0: {0: head, 1: head}, **{index: head for index in (1, 2, 3)}}
-    assert load("kvtuner", same, scheme="pertoken").lost == []
-    mixed = {**same, 0: {0: head, 1: {"nbits_key": 8, "nbits_value": 4}}}
-    result = load("kvtuner", mixed, scheme="pertoken")
-    assert result.layers[0].name == "K8V4"
-    assert result.lost == ["layer 0: key bits differ from head to head; all heads get the widest, 8"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [],
-        None,
-        {},
-        bits((4, 4)),
-        bits(*[(4, 4)] * 5),
-        {"0": 1, "1": 1, "2": 1, "3": 1},
-        {index: 4 for index in range(4)},
-        {index: {"nbits_key": 4} for index in range(4)},
-        bits((0, 4), (4, 4), (4, 4), (4, 4)),
-        bits((17, 4), (4, 4), (4, 4), (4, 4)),
-        {index: {"nbits_key": "4", "nbits_value": True} for index in range(4)},
-        {index: {0: 1, 1: 2} for index in range(4)},
-    ],
-)
-def test_what_is_no_preset_of_this_model_is_refused(content: Any) -> None:
-    with pytest.raises(DataError):
-        load("kvtuner", content, scheme="pertoken")
-
-
-def test_a_preset_comes_back() -> None:
-    source = profile(
-        ["8-g64-asym/4-g64-asym", "4-g64-asym/2-g64-asym", "2-g64-asym/8-g64-asym", "4-g64-asym/4-g64-asym"]
-    )
-    written = FORMATS["kvtuner"].write(source)
-    assert written.lost == []
-    assert load("kvtuner", parse(written.text.encode(), "x"), scheme="pertoken").layers == source.layer_specs()
-
-
-def test_what_a_preset_cannot_say_is_listed() -> None:
-    written = FORMATS["kvtuner"].write(
-        profile(["16/4-g64-asym", "4-g32-asym/4-g64-sym", "4-g64-asym-r/4-g64-asym-x0.9", "8-g64-asym/8-g64-asym"])
-    )
-    assert written.lost == [
-        "keys of layers 0: 16 becomes 8-g64-asym",
-        "keys of layers 1: 4-g32-asym becomes 4-g64-asym",
-        "keys of layers 2: 4-g64-asym-r becomes 4-g64-asym",
-        "values of layers 1: 4-g64-sym becomes 4-g64-asym",
-        "values of layers 2: 4-g64-asym-x0.9 becomes 4-g64-asym",
-    ]
-
-
-# YAML
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"a: &x [1]\nb: *x\n", "aliases"),
-        (b"a: 1\na: 2\n", "stands twice"),
-        (b"0: {a: 1, a: 2}\n", "stands twice"),
-        (b"a: " + b"[" * 200 + b"]" * 200, "nests deeper"),
-        (b"a: [", "no valid YAML"),
-        (b"\xff\xff", "no valid YAML"),
-        (b"a: !!python/object/apply:os.system [x]\n", "no valid YAML"),
-        (b"a: " + b"9" * 5000, "no valid YAML"),
-        (b"a: 2020-99-99\n", "no valid YAML"),
-        (b"? [1]\n: 2\n", "no valid YAML"),
-        (b'{"a": 1, "a": 2}', "stands twice"),
-    ],
-)
-def test_doubtful_yaml_is_refused(text: bytes, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        parse(text, "x")
 
 
 # transformers

@@ -1,0 +1,114 @@
+"""``kvtuner-search calibrate``: from a model and text to profiles and a report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options, space_options
+from kvtuner_search.errors import UsageError
+
+
+@click.command(
+    "calibrate",
+    context_settings=CONTEXT,
+    epilog="Exit codes: 0 done, 2 usage, 3 unreadable or invalid input, 130 interrupted (go on with --resume).",
+)
+@model_options
+@data_options(samples=6, length=448)
+@space_options
+@click.option(
+    "--target-bits",
+    type=click.FloatRange(1, 16),
+    multiple=True,
+    show_envvar=True,
+    help="Budget in effective bits, everything stored counted; repeatable, a profile each. Default: 4.0.",
+)
+@click.option(
+    "--max-loss",
+    type=float,
+    show_envvar=True,
+    help="Instead of a budget: the cheapest setting whose KL divergence (nats a token) is at most this.",
+)
+@click.option("--trials", type=click.IntRange(1), default=48, show_envvar=True, help="Distinct settings to score.")
+@click.option(
+    "--sampler", type=click.Choice(["tpe", "nsga2"]), default="tpe", show_envvar=True, help="Optuna's sampler."
+)
+@click.option(
+    "--pp",
+    "stages",
+    type=click.IntRange(1),
+    default=1,
+    show_envvar=True,
+    help="Pipeline stages: the heaviest one counts.",
+)
+@click.option(
+    "--grouping",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_envvar=True,
+    help="Layers with like sensitivity share a variable; auto: if the silhouette is good.",
+)
+@click.option(
+    "--random-baseline/--no-random-baseline",
+    default=True,
+    help="Also run a random search of as many trials, to compare with.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("kvtuner-output"),
+    show_envvar=True,
+    help="Folder for profiles, report and study.",
+)
+@click.option("--name", help="Start of the profiles' names. Default: the model's.", show_envvar=True)
+@click.option("--resume", is_flag=True, help="Go on with the study in the output folder.")
+@click.option("--overwrite", is_flag=True, help="Delete the study in the output folder and start again.")
+@click.option(
+    "--storage",
+    metavar="URL",
+    show_envvar=True,
+    help="Optuna storage to share with other machines. Default: a journal file in the output folder.",
+)
+@click.option("--study-name", default="kvtuner", show_envvar=True, help="Study within the storage.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_envvar=True,
+    help="Processes that share the trials on this machine.",
+)
+@click.option("--join", is_flag=True, hidden=True, help="Work on the study's trials and write nothing.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
+def command(**options: Any) -> None:
+    """Search per-layer key and value bit-widths, and write a profile for each budget, with a report.
+
+    The quantized cache is scored by teacher forcing in which attention reads every key and value as stored. What is chosen was picked on one
+    held-out split and is measured once on another.
+    """
+    from kvtuner_search.calibration.options import CalibrationOptions
+    from kvtuner_search.calibration.session import Session, calibrate
+    from kvtuner_search.data import DEFAULT_SOURCES
+
+    if options["resume"] and options["overwrite"]:
+        raise UsageError("--resume and --overwrite exclude each other: one keeps the study, the other deletes it")
+    if options["max_loss"] is not None and options["target_bits"]:
+        raise UsageError("--max-loss and --target-bits exclude each other: give a bound on the loss, or budgets")
+    session = Session(
+        output=options.pop("output"),
+        name=options.pop("name"),
+        resume=options.pop("resume"),
+        overwrite=options.pop("overwrite"),
+        storage=options.pop("storage"),
+        study_name=options.pop("study_name"),
+        workers=options.pop("workers"),
+        join=options.pop("join"),
+        quiet=options.pop("quiet"),
+        arguments=tuple(sys.argv[1:]),
+    )
+    options["sources"] = options["sources"] or DEFAULT_SOURCES
+    options["target_bits"] = options["target_bits"] or (() if options["max_loss"] is not None else (4.0,))
+    calibrate(CalibrationOptions(model=loading(options), **options), session)

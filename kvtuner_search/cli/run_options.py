@@ -1,0 +1,156 @@
+"""Options of the commands that load a model and data, and how they become option objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from kvtuner_search.models.load import ModelOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+REFERENCE = "reference"
+CONTEXT = {"show_default": True, "max_content_width": 110}
+
+
+def model_options(function: F) -> F:
+    """``--model`` and how it is loaded."""
+    for option in reversed(
+        (
+            click.option(
+                "--model",
+                default=REFERENCE,
+                metavar="FOLDER|HUB-ID",
+                show_envvar=True,
+                help="Model; 'reference' is the embedded 13.9 M-parameter test instrument.",
+            ),
+            click.option("--revision", help="Commit, branch or tag on the hub.", show_envvar=True),
+            click.option(
+                "--dtype",
+                type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                default="auto",
+                show_envvar=True,
+                help="auto: bfloat16 on a GPU, float32 on the CPU.",
+            ),
+            click.option(
+                "--device",
+                default="auto",
+                show_envvar=True,
+                help="auto, cpu, cuda or cuda:N; auto is a GPU if there is one.",
+            ),
+            click.option(
+                "--device-map",
+                help="transformers' device_map, e.g. auto, for a model larger than one GPU.",
+                show_envvar=True,
+            ),
+            click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+            click.option(
+                "--random-weights", is_flag=True, help="Random weights from config.json, to measure speed only."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def data_options(samples: int, length: int) -> Callable[[F], F]:
+    """``--data`` and how much of it."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(
+            (
+                click.option(
+                    "--data",
+                    "sources",
+                    multiple=True,
+                    metavar="SOURCE",
+                    show_envvar=True,
+                    help="Built-in task, .txt, .md or .jsonl file, gsm8k, wikitext or hub:NAME; repeatable (docs/data.md). Default: recall, arithmetic, list, text.",
+                ),
+                click.option(
+                    "--samples",
+                    type=click.IntRange(1),
+                    default=samples,
+                    show_envvar=True,
+                    help="Sequences of each source (in each split).",
+                ),
+                click.option(
+                    "--length",
+                    type=click.IntRange(8),
+                    default=length,
+                    show_envvar=True,
+                    help="Most tokens of a sequence.",
+                ),
+                click.option(
+                    "--seed",
+                    type=click.IntRange(0, 2**31),
+                    default=0,
+                    show_envvar=True,
+                    help="Seed of data, splits and search.",
+                ),
+                click.option(
+                    "--batch-tokens",
+                    type=click.IntRange(1),
+                    default=4096,
+                    show_envvar=True,
+                    help="Tokens of one forward pass: less needs less memory.",
+                ),
+            )
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def space_options(function: F) -> F:
+    """What a tensor may be stored as."""
+    for option in reversed(
+        (
+            click.option(
+                "--bits", default="2,4,8,16", callback=_numbers, show_envvar=True, help="Bit-widths to choose from."
+            ),
+            click.option(
+                "--group-size",
+                "group_sizes",
+                default="head",
+                callback=_groups,
+                show_envvar=True,
+                help="Channels that share a scale: head, 32, 64, 128, or several.",
+            ),
+            click.option("--symmetric/--no-symmetric", default=True, help="Also allow storing no minimum."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def loading(options: dict[str, Any]) -> ModelOptions:
+    """Take the model's options out of a command's."""
+    from kvtuner_search.models.load import ModelOptions
+
+    return ModelOptions(
+        source=options.pop("model"),
+        revision=options.pop("revision"),
+        dtype=options.pop("dtype"),
+        device=options.pop("device"),
+        device_map=options.pop("device_map"),
+        trust_remote_code=options.pop("trust_remote_code"),
+        random_weights=options.pop("random_weights"),
+    )
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    found = tuple(int(part) for part in value.split(",") if part.strip().isdecimal())
+    if len(found) != len(value.split(",")) or not set(found) <= {2, 4, 8, 16}:
+        raise click.BadParameter(f"{value!r} is no list of 2, 4, 8 and 16, as in 2,4,8", ctx, param)
+    return found
+
+
+def _groups(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part == "head" or part in ("32", "64", "128") for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of head, 32, 64 and 128, as in head,32", ctx, param)
+    return tuple(0 if part == "head" else int(part) for part in parts)

@@ -1,0 +1,53 @@
+"""A search with a quick made-up objective. As a program it is started and killed again and again: STORAGE TRIALS SECONDS KILLS."""
+
+import hashlib
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from test_space import CLASSES, make_space
+
+from kvtuner_search.calibration.anchors import anchors, uniform_pairs
+from kvtuner_search.calibration.objective import Outcome
+from kvtuner_search.calibration.space import Choices
+from kvtuner_search.calibration.study import Study, open_storage
+
+
+def main(storage: str, trials: int, seconds: float) -> None:
+    space = make_space(4)
+    budget = space.nbytes([len(v.pairs) // 2 for v in space.variables])
+
+    def objective(choices: Choices, outcomes: Sequence[Outcome], screen: bool) -> Outcome:
+        time.sleep(seconds)
+        noise = int(hashlib.sha256(repr(choices).encode()).hexdigest()[:6], 16) / 2**24
+        loss = float(space.features(choices).sum()) * (1 + noise)
+        return Outcome(space.cost(choices), (loss, loss), True)
+
+    study = Study(open_storage(storage), "test", "tpe", 7)
+    study.bury()
+    study.enqueue(space, anchors(space, uniform_pairs(CLASSES), [], [budget]))
+    study.run(space, objective, trials, [budget])
+
+
+def kill_again_and_again(storage: str, trials: int, seconds: float, kills: int) -> None:
+    """Fork a worker, kill it at a random moment, and print how many trials were finished by then; each kill."""
+    rng = random.Random(5)
+    for _ in range(kills):
+        child = os.fork()  # nothing has used torch's threads yet, and importing everything anew would take seconds
+        if child == 0:
+            main(storage, trials, seconds)
+            os._exit(0)
+        time.sleep(rng.uniform(0.05, 0.5))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        print(len(Study(open_storage(storage), "test", "tpe", 7).finished()), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+    else:
+        kill_again_and_again(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))

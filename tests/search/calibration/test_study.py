@@ -1,0 +1,122 @@
+"""The study survives kills, loses nothing, repeats nothing, and ends the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from study_worker import main as work
+from test_space import make_space
+
+from kvtuner_search.calibration.objective import Outcome
+from kvtuner_search.calibration.study import Anchor, Finished, Study, hypervolume, open_storage, pareto
+from kvtuner_search.errors import DataError, UsageError
+
+WORKER = Path(__file__).with_name("study_worker.py")
+TRIALS = 120
+
+
+def finished(storage: Path) -> list[Finished]:
+    return Study(open_storage(str(storage)), "test", "tpe", 7).finished()
+
+
+def strip(trials: list[Finished]) -> list[tuple[object, ...]]:
+    """What must not depend on kills: everything but numbers and times."""
+    return [(t.origin, t.choices, t.outcome, t.duplicate) for t in trials]
+
+
+def start(storage: Path, *arguments: object) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER), str(storage), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_ten_kills_lose_at_most_the_running_trial_and_change_nothing(tmp_path: Path) -> None:
+    killed = tmp_path / "killed.journal"
+    output, _ = start(killed, TRIALS, 0.03, 10).communicate(timeout=300)
+    counts = [int(line) for line in output.split()]
+    assert len(counts) == 10
+    assert counts == sorted(counts)  # nothing that was finished is lost
+    assert 5 < counts[-1] < TRIALS  # the kills fell into the middle of the work
+    seen = finished(killed)
+    work(str(killed), TRIALS, 0.0)
+    ended = finished(killed)
+    assert ended[: len(seen)] == seen
+    distinct = [t.choices for t in ended if not t.duplicate]
+    assert len(distinct) == len(set(distinct)) == TRIALS
+    work(str(tmp_path / "whole.journal"), TRIALS, 0.0)
+    assert strip(ended) == strip(finished(tmp_path / "whole.journal"))
+
+
+def test_a_finished_study_is_left_alone(tmp_path: Path) -> None:
+    storage = tmp_path / "study.journal"
+    work(str(storage), 12, 0.0)
+    before = storage.read_bytes()
+    work(str(storage), 12, 0.0)
+    assert [t.number for t in finished(storage)] == list(range(12))
+    assert storage.read_bytes()[: len(before)] == before
+
+
+def test_two_workers_share_the_trials(tmp_path: Path) -> None:
+    storage = tmp_path / "study.journal"
+    processes = [start(storage, TRIALS, 0.02) for _ in range(2)]
+    assert [p.wait(60) for p in processes] == [0, 0]
+    trials = finished(storage)
+    distinct = [t.choices for t in trials if not t.duplicate]
+    assert TRIALS <= len(distinct) <= TRIALS + 1  # the other worker may have been in the middle of one
+    assert len({t.choices for t in trials if t.origin == "uniform"}) == 10
+
+
+def test_a_torn_line_is_dropped_and_damage_is_reported(tmp_path: Path) -> None:
+    storage = tmp_path / "study.journal"
+    work(str(storage), 5, 0.0)
+    whole = storage.read_bytes()
+    storage.write_bytes(whole + b'{"op_code": 5, "trial')
+    assert len(finished(storage)) == 5
+    assert storage.read_bytes()[: len(whole)] == whole
+    storage.write_bytes(whole[:200] + b"\x00garbage\n" + whole[200:])
+    with pytest.raises(DataError, match=r"study\.journal.*delete it"):
+        finished(storage)
+
+
+def test_a_storage_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="sqlite"):
+        open_storage(f"sqlite:///{tmp_path}/no/such/folder/study.db")
+    with pytest.raises(UsageError, match="cannot open"):
+        open_storage("/dev/null/study.journal")
+
+
+def test_a_plan_is_there_only_when_it_is_whole(tmp_path: Path) -> None:
+    study = Study(open_storage(str(tmp_path / "s")), "test", "tpe", 0)
+    assert study.plan() is None
+    plan = {"layers": ["x" * 70_000, 1.25], "fingerprint": "f"}
+    study.publish(plan)
+    assert Study(open_storage(str(tmp_path / "s")), "test", "tpe", 0).plan() == plan
+
+
+def test_anchors_are_queued_once(tmp_path: Path) -> None:
+    study, space = Study(open_storage(str(tmp_path / "s")), "test", "tpe", 0), make_space(2)
+    for _ in range(2):
+        study.enqueue(space, [Anchor("uniform", (0, 0)), Anchor("proxy", (1, 1))])
+    assert len(study.study.get_trials()) == 2
+
+
+def make_trial(number: int, cost: int, loss: float, complete: bool = True, duplicate: bool = False) -> Finished:
+    return Finished(number, "tpe", (number,), Outcome(cost, (loss,), complete), 0.0, duplicate)
+
+
+def test_front_and_hypervolume() -> None:
+    trials = [
+        make_trial(0, 10, 0.1),
+        make_trial(1, 20, 0.01),
+        make_trial(2, 20, 0.02),
+        make_trial(3, 5, 0.001, complete=False),
+        make_trial(4, 30, 0.05),
+    ]
+    assert [t.number for t in pareto(trials)] == [0, 1]
+    outcomes = [t.outcome for t in trials if t.outcome.complete]
+    assert hypervolume(outcomes, 1.0, (40, 1.0)) == pytest.approx((40 - 10) * 1 + (40 - 20) * 1)  # a decade each
+    early = [Outcome(10, (0.05,), False)]
+    assert hypervolume(early, 2.0, (40, 1.0)) == pytest.approx(30)
+    assert hypervolume([Outcome(50, (0.1,), True)], 1.0, (40, 1.0)) == 0

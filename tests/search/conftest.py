@@ -1,0 +1,16 @@
+"""What the tests of heavy modules share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent / "calibration")]  # for tiny_models and study_worker
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random four-layer Qwen2 with key outliers and the reference tokenizer."""
+    from tiny_models import write_model
+
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-qwen2")
