@@ -69,7 +69,7 @@ def variants(spec: LayerSpec, heads: int, group: int, head_dim: int, dtype: torc
         none = {"split_counts": None} | ({} if spec.value.centred else {"centre": None})
         result.append(Variant(f"merge {batch}", merge_kernel, {**constants, **none}, {"num_warps": 4 if batch == 1 else 1}))
     for rows in (16, 64, 4096):
-        tile = extend_launch(head_dim, rows)
+        tile = extend_launch(spec, head_dim, rows)
         constants = {
             **extend_constants(spec, heads, group, head_dim, dtype, row, tile),
             "CAP": 0.0, "WINDOW": 0, "CAUSAL": True, "AS_STORED": False, "SKIP_PREFIX_MASK": True,

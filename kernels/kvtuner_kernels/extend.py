@@ -318,7 +318,7 @@ def extend(
     prefix_query = rotate_heads(query, inverse=True, dtype=query.dtype) if key_side.rotated else query
     result = torch.empty(query.shape, dtype=torch.float32, device=query.device) if transformed else out
     group = query_heads // heads
-    launch = extend_launch(head_dim, max_new * group)
+    launch = extend_launch(spec, head_dim, max_new * group)
     options = {
         "CAP": soft_cap, "WINDOW": window, "CAUSAL": causal, "AS_STORED": as_stored,
         "SKIP_PREFIX_MASK": skip_prefix_mask and not as_stored,

@@ -35,7 +35,7 @@ def decode_launch(spec: LayerSpec, heads: int, group: int, head_dim: int) -> Dec
     batch = 4
     runs = max(1, batch // (1 << (heads - 1).bit_length()))
     columns = 8 if group <= 8 or head_dim > 128 else 16
-    plain = max(spec.key.groups(head_dim), spec.value.groups(head_dim)) <= 2
+    plain = _plain(spec, head_dim)
     tokens = 64 if head_dim <= 128 and columns == 8 and plain else 32 if head_dim * columns <= 2048 and plain else 16
     return DecodeLaunch(batch, runs, tokens, columns, 4, 4, 2)
 
@@ -50,11 +50,18 @@ class ExtendLaunch:
     warps: int
 
 
-def extend_launch(head_dim: int, rows: int) -> ExtendLaunch:
+def extend_launch(spec: LayerSpec, head_dim: int, rows: int) -> ExtendLaunch:
     """Launch parameters; ``rows`` is the largest number of rows of a request."""
     if head_dim > 128:
-        return ExtendLaunch(64, 32, 2, 4)
+        return ExtendLaunch(64, 32, 2, 8)
+    if not _plain(spec, head_dim):
+        return ExtendLaunch(128 if rows > 64 else 64 if rows > 16 else 16, 32, 2, 8 if rows > 64 else 4)
     return ExtendLaunch(128, 64, 3, 8) if rows > 64 else ExtendLaunch(64 if rows > 16 else 16, 64, 3, 4)
+
+
+def _plain(spec: LayerSpec, head_dim: int) -> bool:
+    """Whether a head has few groups: each takes accumulators and scales of its own."""
+    return max(spec.key.groups(head_dim), spec.value.groups(head_dim)) <= 2
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any, Final
 from kvtuner_search.data import DEFAULT_SOURCES
 from kvtuner_search.models.load import ModelOptions
 
-TIERS: Final = (1 / 6, 1 / 2, 1.0)  # fractions of each source's search samples that the rungs have seen
+TIERS: Final = (1 / 6, 2 / 5, 1.0)  # fractions of each source's search samples that the rungs have seen
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class CalibrationOptions:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     sources: tuple[str, ...] = DEFAULT_SOURCES
-    samples: int = 6  # sequences of each source in the search split; selection and test have as many each
+    samples: int = 5  # sequences of each source in the search split; selection and test have as many each
     length: int = 448  # most tokens of a sequence
     seed: int = 0
     bits: tuple[int, ...] = (2, 4, 8, 16)
@@ -27,7 +27,7 @@ class CalibrationOptions:
     symmetric: bool = True  # whether classes without a stored minimum may be chosen
     target_bits: tuple[float, ...] = (4.0,)  # budgets in effective bits, one profile each
     max_loss: float | None = None  # instead of budgets: the cheapest setting whose loss is at most this
-    trials: int = 60
+    trials: int = 40
     sampler: str = "tpe"  # tpe or nsga2
     stages: int = 1  # pipeline stages
     grouping: str = "auto"  # auto, on or off

@@ -103,7 +103,7 @@ def load_data(options: CalibrationOptions, loaded: LoadedModel) -> Dataset:
 
 
 def split_tiers(split: Split) -> list[list[Sample]]:
-    """Samples by rung: the first sixth of each source, up to half, the rest."""
+    """Samples by rung (see TIERS): at least one of each source, then more, then the rest."""
     tiers: list[list[Sample]] = [[] for _ in TIERS]
     for part in split.by_source().values():
         count, start = len(part.samples), 0

@@ -162,6 +162,7 @@ def _write_report(session: Session, content: dict[str, Any], paths: list[Path], 
 
     write_atomic(session.output / "record.json", json.dumps(content, sort_keys=True, allow_nan=False) + "\n")
     write_atomic(session.output / "report.html", render(content))
-    summary(content, Console())
+    console = Console()
+    summary(content, console if console.is_terminal else Console(width=100))
     for path in [*paths, session.output / "report.html", session.output / "record.json"]:
         reporter.say(f"wrote {path}")

@@ -18,7 +18,7 @@ from kvtuner_search.errors import UsageError
     epilog="Exit codes: 0 done, 2 usage, 3 unreadable or invalid input, 130 interrupted (go on with --resume).",
 )
 @model_options
-@data_options(samples=6, length=448)
+@data_options(samples=5, length=448)
 @space_options
 @click.option(
     "--target-bits",
@@ -33,7 +33,7 @@ from kvtuner_search.errors import UsageError
     show_envvar=True,
     help="Instead of a budget: the cheapest setting whose KL divergence (nats a token) is at most this.",
 )
-@click.option("--trials", type=click.IntRange(1), default=48, show_envvar=True, help="Distinct settings to score.")
+@click.option("--trials", type=click.IntRange(1), default=40, show_envvar=True, help="Distinct settings to score.")
 @click.option(
     "--sampler", type=click.Choice(["tpe", "nsga2"]), default="tpe", show_envvar=True, help="Optuna's sampler."
 )

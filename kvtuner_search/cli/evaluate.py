@@ -93,4 +93,5 @@ def _print(found: list[dict[str, Any]], model: str) -> None:
                 f"[{m['ci_low']:+.{digits}f}, {m['ci_high']:+.{digits}f}]".replace("[", "\\["),
             )
         table.add_section()
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=110)).print(table)

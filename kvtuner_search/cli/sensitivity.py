@@ -15,7 +15,7 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model
     "sensitivity", context_settings=CONTEXT, epilog="Exit codes: 0 measured, 2 usage, 3 unreadable or invalid input."
 )
 @model_options
-@data_options(samples=6, length=448)
+@data_options(samples=5, length=448)
 @space_options
 @click.option(
     "--pair-loss",

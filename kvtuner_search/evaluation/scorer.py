@@ -18,6 +18,7 @@ from kvtuner_search.models.attention import Observer
 from kvtuner_search.models.runner import Runner
 
 CHUNK_NUMBERS: Final = 2**26  # rows x vocabulary of one chunk of log-probabilities (256 MiB in fp32)
+MAX_PADDING: Final = 0.05  # of a batch's tokens
 KEPT_BYTES: Final = 2**29  # 16-bit log-probabilities are kept up to this, else computed again from hidden states
 Floats = NDArray[np.float64]
 
@@ -228,12 +229,16 @@ def _kl(expected: Tensor, got: Tensor) -> Tensor:
 
 
 def _groups(tier: Sequence[Sample], batch_tokens: int) -> list[list[int]]:
-    """Sample indices in batches of like length, each of at most ``batch_tokens`` padded tokens (or one sample)."""
+    """Sample indices in batches of like length: at most ``batch_tokens`` padded tokens (or one sample), little of it padding."""
     groups: list[list[int]] = []
+    real = 0
     for index in sorted(range(len(tier)), key=lambda i: (len(tier[i].tokens), i)):
         length = len(tier[index].tokens)
-        if groups and length * (len(groups[-1]) + 1) <= batch_tokens:
+        padded = length * (len(groups[-1]) + 1) if groups else 0
+        if groups and padded <= min(batch_tokens, (real + length) * (1 + MAX_PADDING)):
             groups[-1].append(index)
+            real += length
         else:
             groups.append([index])
+            real = length
     return groups

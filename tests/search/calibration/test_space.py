@@ -131,7 +131,7 @@ def test_the_partition_into_stages_is_the_best_one(layer_bytes: list[int], stage
     if stages > len(layer_bytes):
         return
     ranges = balanced_partition(layer_bytes, stages)
-    assert [a for a, _ in ranges] == [0] + [b for _, b in ranges][:-1]
+    assert [a for a, _ in ranges] == [0, *[b for _, b in ranges][:-1]]
     assert ranges[-1][1] == len(layer_bytes)
     assert all(a < b for a, b in ranges)
     best = min(
