@@ -35,7 +35,6 @@ OTHERS: Final = (
     (4, 2),
     (2, 2),
 )  # uniform per-token settings as others store them: no transform, no clip
-MEMORY_HELP: Final = "lower --batch-tokens or --length, use --device-map auto, or a smaller --dtype"
 
 
 @dataclass
@@ -127,7 +126,7 @@ def analyse(run: Run, study: Study | None) -> Plan:
         plan = make_plan(fingerprint, run.scorer, run.moments, run.classes, tiers=measured, stage=run.reporter.stage)
         content = plan.to_json()
         if study is not None:
-            study.publish(content)
+            content = study.publish(content)
     elif content["fingerprint"] != fingerprint:
         raise UsageError(
             "the study was made with other options, another model or other data: use the same, or another --output or --storage"
@@ -284,11 +283,6 @@ def as_others_store(run: Run) -> list[Candidate]:
             Candidate(f"plain {spec.name}", "plain", setting, sum(s.bytes_per_token(heads, head_dim) for s in setting))
         )
     return rows
-
-
-def guard_memory(error: torch.OutOfMemoryError) -> DataError:
-    """The one-line form of a GPU out of memory."""
-    return DataError(f"the GPU ran out of memory ({str(error).splitlines()[0]}): {MEMORY_HELP}")
 
 
 def _check_targets(

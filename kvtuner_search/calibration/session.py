@@ -19,7 +19,7 @@ from rich.console import Console
 
 from kvtuner_search.calibration.options import CalibrationOptions
 from kvtuner_search.calibration.outputs import profile_content, record
-from kvtuner_search.calibration.pipeline import Run, Target, analyse, choose, guard_memory, make_space, prepare, search
+from kvtuner_search.calibration.pipeline import Run, Target, analyse, choose, make_space, prepare, search
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.errors import UsageError
 from kvtuner_search.evaluation.stored import centres_file
@@ -57,31 +57,26 @@ def calibrate(options: CalibrationOptions, session: Session) -> None:
     """
     reporter = Reporter(session.quiet)
     _claim_folder(session)
-    try:
-        run = prepare(options, reporter)
-        if run.loaded.info.id == "reference":
-            reporter.say("model: the embedded reference model, a test instrument (give --model for your own)")
-        storage = open_storage(session.storage or str(session.journal))
-        study = Study(storage, session.study_name, options.sampler, options.seed)
-        rival = (
-            Study(storage, f"{session.study_name}-random", "random", options.seed) if options.random_baseline else None
-        )
-        plan = analyse(run, study)
-        space = make_space(run, plan)
-        with _helpers(session, reporter) as wait:
-            found, random = search(run, plan, space, study, rival)
-            if session.join:
-                return
-            wait()
-        found, random = study.finished(), rival.finished() if rival is not None else random
-        targets, test = choose(run, plan, space, found, random)
-        paths = []
-        for target in targets:
-            content = profile_content(run, plan, space, target, test, found, _profile_name(run, session, target))
-            paths.append(_write_profile(session.output, content, target, plan.centres))
-        content = record(run, plan, space, found, random, targets, test)
-    except torch.OutOfMemoryError as error:
-        raise guard_memory(error) from error
+    run = prepare(options, reporter)
+    if run.loaded.info.id == "reference":
+        reporter.say("model: the embedded reference model, a test instrument (give --model for your own)")
+    storage = open_storage(session.storage or str(session.journal))
+    study = Study(storage, session.study_name, options.sampler, options.seed)
+    rival = Study(storage, f"{session.study_name}-random", "random", options.seed) if options.random_baseline else None
+    plan = analyse(run, study)
+    space = make_space(run, plan)
+    with _helpers(session, reporter) as wait:
+        found, random = search(run, plan, space, study, rival)
+        if session.join:
+            return
+        wait()
+    found, random = study.finished(), rival.finished() if rival is not None else random
+    targets, test = choose(run, plan, space, found, random)
+    paths = []
+    for target in targets:
+        content = profile_content(run, plan, space, target, test, found, _profile_name(run, session, target))
+        paths.append(_write_profile(session.output, content, target, plan.centres))
+    content = record(run, plan, space, found, random, targets, test)
     _write_report(session, content, paths, reporter)
 
 

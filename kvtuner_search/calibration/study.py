@@ -128,13 +128,17 @@ class Study:
                 f"the study {name!r} cannot be read: {_one_line(error)}: delete it, or name another one"
             ) from error
 
-    def publish(self, plan: dict[str, Any]) -> None:
-        """Store what every worker must agree on; written once, before the first trial."""
+    def publish(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Store what every worker must agree on, before the first trial; returns what holds, which another may have stored before."""
+        known = self.plan()
+        if known is not None:
+            return known
         text = json.dumps(plan, sort_keys=True)
         chunks = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
         for index, chunk in enumerate(chunks):
             self.study.set_user_attr(f"plan:{index}", chunk)
         self.study.set_user_attr("plan", len(chunks))  # last: a torn plan does not count
+        return plan
 
     def plan(self) -> dict[str, Any] | None:
         """What :meth:`publish` stored, if it was finished."""

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kvtuner_search.cli.options import json_option
-from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options
+from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading, model_options
 
 
 @click.command(
@@ -74,7 +74,7 @@ def _print(found: list[dict[str, Any]], model: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{model}: stored cache against 16 bit (95 % intervals of the difference)")
+    table = Table(title=f"{label(model)}: stored cache against 16 bit (95 % intervals of the difference)")
     for name in ("setting", "bits", "data", "metric", "16 bit", "stored", "difference", "interval"):
         table.add_column(
             name, justify="left" if name in ("setting", "data", "metric") else "right", no_wrap=name != "setting"

@@ -28,6 +28,11 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
+MEMORY_HELP: Final = (
+    "lower --batch-tokens or --length, spread the model with --device-map auto, or use --dtype bfloat16"
+)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on first use; the list of commands needs no import."""
 
@@ -78,10 +83,8 @@ def run(arguments: list[str]) -> int:
     try:
         result: Any = cli.main(arguments, prog_name="kvtuner-search", standalone_mode=False, obj=state)
         return int(result) if isinstance(result, int) else ExitCode.OK
-    except click.exceptions.Abort:
-        return _fail("interrupted: what was finished is kept", ExitCode.INTERRUPTED)
-    except KeyboardInterrupt:
-        return _fail("interrupted: what was finished is kept", ExitCode.INTERRUPTED)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _fail("interrupted: what was finished is kept; calibrate goes on with --resume", ExitCode.INTERRUPTED)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(f"Try '{error.ctx.command_path} --help' for help.", err=True)
@@ -95,6 +98,11 @@ def run(arguments: list[str]) -> int:
         if state["debug"]:
             raise
         return _fail(str(error), error.exit_code)
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, told by its name because torch is not imported here
+        if state["debug"] or type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail(f"the GPU ran out of memory ({str(error).splitlines()[0]}): {MEMORY_HELP}", ExitCode.DATA)
 
 
 def _fail(message: str, code: ExitCode) -> int:

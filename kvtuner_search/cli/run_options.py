@@ -142,6 +142,11 @@ def loading(options: dict[str, Any]) -> ModelOptions:
     )
 
 
+def label(model: str) -> str:
+    """What tables call a model: the reference model is never mistaken for a real one."""
+    return f"{model} (embedded test instrument)" if model == REFERENCE else model
+
+
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     found = tuple(int(part) for part in value.split(",") if part.strip().isdecimal())
     if len(found) != len(value.split(",")) or not set(found) <= {2, 4, 8, 16}:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options, space_options
+from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading, model_options, space_options
 
 
 @click.command(
@@ -70,7 +70,7 @@ def _print(layers: list[dict[str, Any]], model: str) -> None:
 
     console = Console()
     for side, title in (("keys", "keys"), ("values", "values")):
-        table = Table(title=f"{model}: KL in nats a token with the {title} of one layer alone stored in a class")
+        table = Table(title=f"{label(model)}: KL in nats a token with the {title} of one layer alone stored in a class")
         classes = [name for name in layers[0][side] if name != "16"]
         table.add_column("layer", justify="right")
         for name in classes:

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.cli.main import run
 from kvtuner_search.evaluation.offline import open_profile
+from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.canonical import load
 
 SMALL = ("--data", "list", "--data", "text", "--samples", "3", "--length", "170", "--trials", "16", "--quiet")
@@ -114,6 +116,17 @@ def test_a_killed_run_resumes_to_the_same_profile(finished: Path, tiny_model: Pa
     assert run([*arguments, "--resume"]) == 0
     for name in ("tiny-qwen2-5.00bit.json", "tiny-qwen2-6.00bit.json"):
         assert (output / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_shared_storage_gives_every_machine_the_profile(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    for machine in ("one", "two"):  # the second finds all trials done
+        assert (
+            calibrate(tiny_model, tmp_path / machine, "--target-bits", "6", "--target-bits", "5", "--storage", url) == 0
+        )
+        name = "tiny-qwen2-5.00bit.json"
+        assert (tmp_path / machine / name).read_bytes() == (finished / name).read_bytes()
+    assert not list(tmp_path.rglob("*.journal"))
 
 
 def test_resuming_with_other_options_is_refused(
@@ -297,3 +310,28 @@ def test_bad_files_are_refused(
     assert "Traceback" not in error
     for says in ("empty.txt", "blocked", "study.journal", "another model"):
         assert says in error
+
+
+def test_a_gpu_out_of_memory_is_one_line_with_what_helps(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(Runner, "hidden", fail)
+    assert calibrate(tiny_model, tmp_path) == 3
+    error = capsys.readouterr().err
+    assert "Tried to allocate 2.00 GiB" in error
+    assert "--batch-tokens" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "hidden", stop)
+    assert calibrate(tiny_model, tmp_path) == 130
+    assert "--resume" in capsys.readouterr().err

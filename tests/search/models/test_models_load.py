@@ -134,3 +134,9 @@ def test_random_weights_need_no_tokenizer(tmp_path: Path, tiny_model: Path) -> N
     loaded = load_model(ModelOptions(source=str(tmp_path), random_weights=True))
     assert loaded.tokenizer is None
     assert loaded.info.weights_digest is None
+
+
+def test_a_model_loaded_through_a_device_map_is_the_same_model(tiny_model: Path) -> None:
+    mapped = load_model(ModelOptions(source=str(tiny_model), device_map="auto", device="cpu"))
+    plain = Runner(load_model(ModelOptions(source=str(tiny_model))))
+    assert torch.equal(Runner(mapped).hidden(TOKENS), plain.hidden(TOKENS))
