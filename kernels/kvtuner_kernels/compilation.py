@@ -17,12 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvtuner_kernels.decode import decode, decode_constants, decode_kernel, merge_constants, merge_kernel
+from kvtuner_kernels.decode import decode, decode_constants, merge_constants, merge_kernel
+from kvtuner_kernels.decode_kernel import decode_kernel
 from kvtuner_kernels.extend import extend, extend_constants, extend_kernel
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.quantize import store, store_constants, store_kernel
 from kvtuner_kernels.reference import Centres
-from kvtuner_kernels.tuning import decode_launch, extend_launch
+from kvtuner_kernels.tuning import HOPPER_SHARED, decode_launch, extend_launch
 
 CAPABILITIES: Final = (80, 89, 90, 100)  # A100; RTX 4090 and L40S; H100 and H200; B200
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -50,26 +51,42 @@ class Resources(NamedTuple):
     shared: int  # bytes of shared memory a program
 
 
-def variants(spec: LayerSpec, heads: int, group: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
-    """The kernels that serving one layer takes, with the launch parameters of :mod:`kvtuner_kernels.tuning`."""
+def variants(
+    spec: LayerSpec,
+    heads: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    shared: int = HOPPER_SHARED,
+) -> list[Variant]:
+    """The kernels that serving one layer takes, with the launch parameters of :mod:`kvtuner_kernels.tuning`.
+
+    ``shared`` is the shared memory that a program may take.
+    """
     row = spec.bytes_per_token(heads, head_dim)
-    launch = decode_launch(spec, heads, group, head_dim)
+    launch = decode_launch(spec, heads, group, head_dim, dtype, shared)
     centres = {f"{name}_centre": None for name, side in (("key", spec.key), ("value", spec.value)) if not side.centred}
     result = [
         Variant("store", store_kernel, {**store_constants(spec, heads, head_dim), **centres}, {"num_warps": 4}),
         Variant(
             "decode",
             decode_kernel,
-            {**decode_constants(spec, heads, group, head_dim, dtype, row, launch), "split_counts": None},
+            {
+                **decode_constants(spec, heads, group, head_dim, dtype, row, launch),
+                "split_counts": None,
+                "query_shift": None,
+            },
             {"num_warps": launch.warps, **launch.options()},
         ),
     ]
     for batch, splits in ((64, 264), (1, 264)):
         constants = merge_constants(spec, batch, splits, group, head_dim, launch)
         none = {"split_counts": None} | ({} if spec.value.centred else {"centre": None})
-        result.append(Variant(f"merge {batch}", merge_kernel, {**constants, **none}, {"num_warps": 4 if batch == 1 else 1}))
+        result.append(
+            Variant(f"merge {batch}", merge_kernel, {**constants, **none}, {"num_warps": 4 if batch == 1 else 1})
+        )
     for rows in (16, 64, 4096):
-        tile = extend_launch(spec, head_dim, rows)
+        tile = extend_launch(spec, head_dim, rows, shared)
         constants = {
             **extend_constants(spec, heads, group, head_dim, dtype, row, tile),
             "CAP": 0.0, "WINDOW": 0, "CAUSAL": True, "AS_STORED": False, "SKIP_PREFIX_MASK": True,
@@ -91,9 +108,7 @@ def compile_variant(variant: Variant, capability: int, dtype: torch.dtype = torc
         else:
             signature[name] = _POINTERS.get(name, "fp32" if name == "softmax_scale" else "i32")
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name.endswith("stride")]
-    source = ASTSource(
-        variant.kernel, signature, variant.constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
-    )
+    source = ASTSource(variant.kernel, signature, variant.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")

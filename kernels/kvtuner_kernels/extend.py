@@ -1,10 +1,10 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-# ruff: noqa: RUF005, RET505 - Triton compiles what follows a return and has no starred tuples
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
+# ruff: noqa: RUF005, RET505, SIM300 - see operands.py
 """Attention of new tokens over a packed prefix and their own chunk.
 
 A program takes one KV head and a tile of rows; a row is one query head of one new token, so that a tile of keys is read and
-unpacked once for the whole query group. The arithmetic is :mod:`kvtuner_kernels.decode`'s: integer codes are multiplied, scale and
-minimum are folded into scores and probabilities. Splits of the prefix are not covered: a short chunk over a long prefix leaves
+unpacked once for the whole query group. Keys are multiplied as integer codes, and scale and minimum folded into the scores; values
+are put on their grid in registers, in the model's dtype. Splits of the prefix are not covered: a short chunk over a long prefix leaves
 multiprocessors idle.
 """
 
@@ -18,32 +18,35 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtuner_kernels.layout import LayerSpec, LayoutError
-from kvtuner_kernels.operands import ASSEMBLY, check_centre, check_rows, codes, fill, grid_of, rounded, sides
+from kvtuner_kernels.operands import ASSEMBLY, check_centre, check_rows, codes, fill, grid_of, log2, rounded, sides
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 from kvtuner_kernels.rotation import rotate_heads
-from kvtuner_kernels.tuning import ExtendLaunch, extend_launch
+from kvtuner_kernels.tuning import ExtendLaunch, extend_launch, shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
 
 
 @triton.jit
-def _load_query(query, at, mask, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Per plane of the keys one [M, words] operand, and per group the sum of q [M, 1]."""
-    word = tl.arange(0, SIDE.padded)[None, :]
-    PLANES: tl.constexpr = SIDE.segments * SIDE.planes
+def _column_channel(column, GROUP: tl.constexpr, SIDE: tl.constexpr):
+    """Channel within the head of a column of :func:`_tile`, and whether it exists."""
+    PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
+    word = column // PLANES_A_GROUP
+    return (GROUP * PLANES_A_GROUP + column % PLANES_A_GROUP) * SIDE.words + word, word < SIDE.words
+
+
+@triton.jit
+def _load_query(query, at, live, SIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """Per group of the keys one [M, columns] operand, columns as in :func:`_tile`, and the sum of q [M, 1]."""
+    GROUPS: tl.constexpr = SIDE.groups
+    column = tl.arange(0, SIDE.padded * SIDE.planes_a_group)[None, :]
     operands = ()
     sums = ()
-    for x in tl.static_range(PLANES):
-        part = tl.load(query + at + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0).to(DTYPE)
+    for group in tl.static_range(GROUPS):
+        channel, exists = _column_channel(column, group, SIDE)
+        part = tl.load(query + at + channel, mask=live & exists, other=0.0).to(DTYPE)
         operands = operands + (part,)
-        total = tl.sum(part.to(tl.float32), 1, keep_dims=True)
-        if x % SIDE.planes_a_group == 0:
-            group_sum = total
-        else:
-            group_sum += total
-        if x % SIDE.planes_a_group == SIDE.planes_a_group - 1:
-            sums = sums + (group_sum,)
+        sums = sums + (tl.sum(part.to(tl.float32), 1, keep_dims=True),)
     return operands, sums
 
 
@@ -60,19 +63,30 @@ def _words(rows, slot, head, SEGMENT: tl.constexpr, SIDE: tl.constexpr, ROW: tl.
 
 
 @triton.jit
+def _tile(words, GROUP: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes of one group as [N, words * planes]; planes of a word are neighbours, so that no thread gives codes away."""
+    FIRST: tl.constexpr = GROUP * SIDE.planes_a_group % SIDE.planes
+    PLANES: tl.constexpr = SIDE.planes_a_group
+    BITS: tl.constexpr = SIDE.bits
+    planes = ()
+    for y in tl.static_range(PLANES):
+        planes = planes + (codes(words, BITS, FIRST + y, DTYPE, ASSEMBLY_BODY),)
+    for step in tl.static_range(log2(PLANES)):
+        joined = ()
+        for y in tl.static_range(PLANES >> (step + 1)):
+            joined = joined + (tl.join(planes[y], planes[y + (PLANES >> (step + 1))]),)
+        planes = joined
+    return planes[0].reshape([words.shape[0], words.shape[1] * PLANES])
+
+
+@triton.jit
 def _packed_scores(rows, slot, head, operands, sums, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr):
     """q . k as [M, N] without the softmax scale."""
     GROUPS: tl.constexpr = SIDE.groups
-    PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
     for group in tl.static_range(GROUPS):
-        for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
-            if x % SIDE.planes == 0:
-                words = _words(rows, slot, head, x // SIDE.planes, SIDE, ROW)
-            keys = tl.trans(codes(words, SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY))
-            if x % PLANES_A_GROUP == 0:
-                part = tl.dot(operands[x], keys)
-            else:
-                part = tl.dot(operands[x], keys, part)
+        if group * SIDE.planes_a_group % SIDE.planes == 0:
+            words = _words(rows, slot, head, group * SIDE.planes_a_group // SIDE.planes, SIDE, ROW)
+        part = tl.dot(operands[group], tl.trans(_tile(words, group, SIDE, DTYPE)))
         if SIDE.bits < 16:
             scale, minimum = grid_of(rows, slot, head, group, SIDE, ROW)
             part = part * scale[None, :] + minimum[None, :] * sums[group]
@@ -84,29 +98,22 @@ def _packed_scores(rows, slot, head, operands, sums, SIDE: tl.constexpr, ROW: tl
 
 
 @triton.jit
-def _add_packed(
-    rows, slot, head, p, decay, acc, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """Decay the accumulators and add a packed tile's values, weighted with ``p`` [M, N]."""
+def _add_packed(rows, slot, head, p, decay, acc, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr):
+    """Decay the accumulators and add a packed tile's values, weighted with ``p`` [M, N].
+
+    Values are put on their grid in registers: unlike in decode, a tile of them is multiplied with many rows.
+    """
     GROUPS: tl.constexpr = SIDE.groups
-    PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
+    weights = rounded(p, DTYPE, ASSEMBLY_BODY)
     new_acc = ()
     for group in tl.static_range(GROUPS):
+        if group * SIDE.planes_a_group % SIDE.planes == 0:
+            words = _words(rows, slot, head, group * SIDE.planes_a_group // SIDE.planes, SIDE, ROW)
+        values = _tile(words, group, SIDE, DTYPE)
         if SIDE.bits < 16:
             scale, minimum = grid_of(rows, slot, head, group, SIDE, ROW)
-            weights = rounded(p * scale[None, :], DTYPE, ASSEMBLY_BODY)
-            middle = tl.sum(p * (minimum + scale * ((2**SIDE.bits - 1) / 2))[None, :], 1, keep_dims=True)
-        else:
-            weights = rounded(p, DTYPE, ASSEMBLY_BODY)
-        for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
-            if x % SIDE.planes == 0:
-                words = _words(rows, slot, head, x // SIDE.planes, SIDE, ROW)
-            values = codes(words, SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)
-            out = acc[x] * decay
-            if SIDE.bits < 16:  # centred on the grid's middle, so that rounded weights meet small numbers
-                values -= (2**SIDE.bits - 1) / 2
-                out += middle
-            new_acc = new_acc + (tl.dot(weights, values, out),)
+            values = rounded(values.to(tl.float32) * scale[:, None] + minimum[:, None], DTYPE, ASSEMBLY_BODY)
+        new_acc = new_acc + (tl.dot(weights, values, acc[group] * decay),)
     return new_acc
 
 
@@ -140,8 +147,6 @@ def extend_kernel(
     first_query = tl.load(qo_indptr + request)
     new = tl.load(qo_indptr + request + 1) - first_query
     first_row = tl.program_id(0) * TILE_ROWS
-    if first_row >= new * GROUP:
-        return
     first_slot = tl.load(kv_indptr + request)
     stored = tl.load(kv_indptr + request + 1) - first_slot
     row = first_row + tl.arange(0, TILE_ROWS)
@@ -160,25 +165,30 @@ def extend_kernel(
 
     top = tl.full([TILE_ROWS, 1], -1.0e30, tl.float32)
     total = tl.zeros([TILE_ROWS, 1], tl.float32)
-    PLANES: tl.constexpr = VALUE.segments * VALUE.planes
+    GROUPS: tl.constexpr = VALUE.groups
     PADDED: tl.constexpr = VALUE.padded
-    acc = fill(PLANES, [TILE_ROWS, PADDED], 0.0)
+    PLANES: tl.constexpr = VALUE.planes_a_group
+    acc = fill(GROUPS, [TILE_ROWS, PADDED * PLANES], 0.0)
     column = tl.arange(0, TOKENS)
 
     at = (first_query + token) * prefix_token_stride + query_head * prefix_head_stride
     operands, sums = _load_query(prefix_query, at, live, KEY, DTYPE)
     at = (first_query + token) * query_token_stride + query_head * query_head_stride
+    channel = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
     shift = tl.zeros([TILE_ROWS, 1], tl.float32)
-    if KEY.centred and not AS_STORED:  # what stored keys lack and the chunk's keys have
-        channel = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+    # What centring took from the scores: the chunk's keys have it, and a soft cap sees it.
+    if KEY.centred and (not AS_STORED or CAP != 0):
         q = tl.load(query + at + channel, mask=live & (channel < HEAD_DIM), other=0.0).to(tl.float32)
         centre = tl.load(key_centre + head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)
         shift += tl.sum(q * centre, 1, keep_dims=True)
 
-    end = stored
+    busy = first_row < new * GROUP  # else nothing is read and nothing written
+    end = tl.where(busy, stored, 0)
     if AS_STORED and CAUSAL and not masked:
-        end = tl.minimum(stored, last + 1)
-    slots = kv_indices.to(tl.pointer_type(tl.int32))  # low halves: a slot's number fits in 32 bits, its address does not
+        end = tl.minimum(end, last + 1)
+    slots = kv_indices.to(
+        tl.pointer_type(tl.int32)
+    )  # low halves: a slot's number fits in 32 bits, its address does not
     for tile in tl.range(earliest // TOKENS * TOKENS, end, TOKENS, num_stages=STAGES):
         index = tile + column
         # Beyond the end the last stored token is read again and hidden.
@@ -195,14 +205,26 @@ def extend_kernel(
         p, top, total, decay = _softmax_step(scores, shift, top, total, softmax_scale, visible, CAP)
         acc = _add_packed(rows, slot, head, p, decay, acc, VALUE, ROW, VALUE_DTYPE)
 
+    # Once: from neighbouring planes to neighbouring channels, with gaps where a plane is padded.
+    ordered = ()
+    for group in tl.static_range(GROUPS):
+        planes = acc[group].reshape([TILE_ROWS, PADDED, PLANES]).permute(0, 2, 1)
+        ordered = ordered + (planes.reshape([TILE_ROWS, PADDED * PLANES]),)
+    acc = ordered
+    place = tl.arange(0, PADDED * PLANES)[None, :]
+    if PADDED == VALUE.words:
+        group_channel = place
+        exists = place < PADDED * PLANES
+    else:
+        group_channel = place // PADDED * VALUE.words + place % PADDED
+        exists = place % PADDED < VALUE.words
+
     if not AS_STORED:
-        operands, sums = _load_query(query, at, live, KEY, DTYPE)
-        KEY_PLANES: tl.constexpr = KEY.segments * KEY.planes
-        key_word = tl.arange(0, KEY.padded)[:, None]
-        value_word = tl.arange(0, PADDED)[None, :]
-        end = new
+        q = tl.load(query + at + channel, mask=live & (channel < HEAD_DIM), other=0.0).to(DTYPE)
+        key_channel = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[:, None]
+        end = tl.where(busy, new, 0)
         if CAUSAL and not masked:
-            end = tl.minimum(new, last - before + 1)
+            end = tl.minimum(end, last - before + 1)
         start = 0
         if WINDOW:
             start = tl.maximum(earliest - before, 0) // TOKENS * TOKENS
@@ -216,29 +238,25 @@ def extend_kernel(
                 visible = visible & (index[None, :] <= token)
             if WINDOW:
                 visible = visible & (index[None, :] > token - WINDOW)
-            keys = key + (first_query + index)[None, :] * key_token_stride + head * key_head_stride + key_word
-            for x in tl.static_range(KEY_PLANES):
-                k = tl.load(keys + x * KEY.words, mask=inside[None, :] & (key_word < KEY.words), other=0.0).to(DTYPE)
-                if x == 0:
-                    scores = tl.dot(operands[x], k)
-                else:
-                    scores = tl.dot(operands[x], k, scores)
+            keys = key + (first_query + index)[None, :] * key_token_stride + head * key_head_stride + key_channel
+            k = tl.load(keys, mask=inside[None, :] & (key_channel < HEAD_DIM), other=0.0).to(DTYPE)
+            scores = tl.dot(q, k)
             p, top, total, decay = _softmax_step(scores, 0.0, top, total, softmax_scale, visible, CAP)
             weights = rounded(p, VALUE_DTYPE, ASSEMBLY_BODY)
-            values = value + (first_query + index)[:, None] * value_token_stride + head * value_head_stride + value_word
+            values = (
+                value + (first_query + index)[:, None] * value_token_stride + head * value_head_stride + group_channel
+            )
             new_acc = ()
-            for x in tl.static_range(PLANES):
-                inside_value = inside[:, None] & (value_word < VALUE.words)
-                v = tl.load(values + x * VALUE.words, mask=inside_value, other=0.0).to(VALUE_DTYPE)
-                new_acc = new_acc + (tl.dot(weights, v, acc[x] * decay),)
+            for group in tl.static_range(GROUPS):
+                v = tl.load(values + group * (PLANES * VALUE.words), mask=inside[:, None] & exists, other=0.0)
+                new_acc = new_acc + (tl.dot(weights, v.to(VALUE_DTYPE), acc[group] * decay),)
             acc = new_acc
 
     inverse = 1 / tl.where(total > 0, total, 1.0)
-    word = tl.arange(0, PADDED)[None, :]
-    target = out + (first_query + token) * out_token_stride + query_head * out_head_stride + word
-    for x in tl.static_range(PLANES):
-        result = (acc[x] * inverse).to(out.dtype.element_ty)
-        tl.store(target + x * VALUE.words, result, mask=live & (word < VALUE.words))
+    target = out + (first_query + token) * out_token_stride + query_head * out_head_stride + group_channel
+    for group in tl.static_range(GROUPS):
+        result = (acc[group] * inverse).to(out.dtype.element_ty)
+        tl.store(target + group * (PLANES * VALUE.words), result, mask=live & exists)
 
 
 def extend(
@@ -298,7 +316,9 @@ def extend(
     check_centre(key_side, centres.key, heads, head_dim)
     check_centre(value_side, centres.value, heads, head_dim)
     if query_heads % heads or query.stride(2) != 1:
-        raise LayoutError(f"{query_heads} query heads, strides {query.stride()}: expected a dense multiple of {heads} heads")
+        raise LayoutError(
+            f"{query_heads} query heads, strides {query.stride()}: expected a dense multiple of {heads} heads"
+        )
     if (key is None) != (value is None) or (custom_mask is None) != (mask_indptr is None):
         raise LayoutError("give both of key and value, and both of custom_mask and mask_indptr, or neither")
     if query.dtype == torch.float32 and ASSEMBLY:
@@ -313,12 +333,15 @@ def extend(
     elif transformed:
         shift = None if centres.value is None else -centres.value
         value = rotate_heads(
-            value if shift is None else value.float() + shift, inverse=False, dtype=query.dtype, rotated=value_side.rotated
+            value if shift is None else value.float() + shift,
+            inverse=False,
+            dtype=query.dtype,
+            rotated=value_side.rotated,
         )
     prefix_query = rotate_heads(query, inverse=True, dtype=query.dtype) if key_side.rotated else query
     result = torch.empty(query.shape, dtype=torch.float32, device=query.device) if transformed else out
     group = query_heads // heads
-    launch = extend_launch(spec, head_dim, max_new * group)
+    launch = extend_launch(spec, head_dim, max_new * group, shared_memory(rows.device))
     options = {
         "CAP": soft_cap, "WINDOW": window, "CAUSAL": causal, "AS_STORED": as_stored,
         "SKIP_PREFIX_MASK": skip_prefix_mask and not as_stored,
@@ -343,10 +366,8 @@ def extend_constants(
     """Compile-time constants of :func:`extend_kernel` that the layer and the launch decide; ``dtype`` is the query's."""
     key_side, value_side = sides(spec, heads, head_dim)
     model = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
-    # fp16 weights would underflow once a value's scale is multiplied in; bf16 has the range, whatever the model's dtype.
-    value_dtype = model if value_side.bits == 16 or not ASSEMBLY else tl.bfloat16
     return {
         "KEY": key_side, "VALUE": value_side, "ROW": row_stride, "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim,
-        "DTYPE": model, "VALUE_DTYPE": value_dtype, "TILE_ROWS": launch.rows, "TOKENS": launch.tokens,
+        "DTYPE": model, "VALUE_DTYPE": model, "TILE_ROWS": launch.rows, "TOKENS": launch.tokens,
         "STAGES": launch.stages,
     }  # fmt: skip

@@ -1,5 +1,5 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-# ruff: noqa: RUF005, RET505, SIM300 - Triton compiles what follows a return, has no starred tuples, and upper case names no constant
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
+# ruff: noqa: RUF005, RET505, SIM300 - Triton compiles what follows a return, has no starred tuples, and DTYPE is no constant
 """What all Triton kernels share: one side of a row as constants, words to matrix operands, Hadamard butterflies.
 
 A matrix operand holds codes as exact small numbers. The **assembly body** turns one 32-bit register (the same bits of two
@@ -155,7 +155,9 @@ def bias(bits, plane, dtype, asm):
 
 
 @triton.jit
-def operand(words, BITS: tl.constexpr, PLANE: tl.constexpr, PIECE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def operand(
+    words, BITS: tl.constexpr, PLANE: tl.constexpr, PIECE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+):
     """One plane of uint16 ``words`` as numbers of DTYPE. A plane's pieces sum to the code plus :func:`bias`."""
     if BITS == 16:
         return words.to(DTYPE, bitcast=True)

@@ -19,7 +19,9 @@ from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
 
 TILE = 2048  # channels a program: 16 a thread, so that a decode step of 64 tokens still spreads over the chip
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds a small fp32 to an integer, ties to even
+ROUND = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2**23: adding and subtracting it rounds a small fp32 to an integer, ties to even
 
 
 @triton.jit
@@ -80,7 +82,9 @@ def _store_side(
         scale = scale16.to(tl.float32)
         minimum16 = ((low + high) * 0.5 - scale * (TOP / 2)).to(tl.float16)
         offset = minimum16.to(tl.float32)
-    inverse = tl.where(scale > 0, tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0)
+    inverse = tl.where(
+        scale > 0, tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
+    )
     # Clamping first keeps the rounding trick in its range; the order does not matter, for the bounds are integers.
     scaled = (grouped - offset[:, :, None]) * inverse[:, :, None]
     code = (tl.minimum(tl.maximum(scaled, 0.0), TOP * 1.0) + ROUND) - ROUND
@@ -140,14 +144,18 @@ def store(
     tokens, heads, head_dim = key.shape
     check_rows(rows, spec, heads, head_dim)
     inputs = []
-    for name, x, side, centre in zip(("key", "value"), (key, value), sides(spec, heads, head_dim), centres, strict=True):
+    for name, x, side, centre in zip(
+        ("key", "value"), (key, value), sides(spec, heads, head_dim), centres, strict=True
+    ):
         if x.shape != key.shape or x.element_size() != 2 or x.stride(2) != 1:
             raise LayoutError(
                 f"the {name} is {x.dtype} {list(x.shape)}, strides {x.stride()}: expected 16-bit {list(key.shape)}, dense along head_dim"
             )
         check_centre(side, centre, heads, head_dim)
         inputs.append(
-            rotate_heads(x if centre is None else x.float() - centre, inverse=False) if _goes_first(side, head_dim) else x
+            rotate_heads(x if centre is None else x.float() - centre, inverse=False)
+            if _goes_first(side, head_dim)
+            else x
         )
     if tokens == 0:
         return

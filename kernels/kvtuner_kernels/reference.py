@@ -40,7 +40,7 @@ class Quantized(NamedTuple):
 
 def _split(x: Tensor, *sizes: int) -> Tensor:
     """[..., n] to [..., n / product(sizes), *sizes]."""
-    return x.unflatten(-1, (x.shape[-1] // math.prod(sizes), *sizes))
+    return x.reshape(*x.shape[:-1], x.shape[-1] // math.prod(sizes), *sizes)
 
 
 def rotation_block(head_dim: int) -> int:

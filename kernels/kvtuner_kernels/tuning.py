@@ -9,6 +9,7 @@ import torch
 
 from kvtuner_kernels.layout import LayerSpec
 
+HOPPER_SHARED = 232448  # bytes of shared memory that a program may take on sm_90 and sm_100
 INTERPRETED_MULTIPROCESSORS = 3  # for tensors on the CPU: small, and odd, so that tests see runs that cross requests
 
 
@@ -30,14 +31,35 @@ class DecodeLaunch:
         return {"maxnreg": self.registers} if self.registers else {}
 
 
-def decode_launch(spec: LayerSpec, heads: int, group: int, head_dim: int) -> DecodeLaunch:
-    """Launch parameters for one layer; ``heads`` local KV heads with ``group`` query heads each."""
+def decode_launch(
+    spec: LayerSpec,
+    heads: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    shared: int = HOPPER_SHARED,
+) -> DecodeLaunch:
+    """Launch parameters for one layer.
+
+    Measured for head_dim 128, groups of 7 and ``shared`` of an H200 (docs/log.md); the rest is chosen so that nothing spills.
+
+    Args:
+        heads: local KV heads, with ``group`` query heads of ``dtype`` each.
+        shared: bytes of shared memory that a program may take.
+    """
     batch = 4
     runs = max(1, batch // (1 << (heads - 1).bit_length()))
     columns = 8 if group <= 8 or head_dim > 128 else 16
     plain = _plain(spec, head_dim)
     tokens = 64 if head_dim <= 128 and columns == 8 and plain else 32 if head_dim * columns <= 2048 and plain else 16
-    return DecodeLaunch(batch, runs, tokens, columns, 4, 4, 2)
+    # Triton 3.6 fails to compile this tile with fp16 weights.
+    if head_dim == 128 and tokens == 64 and max(spec.key.bits, spec.value.bits) == 2 and dtype != torch.float16:
+        tokens = 128
+    # Deeper pipelines pay where rows are short; with bytes they cost occupancy.
+    stages = 5 if tokens == 64 and max(spec.key.bits, spec.value.bits) == 4 else 4
+    if shared < HOPPER_SHARED:
+        tokens, stages = min(tokens, 32), 4
+    return DecodeLaunch(batch, runs, tokens, columns, stages, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -50,13 +72,17 @@ class ExtendLaunch:
     warps: int
 
 
-def extend_launch(spec: LayerSpec, head_dim: int, rows: int) -> ExtendLaunch:
-    """Launch parameters; ``rows`` is the largest number of rows of a request."""
+def extend_launch(spec: LayerSpec, head_dim: int, rows: int, shared: int = HOPPER_SHARED) -> ExtendLaunch:
+    """Launch parameters; ``rows`` is the largest number of rows of a request, ``shared`` the shared memory of a program."""
+    if shared < HOPPER_SHARED:
+        return ExtendLaunch(16 if rows <= 16 else 64, 32 if head_dim <= 128 else 16, 2, 4 if rows <= 16 else 8)
     if head_dim > 128:
         return ExtendLaunch(64, 32, 2, 8)
-    if not _plain(spec, head_dim):
+    # Triton 3.6 multiplies wrongly on sm_90 where a group of values has fewer channels than the tile has tokens.
+    narrow = any(0 < side.group_size < 64 for side in (spec.key, spec.value))
+    if narrow or not _plain(spec, head_dim):
         return ExtendLaunch(128 if rows > 64 else 64 if rows > 16 else 16, 32, 2, 8 if rows > 64 else 4)
-    return ExtendLaunch(128, 64, 3, 8) if rows > 64 else ExtendLaunch(64 if rows > 16 else 16, 64, 3, 4)
+    return ExtendLaunch(128, 64, 3, 8) if rows > 64 else ExtendLaunch(64 if rows > 16 else 16, 32, 3, 4)
 
 
 def _plain(spec: LayerSpec, head_dim: int) -> bool:
@@ -70,3 +96,18 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take on ``device``."""
+    if device.type != "cuda":
+        return HOPPER_SHARED
+    return shared_memory_of(*torch.cuda.get_device_capability(device))
+
+
+def shared_memory_of(major: int, minor: int) -> int:
+    """Bytes of shared memory that a program may take on a GPU of this compute capability (CUDA C Programming Guide)."""
+    if (major, minor) in ((8, 6), (8, 9)) or major == 12:
+        return 101376
+    return 166912 if major == 8 else HOPPER_SHARED

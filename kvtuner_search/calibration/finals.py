@@ -1,4 +1,4 @@
-"""After the search: choose among finalists on the selection split, then measure the choice and its rivals on the test split, once."""
+"""Finalists of a search, their scores on a held-out split, and how they compare."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ class Judge:
         self.scorer, self.centres = scorer, centres
         self._seen: dict[Setting, Scores] = {}
 
-    def __call__(self, candidate: Candidate) -> Result:
+    def __call__(self, candidate: Candidate, advance: Callable[[], None]) -> Result:
         if candidate.setting not in self._seen:
             self._seen[candidate.setting] = self.scorer.score_all(candidate.setting, self.centres)
+            advance()
         return Result(candidate, self._seen[candidate.setting])
 
 

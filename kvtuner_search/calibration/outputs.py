@@ -15,9 +15,10 @@ import torch
 from kvtuner_search import __version__
 from kvtuner_search.calibration.anchors import affordable_point
 from kvtuner_search.calibration.candidates import pair_name
+from kvtuner_search.calibration.choosing import Target
 from kvtuner_search.calibration.finals import row
 from kvtuner_search.calibration.objective import Outcome
-from kvtuner_search.calibration.pipeline import Run, Target
+from kvtuner_search.calibration.pipeline import Run
 from kvtuner_search.calibration.plan import Plan
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Space

@@ -10,18 +10,17 @@ import torch
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pairs
-from kvtuner_search.calibration.candidates import StorageClass, pair_name, storage_classes
-from kvtuner_search.calibration.finals import Candidate, Judge, Result, finalists
+from kvtuner_search.calibration.candidates import StorageClass, storage_classes
 from kvtuner_search.calibration.moments import Moments
 from kvtuner_search.calibration.objective import Objective, Outcome
 from kvtuner_search.calibration.options import TIERS, CalibrationOptions
 from kvtuner_search.calibration.plan import Plan, make_plan
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Choices, Space, build_space
-from kvtuner_search.calibration.study import Finished, Study, pareto
+from kvtuner_search.calibration.study import Finished, Study
 from kvtuner_search.data.load import load_dataset_for
 from kvtuner_search.data.types import Dataset, Sample, Split
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import UsageError
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.models.load import LoadedModel, load_model
 from kvtuner_search.models.runner import Runner
@@ -102,12 +101,13 @@ def load_data(options: CalibrationOptions, loaded: LoadedModel) -> Dataset:
 
 
 def split_tiers(split: Split) -> list[list[Sample]]:
-    """Samples by rung (see TIERS): at least one of each source, then more, then the rest."""
+    """Samples by rung (see TIERS): at least one of each task and two of each text, then more, then the rest."""
     tiers: list[list[Sample]] = [[] for _ in TIERS]
     for part in split.by_source().values():
         count, start = len(part.samples), 0
         for tier, fraction in zip(tiers, TIERS, strict=True):
-            end = max(min(start + 1, count), round(count * fraction))
+            least = 1 if start or part.samples[0].is_task else 2  # one window of text tells little about the next
+            end = min(max(start + least, round(count * fraction)), count)
             tier += part.samples[start:end]
             start = end
     return [tier for tier in tiers if tier]
@@ -197,92 +197,6 @@ def search(
 
             each.run(space, score, run.options.trials, goals, tell)
     return study.finished(), rival.finished() if rival is not None else []
-
-
-@dataclass(frozen=True)
-class Target:
-    """One budget, and what was chosen for it."""
-
-    label: str  # for example 4.0 bits
-    bits: float | None
-    chosen: Result  # on the test split
-    rivals: list[Result]
-
-
-def choose(
-    run: Run, plan: Plan, space: Space, found: Sequence[Finished], random: Sequence[Finished]
-) -> tuple[list[Target], Scorer]:
-    """Choose on the selection split and measure on the test split.
-
-    Raises:
-        DataError: if no finished trial fits a budget.
-    """
-    options, reporter = run.options, run.reporter
-
-    def candidate(trial: Finished, origin: str) -> Candidate:
-        setting = space.setting(trial.choices)
-        name = f"trial {trial.number}"
-        if pair := space.uniform_pair(trial.choices):
-            name = f"uniform {pair_name(pair)}"
-        loss = trial.outcome.loss if trial.outcome.complete else None
-        return Candidate(name, origin, setting, trial.outcome.cost, loss)
-
-    goals: list[tuple[str, float | None]] = [(f"{bits:g} bits", bits) for bits in options.target_bits]
-    if options.max_loss is not None:
-        goals = [(f"loss {options.max_loss:g}", None)]
-    scorers = {}
-    for name, split in (("selection", run.data.selection), ("test", run.data.test)):
-        with reporter.stage(f"score the 16-bit cache ({name})", split.tokens) as advance:
-            scorers[name] = Scorer(
-                run.scorer.runner, [split.samples], batch_tokens=options.batch_tokens, advance=advance
-            )
-            scorers[name].advance = lambda _: None
-    select, test = (Judge(scorer, plan.centres) for scorer in scorers.values())
-    targets = []
-    with reporter.stage("choose and test") as advance:
-        for label, bits in goals:
-            limit = run.total_bytes(bits) if bits is not None else max(t.outcome.cost for t in found)
-            final = finalists(space, found, random, candidate, lambda t, limit=limit: t.outcome.cost <= limit)  # type: ignore[misc]
-            if options.max_loss is not None:
-                final = [candidate(t, t.origin) for t in pareto(found)]
-            if not final:
-                raise DataError(f"no finished trial fits {label}: raise --trials, or the budget")
-            judged = [select(c) for c in final]
-            if options.max_loss is not None:
-                fitting = [r for r in judged if r.scores.loss <= options.max_loss]
-                if not fitting:
-                    least = min(r.scores.loss for r in judged)
-                    raise DataError(
-                        f"no setting that was tried has a loss of at most {options.max_loss:g} (the least is {least:.4g}): raise --trials or --max-loss"
-                    )
-                winner = min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
-                judged = [r for r in judged if r.candidate.origin in ("uniform", "proxy")]
-            else:
-                winner = min(judged, key=lambda r: (_evidence(r), r.candidate.cost)).candidate
-            rivals = [r.candidate for r in judged if r.candidate.origin in ("uniform", "proxy", "preset", "random")]
-            rivals += as_others_store(run)
-            targets.append(Target(label, bits, test(winner), [test(c) for c in rivals if c.setting != winner.setting]))
-            advance()
-    return targets, scorers["test"]
-
-
-def _evidence(result: Result) -> float:
-    """What finalists are ranked by: the loss on search and selection split together, which halves the noise of either."""
-    searched = result.candidate.search_loss
-    return result.scores.loss if searched is None else (result.scores.loss + searched) / 2
-
-
-def as_others_store(run: Run) -> list[Candidate]:
-    """Uniform per-token settings over the whole head, asymmetric, without any transform."""
-    heads, head_dim = run.shape
-    rows = []
-    for key, value in OTHERS:
-        spec = LayerSpec(StorageClass(key, False, head_dim).spec(), StorageClass(value, False, head_dim).spec())
-        setting = (spec,) * run.loaded.info.num_layers
-        rows.append(
-            Candidate(f"plain {spec.name}", "plain", setting, sum(s.bytes_per_token(heads, head_dim) for s in setting))
-        )
-    return rows
 
 
 def _check_targets(

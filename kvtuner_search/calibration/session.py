@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from kvtuner_search.calibration.choosing import Target, choose
 from kvtuner_search.calibration.options import CalibrationOptions
 from kvtuner_search.calibration.outputs import profile_content, record
-from kvtuner_search.calibration.pipeline import Run, Target, analyse, choose, make_space, prepare, search
+from kvtuner_search.calibration.pipeline import Run, analyse, make_space, prepare, search
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.errors import UsageError
 from kvtuner_search.evaluation.stored import centres_file

@@ -63,9 +63,17 @@ class Scores:
         return list(dict.fromkeys(self.sources))
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Share of each source in the loss: tasks together count as much as text together, and sources of a kind the same."""
+        tasks = {name: bool(self.of(name).is_task.all()) for name in self.names}
+        kinds = len(set(tasks.values()))
+        return {name: 1 / kinds / list(tasks.values()).count(kind) for name, kind in tasks.items()}
+
+    @property
     def loss(self) -> float:
-        """What the search minimises: KL in nats a token, averaged over tokens within a source and then over sources."""
-        return float(np.mean([part.kl.sum() / part.tokens.sum() for part in map(self.of, self.names)]))
+        """What the search minimises: KL in nats a scored token of each source, averaged with ``weights``."""
+        parts = ((self.of(name), weight) for name, weight in self.weights.items())
+        return float(sum(weight * part.kl.sum() / part.tokens.sum() for part, weight in parts))
 
 
 @dataclass(frozen=True)

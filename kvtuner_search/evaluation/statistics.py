@@ -43,15 +43,15 @@ def paired_ratio(difference: NDArray[np.float64], weight: NDArray[np.float64], s
 def paired_loss(ours: Scores, theirs: Scores, seed: int = 0) -> Interval:
     """Interval of ``ours.loss - theirs.loss``; samples are resampled within each source. Negative means that ours is better."""
     rng = np.random.default_rng(seed)
-    estimates, means = [], []
-    for name in ours.names:
+    estimate, means = 0.0, np.zeros(RESAMPLES)
+    for name, share in ours.weights.items():
         a, b = ours.of(name), theirs.of(name)
         difference, weight = a.kl - b.kl, a.tokens.astype(np.float64)
         picks = rng.integers(0, len(weight), size=(RESAMPLES, len(weight)))
-        estimates.append(float(difference.sum() / weight.sum()))
-        means.append(difference[picks].sum(1) / weight[picks].sum(1))
-    low, high = np.quantile(np.mean(means, axis=0), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(np.mean(estimates)), float(low), float(high))
+        estimate += share * float(difference.sum() / weight.sum())
+        means += share * difference[picks].sum(1) / weight[picks].sum(1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(estimate, float(low), float(high))
 
 
 def measures(scores: Scores, baseline: Scores, split: Literal["search", "selection", "test"]) -> list[Measure]:

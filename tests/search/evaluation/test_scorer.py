@@ -60,6 +60,16 @@ def test_scores_equal_a_naive_computation(runner: Runner, kept: bool, monkeypatc
     )
 
 
+def test_tasks_count_as_much_as_text(runner: Runner) -> None:
+    samples = some_samples()
+    extra = [Sample("second task", s.tokens, s.scored, is_task=True) for s in samples[:2]]
+    scores = Scorer(runner, [samples + extra]).score_all((ROUGH,) * 4, {})
+    assert scores.weights == {"task": 0.25, "text": 0.5, "second task": 0.25}
+    parts = {name: scores.of(name).kl.sum() / scores.of(name).tokens.sum() for name in scores.names}
+    assert scores.loss == pytest.approx(0.5 * parts["text"] + 0.25 * (parts["task"] + parts["second task"]))
+    assert paired_loss(scores, Scorer(runner, [samples + extra]).baseline_all()).estimate == pytest.approx(scores.loss)
+
+
 def test_the_16_bit_cache_has_no_loss(runner: Runner) -> None:
     scorer = Scorer(runner, [some_samples()])
     assert scorer.score_all((LayerSpec(),) * 4, {}).loss < 1e-9

@@ -1,0 +1,124 @@
+"""Choose a setting for each target on the selection split, and measure it and its rivals on the test split, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_search.calibration.candidates import StorageClass, pair_name
+from kvtuner_search.calibration.finals import Candidate, Judge, Result, finalists
+from kvtuner_search.calibration.pipeline import Run
+from kvtuner_search.calibration.plan import Plan
+from kvtuner_search.calibration.space import Space
+from kvtuner_search.calibration.study import Finished, pareto
+from kvtuner_search.errors import DataError
+from kvtuner_search.evaluation.scorer import Scorer
+
+# Uniform per-token settings as others store them: no transform, no clip.
+OTHERS: Final = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
+RIVALS: Final = ("uniform", "proxy", "preset", "random")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One budget, and what was chosen for it."""
+
+    label: str  # for example 4.0 bits
+    bits: float | None  # None if the loss was bounded instead
+    chosen: Result  # on the test split
+    rivals: list[Result]
+
+
+def choose(
+    run: Run, plan: Plan, space: Space, found: Sequence[Finished], random: Sequence[Finished]
+) -> tuple[list[Target], Scorer]:
+    """The targets, and the test split's scorer.
+
+    Raises:
+        DataError: if no finished trial fits a target.
+    """
+    goals: list[tuple[str, float | None]] = [(f"{bits:g} bits", bits) for bits in run.options.target_bits]
+    if run.options.max_loss is not None:
+        goals = [(f"loss {run.options.max_loss:g}", None)]
+    finals = [_finalists(run, space, found, random, label, bits) for label, bits in goals]
+    select = _judge(run, plan, "selection")
+    with run.reporter.stage("choose", _distinct(finals)) as advance:
+        judged = [[select(c, advance) for c in final] for final in finals]
+    winners = [_winner(run, results) for results in judged]
+    rivals = []
+    for results, winner in zip(judged, winners, strict=True):
+        others = [r.candidate for r in results if r.candidate.origin in RIVALS] + as_others_store(run)
+        rivals.append([c for c in others if c.setting != winner.setting])
+    test = _judge(run, plan, "test")
+    with run.reporter.stage("test", _distinct([winners, *rivals])) as advance:
+        targets = [
+            Target(label, bits, test(winner, advance), [test(c, advance) for c in others])
+            for (label, bits), winner, others in zip(goals, winners, rivals, strict=True)
+        ]
+    return targets, test.scorer
+
+
+def _distinct(groups: Iterable[Iterable[Candidate]]) -> int:
+    return len({c.setting for group in groups for c in group})
+
+
+def _judge(run: Run, plan: Plan, name: str) -> Judge:
+    split = run.data.selection if name == "selection" else run.data.test
+    with run.reporter.stage(f"score the 16-bit cache ({name})", split.tokens) as advance:
+        scorer = Scorer(run.scorer.runner, [split.samples], batch_tokens=run.options.batch_tokens, advance=advance)
+    scorer.advance = lambda _: None
+    return Judge(scorer, plan.centres)
+
+
+def _finalists(
+    run: Run, space: Space, found: Sequence[Finished], random: Sequence[Finished], label: str, bits: float | None
+) -> list[Candidate]:
+    def candidate(trial: Finished, origin: str) -> Candidate:
+        pair = space.uniform_pair(trial.choices)
+        name = f"uniform {pair_name(pair)}" if pair else f"trial {trial.number}"
+        loss = trial.outcome.loss if trial.outcome.complete else None
+        return Candidate(name, origin, space.setting(trial.choices), trial.outcome.cost, loss)
+
+    if bits is None:
+        return [candidate(t, t.origin) for t in pareto(found)]
+    limit = run.total_bytes(bits)
+    affordable: Callable[[Finished], bool] = lambda t: t.outcome.cost <= limit  # noqa: E731
+    final = finalists(space, found, random, candidate, affordable)
+    if not final:
+        raise DataError(f"no finished trial fits {label}: raise --trials, or the budget")
+    return final
+
+
+def _winner(run: Run, judged: Sequence[Result]) -> Candidate:
+    bound = run.options.max_loss
+    if bound is None:
+        return min(judged, key=lambda r: (_evidence(r), r.candidate.cost)).candidate
+    fitting = [r for r in judged if r.scores.loss <= bound]
+    if not fitting:
+        least = min((r.scores.loss for r in judged), default=float("inf"))
+        raise DataError(
+            f"no setting that was tried has a loss of at most {bound:g} (the least is {least:.4g}):"
+            " raise --trials or --max-loss"
+        )
+    return min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
+
+
+def _evidence(result: Result) -> float:
+    """What finalists are ranked by: the loss on search and selection split together, which halves the noise of either."""
+    searched = result.candidate.search_loss
+    return result.scores.loss if searched is None else (result.scores.loss + searched) / 2
+
+
+def as_others_store(run: Run) -> list[Candidate]:
+    """Uniform per-token settings over the whole head, asymmetric, without any transform."""
+    heads, head_dim = run.shape
+    rows = []
+    for key, value in OTHERS:
+        spec = LayerSpec(StorageClass(key, False, head_dim).spec(), StorageClass(value, False, head_dim).spec())
+        setting = (spec,) * run.loaded.info.num_layers
+        rows.append(
+            Candidate(f"plain {spec.name}", "plain", setting, sum(s.bytes_per_token(heads, head_dim) for s in setting))
+        )
+    return rows

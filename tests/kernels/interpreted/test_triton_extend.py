@@ -1,0 +1,152 @@
+"""Extend: new tokens over a packed prefix and their chunk, against plain attention in float64."""
+
+import math
+
+import pytest
+import torch
+
+from kvtuner_kernels.compilation import warm_up
+from kvtuner_kernels.extend import extend
+from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.reference import Centres, pack_rows, unpack_rows
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
+PLAIN = LayerSpec(TensorSpec(4, 64), TensorSpec(4, 64))
+
+
+def check(
+    spec: LayerSpec,
+    prefixes: list[int],
+    new: list[int],
+    heads: int = 1,
+    group: int = 3,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    as_stored: bool = False,
+    causal: bool = True,
+    mask: str = "",
+    soft_cap: float = 0.0,
+    window: int = 0,
+) -> None:
+    torch.manual_seed(sum(prefixes))
+    centres = Centres(*(torch.randn(heads, head_dim) if s.centred else None for s in (spec.key, spec.value)))
+    stored = [p + n for p, n in zip(prefixes, new, strict=True)] if as_stored else prefixes
+    total = sum(stored)
+    pool = torch.full((total + 20, spec.bytes_per_token(heads, head_dim)), 0xFF, dtype=torch.uint8)
+    slots = torch.randperm(total + 20)[:total]
+    if total:
+        pool[slots] = pack_rows(*(torch.randn(2, total, heads, head_dim) + 0.5).half(), spec, centres)
+    starts = torch.tensor([0, *new]).cumsum(0).int()
+    indptr = torch.tensor([0, *stored]).cumsum(0).int()
+    query = torch.randn(sum(new), heads * group, head_dim).to(dtype)
+    key, value = torch.randn(2, sum(new), heads, head_dim).to(dtype)
+    masks = [torch.rand(n, p + n) < 0.5 for p, n in zip(prefixes, new, strict=True)]
+    for prefix, visible in zip(prefixes, masks, strict=True):
+        visible[torch.arange(len(visible)), prefix + torch.arange(len(visible))] = True
+    options = {}
+    if mask:
+        options = {
+            "custom_mask": torch.cat([visible.flatten() for visible in masks]),
+            "mask_indptr": torch.tensor([0, *(visible.numel() for visible in masks)]).cumsum(0),
+            "skip_prefix_mask": mask == "chunk",
+        }
+    out = torch.full_like(query, torch.nan)
+    extend(
+        query, None if as_stored else key, None if as_stored else value, pool, spec, heads, starts, indptr, slots, max(new),
+        out, centres=centres, causal=causal, soft_cap=soft_cap, window=window, **options,
+    )  # fmt: skip
+    for request, (prefix, count) in enumerate(zip(prefixes, new, strict=True)):
+        if count == 0:
+            continue
+        rows = pool[slots[indptr[request] : indptr[request + 1]]]
+        chunk = slice(int(starts[request]), int(starts[request + 1]))
+        keys, values = (x.double() for x in unpack_rows(rows, spec, heads, head_dim, centres, torch.float16))
+        if not as_stored:
+            keys, values = torch.cat((keys, key[chunk].double())), torch.cat((values, value[chunk].double()))
+        folded = query[chunk].double().unflatten(1, (heads, group))
+        scores = torch.einsum("thgd,shd->hgts", folded, keys) / math.sqrt(head_dim)
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        column = torch.arange(prefix + count)
+        position = prefix + torch.arange(count).unsqueeze(1)
+        visible = torch.ones(count, prefix + count, dtype=torch.bool)
+        if mask:
+            visible = masks[request].clone()
+            if mask == "chunk":
+                visible[:, :prefix] = True
+        elif causal:
+            visible = column <= position
+        if window:
+            visible &= column > position - window
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+        expected = torch.einsum("hgts,shd->thgd", weights, values).flatten(1, 2)
+        error = (out[chunk].double() - expected).norm() / expected.norm()
+        assert error <= TOLERANCE[dtype], f"request {request}: {error:.1e}"
+
+
+@pytest.mark.parametrize("key", [2, 4, 8])
+@pytest.mark.parametrize("value", [2, 4, 8])
+def test_every_pair_of_widths(key: int, value: int) -> None:
+    check(LayerSpec(TensorSpec(key, 64), TensorSpec(value, 32)), [70, 0, 1], [5, 9, 0])
+
+
+@pytest.mark.parametrize(
+    "spec", [LayerSpec(RAW, TensorSpec(4, 64)), LayerSpec(TensorSpec(8, 64), RAW), LayerSpec()], ids=str
+)
+def test_sixteen_bits_and_fp16_queries(spec: LayerSpec) -> None:
+    check(spec, [33, 0], [3, 40], dtype=torch.float16)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("as_stored", [False, True])
+def test_transforms(rotated: bool, centred: bool, as_stored: bool) -> None:
+    side = TensorSpec(4, 32, rotated, centred, rotated, 0.9)
+    check(LayerSpec(side, side), [33, 5], [4, 8], as_stored=as_stored)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_every_head_dim(head_dim: int) -> None:
+    spec = LayerSpec(TensorSpec(4, head_dim), TensorSpec(8, head_dim, centred=True, rotated=True))
+    check(spec, [35, 0], [3, 2], head_dim=head_dim)
+
+
+@pytest.mark.parametrize(("heads", "group", "new"), [(1, 20, 7), (3, 1, 65), (2, 7, 19)])
+def test_tiles_of_every_size(heads: int, group: int, new: int) -> None:
+    check(PLAIN, [65, 3], [new, 1], heads=heads, group=group)
+
+
+@pytest.mark.parametrize("as_stored", [False, True])
+@pytest.mark.parametrize("mask", ["chunk", "all"])
+def test_custom_mask(as_stored: bool, mask: str) -> None:
+    if as_stored:  # the stored rows include the chunk, so the whole mask applies
+        mask = "all"
+    check(PLAIN, [33, 0, 70], [5, 3, 20], as_stored=as_stored, mask=mask)
+
+
+@pytest.mark.parametrize("as_stored", [False, True])
+@pytest.mark.parametrize("window", [1, 9, 64])
+def test_window(as_stored: bool, window: int) -> None:
+    check(PLAIN, [70, 0, 3], [5, 66, 1], as_stored=as_stored, window=window)
+
+
+@pytest.mark.parametrize("as_stored", [False, True])
+def test_soft_cap_sees_what_centring_took(as_stored: bool) -> None:
+    spec = LayerSpec(TensorSpec(4, 64, centred=True, rotated=True), TensorSpec(8, 64))
+    check(spec, [40, 9], [3, 6], as_stored=as_stored, soft_cap=2.0)
+
+
+def test_not_causal() -> None:
+    check(PLAIN, [5], [33], causal=False)
+
+
+def test_half_a_chunk_is_refused() -> None:
+    rows = torch.zeros(1, PLAIN.bytes_per_token(1, 64), dtype=torch.uint8)
+    start = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(LayoutError, match="both of key and value"):
+        extend(torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), None, rows, PLAIN, 1, start, start, torch.arange(1), 1)
+
+
+def test_warm_up_covers_every_distinct_layer() -> None:
+    layers = [PLAIN, PLAIN, LayerSpec(RAW, TensorSpec(2, 64, centred=True))]
+    assert warm_up(layers, 1, 2, 64, torch.float16, torch.device("cpu")) == 2

@@ -1,0 +1,50 @@
+"""Every kernel compiles for each NVIDIA generation, without a GPU, within its registers and its shared memory."""
+
+import pytest
+import torch
+
+from kvtuner_kernels.compilation import CAPABILITIES, compile_variant, variants
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.tuning import shared_memory_of
+
+QWEN = (4, 7, 128)
+
+
+def check(spec: str, shape: tuple[int, int, int], capability: int, dtype: torch.dtype, only: str = "") -> None:
+    shared = shared_memory_of(capability // 10, capability % 10)
+    for variant in variants(LayerSpec.parse(spec), *shape, dtype, shared):
+        if not variant.name.startswith(only):
+            continue
+        resources = compile_variant(variant, capability, dtype)
+        print(f"{spec} {shape} sm_{capability} {variant.name}: {resources}")
+        assert resources.spilled == 0, variant.name
+        assert resources.shared <= shared, variant.name
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_four_bits_everywhere(capability: int) -> None:
+    check("4-g128-asym/4-g128-asym", QWEN, capability, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "spec", ["8-g128-asym/8-g128-asym", "2-g128-asym/2-g128-asym", "16/16", "8-g64-asym-c-r/4-g64-sym"]
+)
+def test_decode_of_other_widths(spec: str) -> None:
+    check(spec, QWEN, 90, torch.bfloat16, only="decode")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("key", [2, 4, 8, 16])
+@pytest.mark.parametrize("value", [2, 4, 8, 16])
+def test_every_pair(capability: int, dtype: torch.dtype, key: int, value: int) -> None:
+    names = ["16" if bits == 16 else f"{bits}-g128-asym" for bits in (key, value)]
+    check("/".join(names), QWEN, capability, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_every_head_dim(head_dim: int, heads: int) -> None:
+    check(f"8-g{head_dim}-asym-c-r/4-g{head_dim}-asym-c-r", (heads, 8, head_dim), 90, torch.bfloat16)
