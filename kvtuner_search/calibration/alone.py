@@ -39,17 +39,31 @@ class LayerAlone:
 
 def side_losses(
     alone: LayerAlone,
-    keys: Sequence[Sequence[TensorSpec]],
-    values: Sequence[Sequence[TensorSpec]],
+    keys: Sequence[Sequence[tuple[TensorSpec, float]]],
+    values: Sequence[Sequence[tuple[TensorSpec, float]]],
+    least_error: float = 0.0,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Losses of every layer's key specs, with values at 16 bits, and the other way round; same shapes as given."""
+    """Losses of every layer's key specs, with values at 16 bits, and the other way round; same shapes as given.
+
+    Args:
+        alone: what measures one.
+        keys, values: by layer, each spec with its e_o.
+        least_error: a spec whose e_o is below is not run: to second order the loss is quadratic in the error, so it is
+            extrapolated from the run spec of least e_o.
+        advance: called after each spec.
+    """
     found: tuple[list[list[float]], list[list[float]]] = ([], [])
     for layer, sides in enumerate(zip(keys, values, strict=True)):
         for side, specs in enumerate(sides):
-            losses = []
-            for spec in specs:
-                losses.append(alone.loss(layer, LayerSpec(spec, RAW) if side == 0 else LayerSpec(RAW, spec)))
+            run = [(spec, error) for spec, error in specs if error >= least_error and not spec.raw]
+            run = run or [(spec, error) for spec, error in specs if not spec.raw]
+            losses: dict[TensorSpec, float] = {TensorSpec(): 0.0}
+            for spec, _ in run:
+                losses[spec] = alone.loss(layer, LayerSpec(spec, RAW) if side == 0 else LayerSpec(RAW, spec))
+            nearest, known = min(run, key=lambda pair: pair[1], default=(TensorSpec(), 1.0))
+            for spec, error in specs:
+                losses.setdefault(spec, losses[nearest] * (error / known) ** 2)
                 advance()
-            found[side].append(losses)
+            found[side].append([losses[spec] for spec, _ in specs])
     return found

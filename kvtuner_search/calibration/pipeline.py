@@ -35,6 +35,8 @@ OTHERS: Final = (
     (2, 2),
 )  # uniform per-token settings as others store them: no transform, no clip
 
+LEAST_ERROR: Final = 0.01  # attention output error under which a layer's lone loss is extrapolated, not run
+
 
 @dataclass
 class Run:
@@ -113,7 +115,7 @@ def split_tiers(split: Split) -> list[list[Sample]]:
     return [tier for tier in tiers if tier]
 
 
-def analyse(run: Run, study: Study | None) -> Plan:
+def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> Plan:
     """Measure sensitivity, or take it from a study that is being resumed or joined.
 
     Raises:
@@ -123,7 +125,15 @@ def analyse(run: Run, study: Study | None) -> Plan:
     content = study.plan() if study is not None else None
     if content is None:
         measured = min(2, len(run.scorer.tiers))
-        plan = make_plan(fingerprint, run.scorer, run.moments, run.classes, tiers=measured, stage=run.reporter.stage)
+        plan = make_plan(
+            fingerprint,
+            run.scorer,
+            run.moments,
+            run.classes,
+            tiers=measured,
+            least_error=least_error,
+            stage=run.reporter.stage,
+        )
         content = plan.to_json()
         if study is not None:
             content = study.publish(content)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.calibration.alone import LayerAlone, side_losses
 from kvtuner_search.calibration.candidates import Pair, StorageClass
@@ -83,6 +83,7 @@ def make_plan(
     classes: Sequence[StorageClass],
     *,
     tiers: int,
+    least_error: float,
     stage: Callable[[str, int], AbstractContextManager[Callable[..., None]]],
 ) -> Plan:
     """Measure the errors of every pair on the first ``tiers`` tiers, then the layer-alone losses on the first.
@@ -93,6 +94,7 @@ def make_plan(
         moments: gathered while the scorer was made.
         classes: storage classes of keys and values.
         tiers: how many tiers the errors are measured on.
+        least_error: see side_losses.
         stage: opens a stage of so many units and yields what advances it (see Reporter.stage).
     """
     sensitivity = Sensitivity(classes, moments)
@@ -103,9 +105,10 @@ def make_plan(
     errors = [sensitivity.errors(layer) for layer in range(layers)]
     best = [best_variants(table) for table in errors]
     centres = moments.centres()
-    keys, values = [list(k.values()) for k, _ in best], [list(v.values()) for _, v in best]
+    keys = [[(s, e[s, RAW].e_o) for s in k.values()] for (k, _), e in zip(best, errors, strict=True)]
+    values = [[(s, e[RAW, s].e_o) for s in v.values()] for (_, v), e in zip(best, errors, strict=True)]
     with stage("each layer alone", sum(map(len, keys + values))) as advance:
-        losses = side_losses(LayerAlone(scorer, 0, centres), keys, values, advance)
+        losses = side_losses(LayerAlone(scorer, 0, centres), keys, values, least_error, advance)
     options = [
         layer_options(
             key_specs,

@@ -44,7 +44,7 @@ def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -
     options["sources"] = options["sources"] or DEFAULT_SOURCES
     reporter = Reporter(quiet)
     run = prepare(CalibrationOptions(model=loading(options), target_bits=(), **options), reporter)
-    plan = analyse(run, None)
+    plan = analyse(run, None, least_error=0.0)
     layers = plan.to_json()["layers"]
     for layer in layers:
         del layer["centres"]
