@@ -34,10 +34,7 @@ ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
 
 
 @triton.jit
-def _query_operands(
-    query, heads, columns, mask,
-    SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def _query_operands(query, columns, mask, SIDE: tl.constexpr, DTYPE: tl.constexpr):
     """Per plane one [BATCH, words, N] operand, per group the sum of q and of q times the operands' bias, and q's unit [BATCH, 1, N].
 
     Operands and sums are in units of a power of two, so that a query of any magnitude is exact in fp16.
@@ -210,9 +207,8 @@ def decode_kernel(
         stored_heads = heads
     else:
         stored_heads = tl.minimum(heads, HEADS - 1)  # where heads are padded, the last is read again
-    slots = kv_indices.to(
-        tl.pointer_type(tl.int32)
-    )  # low halves: a slot's number fits in 32 bits, its address does not
+    # Low halves: a slot's number fits in 32 bits, its address does not.
+    slots = kv_indices.to(tl.pointer_type(tl.int32))
     run = entry % RUNS if RUNS > 1 else tl.full([1, 1], 0, tl.int32)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     query_heads = heads[:, :, None] * GROUP + column
@@ -254,13 +250,11 @@ def decode_kernel(
             part = program + request
 
         columns = request * query_token_stride + query_heads * query_head_stride
-        operands, sums, biases, unit = _query_operands(query, heads, columns, mask, KEY, HEAD_DIM, KEY_DTYPE)
-        if (
-            query_shift is not None
-        ):  # fp32 [batch, query heads]: what centring took from the scores, seen only by a soft cap
-            shift = tl.load(query_shift + request * QUERY_HEADS + query_heads, mask=mask, other=0.0) * inverse_power(
-                unit
-            )
+        operands, sums, biases, unit = _query_operands(query, columns, mask, KEY, KEY_DTYPE)
+        # fp32 [batch, query heads]: what centring took from the scores, seen only by a soft cap.
+        if query_shift is not None:
+            shift = tl.load(query_shift + request * QUERY_HEADS + query_heads, mask=mask, other=0.0)
+            shift *= inverse_power(unit)
         top = tl.full([BATCH, 1, COLUMNS], -1.0e30, tl.float32)
         lane_total = tl.zeros([BATCH, 8, COLUMNS], tl.float32)
         acc = fill(PLANES, [BATCH, WORDS, COLUMNS], 0.0)

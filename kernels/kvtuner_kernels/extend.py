@@ -186,9 +186,8 @@ def extend_kernel(
     end = tl.where(busy, stored, 0)
     if AS_STORED and CAUSAL and not masked:
         end = tl.minimum(end, last + 1)
-    slots = kv_indices.to(
-        tl.pointer_type(tl.int32)
-    )  # low halves: a slot's number fits in 32 bits, its address does not
+    # Low halves: a slot's number fits in 32 bits, its address does not.
+    slots = kv_indices.to(tl.pointer_type(tl.int32))
     for tile in tl.range(earliest // TOKENS * TOKENS, end, TOKENS, num_stages=STAGES):
         index = tile + column
         # Beyond the end the last stored token is read again and hidden.

@@ -82,7 +82,9 @@ def extend_launch(spec: LayerSpec, head_dim: int, rows: int, shared: int = HOPPE
     narrow = any(0 < side.group_size < 64 for side in (spec.key, spec.value))
     if narrow or not _plain(spec, head_dim):
         return ExtendLaunch(128 if rows > 64 else 64 if rows > 16 else 16, 32, 2, 8 if rows > 64 else 4)
-    return ExtendLaunch(128, 64, 3, 8) if rows > 64 else ExtendLaunch(64 if rows > 16 else 16, 32, 3, 4)
+    if rows <= 16:
+        return ExtendLaunch(16, 64, 3, 4)
+    return ExtendLaunch(128, 64, 3, 8) if rows > 64 else ExtendLaunch(64, 32, 3, 4)
 
 
 def _plain(spec: LayerSpec, head_dim: int) -> bool:
