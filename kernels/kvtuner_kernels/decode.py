@@ -177,7 +177,9 @@ def decode(
     )  # fmt: skip
     if later:
         centre = None if centres.value is None else centres.value.repeat_interleave(group, 0)
-        out.copy_(rotate_heads(merged, inverse=True, dtype=out.dtype, centre=centre))
+        turned = rotate_heads(merged, inverse=True, dtype=out.dtype, centre=centre)
+        empty = kv_indptr[1:] == kv_indptr[:-1]  # attends to nothing, so that no mean value is owed
+        out.copy_(turned.masked_fill_(empty[:, None, None], 0))
     return out
 
 
