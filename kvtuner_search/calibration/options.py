@@ -27,7 +27,7 @@ class CalibrationOptions:
     symmetric: bool = True  # whether classes without a stored minimum may be chosen
     target_bits: tuple[float, ...] = (4.0,)  # budgets in effective bits, one profile each
     max_loss: float | None = None  # instead of budgets: the cheapest setting whose loss is at most this
-    trials: int = 40
+    trials: int = 32
     sampler: str = "tpe"  # tpe or nsga2
     stages: int = 1  # pipeline stages
     grouping: str = "auto"  # auto, on or off

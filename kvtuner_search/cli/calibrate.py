@@ -33,7 +33,7 @@ from kvtuner_search.errors import UsageError
     show_envvar=True,
     help="Instead of a budget: the cheapest setting whose KL divergence (nats a token) is at most this.",
 )
-@click.option("--trials", type=click.IntRange(1), default=40, show_envvar=True, help="Distinct settings to score.")
+@click.option("--trials", type=click.IntRange(1), default=32, show_envvar=True, help="Distinct settings to score.")
 @click.option(
     "--sampler", type=click.Choice(["tpe", "nsga2"]), default="tpe", show_envvar=True, help="Optuna's sampler."
 )

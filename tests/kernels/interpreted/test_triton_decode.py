@@ -93,7 +93,7 @@ def test_transforms(rotated: bool, centred: bool, symmetric: bool) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_every_head_dim_with_its_own_launch(head_dim: int) -> None:
     spec = LayerSpec(TensorSpec(4, head_dim), TensorSpec(8, head_dim, centred=True, rotated=True))
-    check(spec, [70, 3], head_dim=head_dim, launch=None)
+    check(spec, [70, 0, 3], head_dim=head_dim, launch=None)
 
 
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (1, 8), (1, 20), (2, 1), (3, 4), (4, 7), (8, 3)])
