@@ -133,7 +133,7 @@ def test_a_multimodal_model_is_its_text_model() -> None:
 def test_folder_and_file_are_alike_and_name_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(OLD | {"_name_or_path": "/home/someone/private"}))
+    (folder / "config.json").write_text(json.dumps(OLD | {"_name_or_path": "C:/Users/someone/private"}))
     assert read_config(folder) == read_config(folder / "config.json")
     assert read_config(folder).id == "my-model"
 
