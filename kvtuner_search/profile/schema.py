@@ -47,7 +47,7 @@ class ModelInfo(Strict):
     config_digest: Digest | None = None
     """Digest of the fields of config.json that attention depends on; absent if no config was seen."""
     weights_digest: Digest | None = None
-    """Digest of the safetensors files' names, sizes and headers; absent if no weights were seen."""
+    """Digest of the safetensors files' names, sizes, headers and last 4 KiB; absent if no weights were seen."""
     num_layers: Annotated[int, Field(ge=1, le=4096)]
     """Number of decoder layers."""
     num_attention_heads: Annotated[int, Field(ge=1, le=4096)]
@@ -176,7 +176,7 @@ class ParetoPoint(Strict):
     bytes_per_token: Count
     """Bytes that all layers store for one token."""
     loss: Number
-    """Mean KL divergence in nats on the selection split."""
+    """KL divergence from the 16-bit model in nats a token on the search split, which every trial has seen."""
     origin: Name
     """Where the setting came from: trial, proxy, uniform, preset."""
     layers: Annotated[list[str], Field(min_length=1)]
