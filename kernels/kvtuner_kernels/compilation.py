@@ -22,10 +22,11 @@ from kvtuner_kernels.decode_kernel import decode_kernel
 from kvtuner_kernels.extend import extend, extend_constants, extend_kernel
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.quantize import store, store_constants, store_kernel
-from kvtuner_kernels.reference import Centres
+from kvtuner_kernels.reference import Centres, attend
 from kvtuner_kernels.tuning import HOPPER_SHARED, decode_launch, extend_launch
 
 CAPABILITIES: Final = (80, 89, 90, 100)  # A100; RTX 4090 and L40S; H100 and H200; B200
+WARM_UP_TOLERANCE: Final = 0.02  # several times what rounding costs, far below what a wrong order of tokens does
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _POINTERS: Final = {
     "rows": "*u8", "slots": "*i64", "kv_indptr": "*i32", "kv_indices": "*i64", "qo_indptr": "*i32", "mask_indptr": "*i64",
@@ -58,13 +59,14 @@ def variants(
     head_dim: int,
     dtype: torch.dtype = torch.bfloat16,
     shared: int = HOPPER_SHARED,
+    overlap: bool = True,
 ) -> list[Variant]:
     """The kernels that serving one layer takes, with the launch parameters of :mod:`kvtuner_kernels.tuning`.
 
-    ``shared`` is the shared memory that a program may take.
+    ``shared`` is the shared memory that a program may take; ``overlap`` lets the merge be launched early, which takes sm_90.
     """
     row = spec.bytes_per_token(heads, head_dim)
-    launch = decode_launch(spec, heads, group, head_dim, dtype, shared)
+    launch = decode_launch(spec, heads, group, head_dim, shared)
     centres = {f"{name}_centre": None for name, side in (("key", spec.key), ("value", spec.value)) if not side.centred}
     result = [
         Variant("store", store_kernel, {**store_constants(spec, heads, head_dim), **centres}, {"num_warps": 4}),
@@ -72,7 +74,7 @@ def variants(
             "decode",
             decode_kernel,
             {
-                **decode_constants(spec, heads, group, head_dim, dtype, row, launch),
+                **decode_constants(spec, heads, group, head_dim, dtype, row, launch, overlap=overlap),
                 "split_counts": None,
                 "query_shift": None,
             },
@@ -80,7 +82,7 @@ def variants(
         ),
     ]
     for batch, splits in ((64, 264), (1, 264)):
-        constants = merge_constants(spec, batch, splits, group, head_dim, launch)
+        constants = merge_constants(spec, batch, splits, group, head_dim, launch, overlap=overlap)
         none = {"split_counts": None} | ({} if spec.value.centred else {"centre": None})
         result.append(
             Variant(f"merge {batch}", merge_kernel, {**constants, **none}, {"num_warps": 4 if batch == 1 else 1})
@@ -119,28 +121,45 @@ def compile_variant(variant: Variant, capability: int, dtype: torch.dtype = torc
     return Resources(registers, stack, compiled.metadata.shared)
 
 
+class KernelError(RuntimeError):
+    """A compiled kernel gives wrong results."""
+
+
 def warm_up(
     layers: Iterable[LayerSpec], heads: int, group: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Run each kernel once for every distinct spec, on rows of this call's own. Returns the number of specs.
 
-    The rows lie densely; a pool with another distance between rows compiles again.
+    Decode is compared with the reference: it relies on how this version of Triton lays a tile over registers, which no
+    interpreter sees. The rows lie densely; a pool with another distance between rows compiles again.
+
+    Raises:
+        KernelError: if decode differs from the reference.
     """
     distinct = set(layers)
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 64, heads, head_dim, generator=generator).to(device, dtype)
+    query = torch.randn(64, heads * group, head_dim, generator=generator).to(device, dtype)
+    slots = torch.arange(64, dtype=torch.int64, device=device)
     for spec in distinct:
         centres = Centres(
             *(torch.zeros(heads, head_dim, device=device) if side.centred else None for side in (spec.key, spec.value))
         )
-        rows = torch.zeros(1, spec.bytes_per_token(heads, head_dim), dtype=torch.uint8, device=device)
-        key = torch.zeros(64, heads, head_dim, dtype=dtype, device=device)
-        query = torch.zeros(64, heads * group, head_dim, dtype=dtype, device=device)
-        slots = torch.zeros(64, dtype=torch.int64, device=device)
-        store(key[:1], key[:1], rows, slots[:1], spec, centres)
+        rows = torch.zeros(64, spec.bytes_per_token(heads, head_dim), dtype=torch.uint8, device=device)
+        store(key, value, rows, slots, spec, centres)
         for batch in (1, 64):  # the merge differs
-            indptr = torch.arange(batch + 1, dtype=torch.int32, device=device)
-            decode(query[:batch], rows, spec, heads, indptr, slots, centres=centres)
+            indptr = torch.linspace(0, 64, batch + 1, device=device).to(torch.int32)
+            out = decode(query[:batch], rows, spec, heads, indptr, slots, centres=centres)
+            if batch == 1:
+                expected = attend(query[:1], rows, spec, heads, centres)
+                error = float((out.float() - expected).norm() / expected.norm())
+                if not error < WARM_UP_TOLERANCE:
+                    raise KernelError(
+                        f"decode of {spec} with {heads} KV heads of {head_dim} is off by {error:.1e} from the reference on {device}"
+                        f" (triton {triton.__version__}): do not serve with this combination; report it with these versions"
+                    )
         start = torch.tensor([0, 1], dtype=torch.int32, device=device)
         for new in (1, 16, 64):  # tiles differ
             end = start * new
-            extend(query[:new], key[:new], key[:new], rows, spec, heads, end, start, slots, new, centres=centres)
+            extend(query[:new], key[:new], value[:new], rows, spec, heads, end, start, slots, new, centres=centres)
     return len(distinct)

@@ -12,20 +12,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from kvtuner_kernels.decode_kernel import SPLIT_ALIGNMENT, decode_kernel
 from kvtuner_kernels.layout import LayerSpec, LayoutError
 from kvtuner_kernels.operands import ASSEMBLY, butterflies, check_centre, check_rows, rotation_shift, sides
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
-from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors, shared_memory
+from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors, overlaps, shared_memory
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
 def merge_kernel(
     partial, lse, kv_indptr, split_counts, centre, out, batch, splits, out_token_stride, out_head_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
-    WINDOW: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    WINDOW: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Softmax-weighted mean of a request's partial results; a request without tokens gives 0.
 
@@ -50,6 +51,8 @@ def merge_kernel(
         last = (high - 1 - begin) // length + 1 + request
     if high == low:
         last = first
+    if OVERLAP:
+        gdc_wait()
     channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)[None, :]
     top = tl.full([1, 1], -1.0e30, tl.float32)
     total = tl.zeros([1, 1], tl.float32)
@@ -150,7 +153,7 @@ def decode(
     if batch == 0:
         return out
     group = query_heads // heads
-    launch = launch or decode_launch(spec, heads, group, head_dim, query.dtype, shared_memory(rows.device))
+    launch = launch or decode_launch(spec, heads, group, head_dim, shared_memory(rows.device))
     splits = max_kv_splits or multiprocessors(rows.device) * launch.programs
     workspace = workspace or decode_workspace(
         batch, splits, query_heads, head_dim, launch, rows.device, bool(max_kv_splits)
@@ -160,20 +163,22 @@ def decode(
         shift = (query.float() * centres.key.repeat_interleave(group, 0)).sum(-1)
     if key_side.rotated:
         query = rotate_heads(query, inverse=True, dtype=query.dtype)
+    overlap = overlaps(rows.device)
     programs = batch * splits if max_kv_splits else splits
     blocks = triton.cdiv(heads, launch.batch // launch.runs), triton.cdiv(group, launch.columns)
     decode_kernel[(programs, *blocks)](
         query, shift, rows, kv_indptr, kv_indices, num_kv_splits, workspace.partial, workspace.lse, batch, splits,
         query.stride(0), query.stride(1), head_dim**-0.5 if softmax_scale is None else softmax_scale,
-        **decode_constants(spec, heads, group, head_dim, query.dtype, rows.stride(0), launch, soft_cap, window),
+        **decode_constants(spec, heads, group, head_dim, query.dtype, rows.stride(0), launch, soft_cap, window, overlap),
         num_warps=launch.warps, **launch.options(),
     )  # fmt: skip
     later = value_side.rotated and rotation_block(head_dim) < head_dim  # undone by a kernel of its own
     merged = torch.empty(query.shape, dtype=torch.float32, device=query.device) if later else out
-    constants = merge_constants(spec, batch, splits, group, head_dim, launch, window)
+    constants = merge_constants(spec, batch, splits, group, head_dim, launch, window, overlap)
     merge_kernel[(batch, query_heads, triton.cdiv(head_dim, constants["WIDTH"]))](
         workspace.partial, workspace.lse, kv_indptr, num_kv_splits, centres.value, merged, batch, splits,
         merged.stride(0), merged.stride(1), **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     if later:
         centre = None if centres.value is None else centres.value.repeat_interleave(group, 0)
@@ -211,23 +216,31 @@ def decode_constants(
     launch: DecodeLaunch,
     soft_cap: float = 0.0,
     window: int = 0,
+    overlap: bool = False,
 ) -> dict[str, Any]:
     """Compile-time constants of :func:`decode_kernel`; ``dtype`` is the query's."""
     key_side, value_side = sides(spec, heads, head_dim)
     model = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
-    # fp16 has room for more planes without a shift, and for bytes. Values of less than 8 bits take the model's dtype all the
-    # same: bf16 needs no unit.
+    # fp16 has room for more planes without a shift, and for bytes; its subnormal numbers need no bias.
     key_dtype = tl.float16 if ASSEMBLY and key_side.bits < 16 else model
-    value_dtype = tl.float16 if ASSEMBLY and value_side.bits == 8 else model
+    value_dtype = tl.float16 if ASSEMBLY and value_side.bits < 16 else model
     return {
         "KEY": key_side, "VALUE": value_side, "ROW": row_stride, "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim,
         "CAP": soft_cap, "WINDOW": window, "KEY_DTYPE": key_dtype, "VALUE_DTYPE": value_dtype, "BATCH": launch.batch,
         "RUNS": launch.runs, "TOKENS": launch.tokens, "COLUMNS": launch.columns, "STAGES": launch.stages,
+        "OVERLAP": overlap,
     }  # fmt: skip
 
 
 def merge_constants(
-    spec: LayerSpec, batch: int, splits: int, group: int, head_dim: int, launch: DecodeLaunch, window: int = 0
+    spec: LayerSpec,
+    batch: int,
+    splits: int,
+    group: int,
+    head_dim: int,
+    launch: DecodeLaunch,
+    window: int = 0,
+    overlap: bool = False,
 ) -> dict[str, Any]:
     """Compile-time constants of :func:`merge_kernel`.
 
@@ -239,5 +252,5 @@ def merge_constants(
     return {
         "GROUP": group, "HEAD_DIM": head_dim, "WIDTH": width, "ROTATED": rotated,
         "CENTRED": spec.value.centred and (rotated or not spec.value.rotated),
-        "WINDOW": window, "RUNS": launch.runs, "TILE": launch.runs * launch.tokens, "PARTS": parts,
+        "WINDOW": window, "RUNS": launch.runs, "TILE": launch.runs * launch.tokens, "PARTS": parts, "OVERLAP": overlap,
     }  # fmt: skip

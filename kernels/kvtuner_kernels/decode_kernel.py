@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
-# ruff: noqa: RUF005, RET505, SIM108, SIM300 - see operands.py
+# ruff: noqa: RUF005, RET505, SIM108 - see operands.py
 """The kernel of split-KV decode attention over packed rows.
 
 One program reads whole rows: all local KV heads (up to ``BATCH``) of a run of tokens. The tile is three-dimensional and a warp
@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvtuner_kernels.operands import (
     ASSEMBLY,
-    bias,
+    approximate_log2,
+    exponent,
     fill,
     grid_of,
     inverse_power,
-    operand,
-    pieces,
     power_below,
     rounded,
+    small,
 )
 
 SPLIT_ALIGNMENT = tl.constexpr(32)  # tokens; SGLang's _MIN_BLOCK_KV
@@ -35,36 +36,39 @@ ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
 
 @triton.jit
 def _query_operands(query, columns, mask, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Per plane one [BATCH, words, N] operand, per group the sum of q and of q times the operands' bias, and q's unit [BATCH, 1, N].
+    """Per plane one [BATCH, words, N] operand, per group the sum of q [BATCH, 1, N], and the unit of scores [BATCH, 1, N].
 
-    Operands and sums are in units of a power of two, so that a query of any magnitude is exact in fp16.
+    Operands and sums are in units of powers of two, so that a query of any magnitude is exact in fp16 and operands make up for
+    those of :func:`small`.
     """
     word = tl.arange(0, SIDE.padded)[None, :, None]
     operands = ()
     sums = ()
-    biases = ()
     PLANES: tl.constexpr = SIDE.segments * SIDE.planes
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
+    BASE: tl.constexpr = exponent(SIDE.bits, 0, DTYPE, ASSEMBLY_BODY)
     peak = tl.full([1, 1, 1], 0.0, tl.float32)
     for x in tl.static_range(PLANES):
         part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0)
         peak = tl.maximum(peak, tl.max(tl.abs(part.to(tl.float32)), 1, keep_dims=True))
-    unit = tl.maximum(power_below(peak), 2.0**-60) * 2.0**-7  # the largest channel becomes 2**7 or more
+    unit = tl.maximum(power_below(peak), 2.0**-60) * 2.0**-14  # the largest channel becomes 2**14 or more
     for x in tl.static_range(PLANES):
         part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0)
-        part = (part.to(tl.float32) * inverse_power(unit)).to(DTYPE)
-        total = tl.sum(part.to(tl.float32), 1, keep_dims=True)
-        if x % PLANES_A_GROUP == 0:
-            group_sum = total
-            group_bias = total * bias(SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)
-        else:
-            group_sum += total
-            group_bias += total * bias(SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)
-        if x % PLANES_A_GROUP == PLANES_A_GROUP - 1:
-            sums = sums + (group_sum,)
-            biases = biases + (group_bias,)
+        factor = inverse_power(unit) * (2.0 ** (BASE - exponent(SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)))
+        part = (part.to(tl.float32) * factor).to(DTYPE)
+        if SIDE.bits < 16:
+            # Summed by a product: a second use keeps the operand in registers, instead of bringing it there for every tile.
+            ones = tl.full([part.shape[0], 16, SIDE.padded], 1.0, DTYPE)
+            total = tl.max(tl.dot(ones, part), 1, keep_dims=True)  # all rows are alike
+            total *= 2.0 ** exponent(SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)
+            if x % PLANES_A_GROUP == 0:
+                group_sum = total
+            else:
+                group_sum += total
+            if x % PLANES_A_GROUP == PLANES_A_GROUP - 1:
+                sums = sums + (group_sum,)
         operands = operands + (part,)
-    return operands, sums, biases, unit
+    return operands, sums, unit * 2.0**-BASE
 
 
 @triton.jit
@@ -85,26 +89,29 @@ def _load_words(
 
 @triton.jit
 def _scores(
-    rows, slot, heads, operands, sums, biases,
+    rows, slot, heads, operands, sums,
     SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """q . k as [BATCH, TOKENS, N] without the softmax scale; ``slot`` int64 [1 or BATCH, TOKENS], ``heads`` [BATCH, 1]."""
+    """q . k as [BATCH, TOKENS, N] in the query's unit; ``slot`` int64 [1 or BATCH, TOKENS], ``heads`` [BATCH, 1]."""
     word = tl.arange(0, SIDE.padded)[None, None, :]
     slot3 = slot[:, :, None]
     heads3 = heads[:, :, None]
     GROUPS: tl.constexpr = SIDE.groups
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
     for group in tl.static_range(GROUPS):
-        part = tl.broadcast_to(-biases[group], SHAPE)
+        if SIDE.symmetric and SIDE.bits < 16:  # codes less n / 2, times the scale
+            part = tl.broadcast_to(sums[group] * (-(2**SIDE.bits - 1) / 2), SHAPE)
+        else:
+            part = tl.full(SHAPE, 0.0, tl.float32)
         for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
             if x % SIDE.planes == 0:
                 words = _load_words(rows, slot3, heads3, word, x // SIDE.planes, SIDE, ROW, [1, 2, 1])
-            for piece in tl.static_range(pieces(SIDE.bits, DTYPE)):
-                codes = operand(words, SIDE.bits, x % SIDE.planes, piece, DTYPE, ASSEMBLY_BODY)
-                part = tl.dot(codes, operands[x], part)
+            part = tl.dot(small(words, SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY), operands[x], part)
         if SIDE.bits < 16:
             scale, minimum = grid_of(rows, slot, heads, group, SIDE, ROW)
-            part = part * scale[:, :, None] + minimum[:, :, None] * sums[group]
+            part = part * scale[:, :, None]
+            if not SIDE.symmetric:
+                part += minimum[:, :, None] * sums[group]
         if group == 0:
             scores = part
         else:
@@ -113,63 +120,77 @@ def _scores(
 
 
 @triton.jit
+def _value_grids(rows, slot, heads, SIDE: tl.constexpr, ROW: tl.constexpr, SHAPE: tl.constexpr):
+    """Scales and minima fp32 [BATCH, TOKENS] of each group, and the tile's largest scale [BATCH, 1, 1]."""
+    scales = ()
+    minima = ()
+    GROUPS: tl.constexpr = SIDE.groups
+    for group in tl.static_range(GROUPS):
+        scale, minimum = grid_of(rows, slot, heads, group, SIDE, ROW)
+        scales = scales + (scale,)
+        minima = minima + (minimum,)
+        if group == 0:
+            largest = scale
+        else:
+            largest = tl.maximum(largest, scale)
+    return scales, minima, tl.max(tl.broadcast_to(largest[:, :, None], SHAPE), 1, keep_dims=True)
+
+
+@triton.jit
+def _transposed(weights, ASM: tl.constexpr):
+    """``weights`` [BATCH, TOKENS, N] as they are, but laid over the lanes of a warp as a right operand wants them."""
+    if ASM and weights.shape[2] == 8:
+        BLOCKS: tl.constexpr = [weights.shape[0], weights.shape[1] // 8, 8, 8]
+        moved = tl.inline_asm_elementwise(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
+            "=r,r",
+            [weights],
+            dtype=weights.dtype,
+            is_pure=False,
+            pack=2,
+        )
+        return moved.reshape(BLOCKS).permute(0, 1, 3, 2).reshape(weights.shape)
+    else:
+        return weights
+
+
+@triton.jit
 def _add_values(
-    rows, slot, heads, p, decay, acc, middles, units, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr,
+    rows, slot, heads, p, decay, acc, offsets, scales, minima, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Decay the accumulators and add the tile's values, weighted with ``p`` [BATCH, TOKENS, N].
 
-    A value is ``scale * (code - n / 2) + middle``: what is rounded, ``p * scale``, meets numbers centred on zero. Likewise an
-    operand's bias is taken off tile by tile, so that sums stay as small as what they sum. fp16 weights, and their sums, are
-    in ``units``, the power of two of the largest scale so far, and cannot overflow.
+    The product takes codes, weighted with ``p * scale``. What it lacks is gathered in ``offsets``: the weighted minima of each
+    lane's tokens [BATCH, 8, N] or, for a symmetric side, the sum of the weights, to be taken ``n / 2`` times, in all of 16 rows.
     """
     BATCH: tl.constexpr = p.shape[0]
     TOKENS: tl.constexpr = p.shape[1]
-    COLUMNS: tl.constexpr = p.shape[2]
     word = tl.arange(0, SIDE.padded)[None, :, None]
     slot3 = slot[:, None, :]
     heads3 = heads[:, :, None]
     GROUPS: tl.constexpr = SIDE.groups
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
-    SHAPE: tl.constexpr = [BATCH, SIDE.padded, COLUMNS]
-    BLOCKS: tl.constexpr = [BATCH, SIDE.padded // 16, 16, COLUMNS]
     new_acc = ()
-    new_middles = ()
-    new_units = ()
+    new_offsets = ()
     for group in tl.static_range(GROUPS):
         if SIDE.bits == 16:
             weights = rounded(p, DTYPE, ASSEMBLY_BODY)
-            acc_decay = decay
-            new_units = new_units + (units[group],)
         else:
-            scale, minimum = grid_of(rows, slot, heads, group, SIDE, ROW)
-            if DTYPE == tl.float16:
-                unit = tl.maximum(units[group], power_below(tl.max(scale, 1, keep_dims=True)[:, :, None]))
-                inverse = inverse_power(unit)
-                weights = rounded(p * (scale[:, :, None] * inverse), DTYPE, ASSEMBLY_BODY)
-                acc_decay = decay * (units[group] * inverse)
-                new_units = new_units + (unit,)
-            else:
-                weights = rounded(p * scale[:, :, None], DTYPE, ASSEMBLY_BODY)
-                acc_decay = decay
-                new_units = new_units + (units[group],)
+            weights = rounded(p * scales[group][:, :, None], DTYPE, ASSEMBLY_BODY)
+        weights = _transposed(weights, ASSEMBLY_BODY)
+        if SIDE.bits == 16:
+            new_offsets = new_offsets + (offsets[group],)
+        elif SIDE.symmetric:
             ones = tl.full([BATCH, 16, TOKENS], 1.0, DTYPE)
-            total = tl.dot(ones, weights)[:, None, :, :]  # in all of 16 rows, as the accumulators have them
-        if SIDE.symmetric or SIDE.bits == 16:
-            new_middles = new_middles + (middles[group],)
+            new_offsets = new_offsets + (tl.dot(ones, weights, offsets[group] * decay),)
         else:
-            middle = minimum + scale * ((2**SIDE.bits - 1) / 2)
-            new_middles = new_middles + (middles[group] * decay + lane_sums(p * middle[:, :, None]),)
+            new_offsets = new_offsets + (offsets[group] * decay + lane_sums(p * minima[group][:, :, None]),)
         for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
             if x % SIDE.planes == 0:
                 words = _load_words(rows, slot3, heads3, word, x // SIDE.planes, SIDE, ROW, [1, 1, 2])
-            out = acc[x] * acc_decay
-            if SIDE.bits < 16:
-                excess = total * (bias(SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY) + (2**SIDE.bits - 1) / 2)
-                out -= tl.broadcast_to(excess, BLOCKS).reshape(SHAPE)
-            for piece in tl.static_range(pieces(SIDE.bits, DTYPE)):
-                out = tl.dot(operand(words, SIDE.bits, x % SIDE.planes, piece, DTYPE, ASSEMBLY_BODY), weights, out)
-            new_acc = new_acc + (out,)
-    return new_acc, new_middles, new_units
+            numbers = small(words, SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)
+            new_acc = new_acc + (tl.dot(numbers, weights, acc[x] * decay),)
+    return new_acc, new_offsets
 
 
 @triton.jit
@@ -185,7 +206,7 @@ def decode_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, ROW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
     KEY_DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr, BATCH: tl.constexpr, RUNS: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs, blocks of BATCH // RUNS KV heads, blocks of COLUMNS query heads of a group).
 
@@ -198,6 +219,10 @@ def decode_kernel(
     PLANES: tl.constexpr = VALUE.segments * VALUE.planes
     WORDS: tl.constexpr = VALUE.padded
     GROUPS: tl.constexpr = VALUE.groups
+    OFFSET_ROWS: tl.constexpr = 16 if VALUE.symmetric and VALUE.bits < 16 else 8
+    BLOCKS: tl.constexpr = [BATCH, VALUE.padded // 16, 16, COLUMNS]
+    if OVERLAP:
+        gdc_launch_dependents()  # the merge may be scheduled once all programs have started; it waits for their end itself
     program = tl.program_id(0)
     entry = tl.arange(0, BATCH)[:, None]
     heads = entry // RUNS
@@ -250,7 +275,7 @@ def decode_kernel(
             part = program + request
 
         columns = request * query_token_stride + query_heads * query_head_stride
-        operands, sums, biases, unit = _query_operands(query, columns, mask, KEY, KEY_DTYPE)
+        operands, sums, unit = _query_operands(query, columns, mask, KEY, KEY_DTYPE)
         # fp32 [batch, query heads]: what centring took from the scores, seen only by a soft cap.
         if query_shift is not None:
             shift = tl.load(query_shift + request * QUERY_HEADS + query_heads, mask=mask, other=0.0)
@@ -258,15 +283,14 @@ def decode_kernel(
         top = tl.full([BATCH, 1, COLUMNS], -1.0e30, tl.float32)
         lane_total = tl.zeros([BATCH, 8, COLUMNS], tl.float32)
         acc = fill(PLANES, [BATCH, WORDS, COLUMNS], 0.0)
-        lane_middles = fill(GROUPS, [BATCH, 8, COLUMNS], 0.0)
-        units = fill(GROUPS, [BATCH, 1, 1], 2.0**-60)
+        reference = top
+        offsets = fill(GROUPS, [BATCH, OFFSET_ROWS, COLUMNS], 0.0)
+        largest = tl.full([BATCH, 1, COLUMNS], 2.0**-24, tl.float32)
         for tile in tl.range(low, high, TILE, num_stages=STAGES):
             token = tile + run * TOKENS + tl.arange(0, TOKENS)[None, :]
             # Beyond the end the last token is read again and weighted with 0: no mask, and no row that is not in use.
             slot = tl.load(slots + tl.minimum(token, high - 1) * 2).to(tl.int64)
-            scores = _scores(
-                rows, slot, stored_heads, operands, sums, biases, KEY, ROW, KEY_DTYPE, [BATCH, TOKENS, COLUMNS]
-            )
+            scores = _scores(rows, slot, stored_heads, operands, sums, KEY, ROW, KEY_DTYPE, [BATCH, TOKENS, COLUMNS])
             if CAP != 0:
                 if query_shift is not None:
                     scores += shift
@@ -275,27 +299,43 @@ def decode_kernel(
                 factor = tl.full([1, 1, 1], CAP * LOG2E, tl.float32)
             else:
                 factor = unit * softmax_scale * LOG2E
-            scores = tl.where((token < high)[:, :, None], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1, keep_dims=True) * factor)
-            decay = tl.exp2(top - new_top)
-            p = tl.exp2(scores * factor - new_top)
-            top = new_top
+            inside = run[:, :, None] * TOKENS + tl.arange(0, TOKENS)[None, :, None] < high - tile
+            scores = tl.where(inside, scores, float("-inf"))
+            top = tl.maximum(top, tl.max(scores, 1, keep_dims=True) * factor)
+            # Exponents are taken from a reference that makes the largest p * scale up to 2**14: fp16 weights neither overflow
+            # nor lose what counts.
+            if VALUE.bits < 16:
+                scales, minima, tile_largest = _value_grids(
+                    rows, slot, stored_heads, VALUE, ROW, [BATCH, TOKENS, COLUMNS]
+                )
+                largest = tl.maximum(largest, tile_largest)
+                new_reference = top + (approximate_log2(largest, ASSEMBLY_BODY) - 14)
+            else:
+                scales = ()
+                minima = ()
+                new_reference = top
+            decay = tl.exp2(reference - new_reference)
+            p = tl.exp2(scores * factor - new_reference)
+            reference = new_reference
             lane_total = lane_total * decay + lane_sums(p)
-            acc, lane_middles, units = _add_values(
-                rows, slot, stored_heads, p, decay, acc, lane_middles, units, VALUE, ROW, VALUE_DTYPE
+            acc, offsets = _add_values(
+                rows, slot, stored_heads, p, decay, acc, offsets, scales, minima, VALUE, ROW, VALUE_DTYPE
             )
 
         total = tl.sum(lane_total, 1, keep_dims=True)
         found = mask & (column < tl.where(low < high, GROUP, 0))
         partial_rows = (part.to(tl.int64) * RUNS + run[:, :, None]) * QUERY_HEADS + query_heads
-        tl.store(lse + partial_rows, tl.where(total > 0, top + tl.log2(total), float("-inf")), mask=found)
+        tl.store(lse + partial_rows, tl.where(total > 0, reference + tl.log2(total), float("-inf")), mask=found)
         inverse = 1 / tl.where(total > 0, total, 1.0)
         word = tl.arange(0, WORDS)[None, :, None]
         for x in tl.static_range(PLANES):
-            out = acc[x]
-            if VALUE.bits < 16 and VALUE_DTYPE == tl.float16:
-                out = out * units[x * GROUPS // PLANES]
-            out += tl.sum(lane_middles[x * GROUPS // PLANES], 1, keep_dims=True)
+            out = acc[x] * 2.0 ** -exponent(VALUE.bits, x % VALUE.planes, VALUE_DTYPE, ASSEMBLY_BODY)
+            offset = offsets[x * GROUPS // PLANES]
+            if VALUE.bits < 16 and VALUE.symmetric:
+                offset = tl.broadcast_to(offset[:, None, :, :] * (-(2**VALUE.bits - 1) / 2), BLOCKS)
+                out += offset.reshape([BATCH, WORDS, COLUMNS])
+            elif VALUE.bits < 16:
+                out += tl.sum(offset, 1, keep_dims=True)
             tl.store(
                 partial + partial_rows * HEAD_DIM + x * VALUE.words + word,
                 out * inverse,

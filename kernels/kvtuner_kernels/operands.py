@@ -141,6 +141,13 @@ def _assembly(bits, plane, piece, dtype):
 
 
 @triton.constexpr_function
+def _subnormal(bits, plane, dtype):
+    shift, start = _place(bits, plane, 0, dtype)
+    mask = ((2**bits - 1) << start) * 0x10001
+    return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; and.b32 $0, t, {mask}; }}" if shift else f"and.b32 $0, $1, {mask};"
+
+
+@triton.constexpr_function
 def piece_bias(bits, plane, piece, dtype, asm):
     """What an operand exceeds its part of the code by."""
     if bits == 16 or not asm:
@@ -176,6 +183,31 @@ def operand(
         )
 
 
+@triton.constexpr_function
+def exponent(bits, plane, dtype, asm):
+    """:func:`small` returns codes times two to this power."""
+    if bits == 16 or not asm:
+        return 0
+    return _place(bits, plane, 0, dtype)[1] - 24
+
+
+@triton.jit
+def small(words, BITS: tl.constexpr, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """One plane of uint16 ``words`` as numbers of DTYPE, codes times a power of two (:func:`exponent`), without a bias.
+
+    In the assembly body DTYPE is fp16: code bits alone are a subnormal number, which matrix instructions multiply exactly.
+    """
+    if BITS == 16:
+        return words.to(DTYPE, bitcast=True)
+    elif ASM:
+        tl.static_assert(DTYPE == tl.float16)
+        return tl.inline_asm_elementwise(
+            _subnormal(BITS, PLANE, DTYPE), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return ((words >> (BITS * PLANE)) & (2**BITS - 1)).to(DTYPE)
+
+
 @triton.jit
 def codes(words, BITS: tl.constexpr, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """One plane of uint16 ``words`` as plain codes in DTYPE, for kernels in which conversion is not what takes the time."""
@@ -203,6 +235,17 @@ def power_below(x):
 def inverse_power(x):
     """Exact inverse of a power of two, without a division."""
     return (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def approximate_log2(x, ASM: tl.constexpr):
+    """fp32 logarithm to base 2 of a normal number, one instruction where the hardware has it (absolute error 2**-22)."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
 
 
 @triton.jit

@@ -36,7 +36,6 @@ def decode_launch(
     heads: int,
     group: int,
     head_dim: int,
-    dtype: torch.dtype = torch.bfloat16,
     shared: int = HOPPER_SHARED,
 ) -> DecodeLaunch:
     """Launch parameters for one layer.
@@ -44,7 +43,7 @@ def decode_launch(
     Measured for head_dim 128, groups of 7 and ``shared`` of an H200 (docs/log.md); the rest is chosen so that nothing spills.
 
     Args:
-        heads: local KV heads, with ``group`` query heads of ``dtype`` each.
+        heads: local KV heads, with ``group`` query heads each.
         shared: bytes of shared memory that a program may take.
     """
     batch = 4
@@ -52,8 +51,7 @@ def decode_launch(
     columns = 8 if group <= 8 or head_dim > 128 else 16
     plain = _plain(spec, head_dim)
     tokens = 64 if head_dim <= 128 and columns == 8 and plain else 32 if head_dim * columns <= 2048 and plain else 16
-    # Triton 3.6 fails to compile this tile with fp16 weights.
-    if head_dim == 128 and tokens == 64 and max(spec.key.bits, spec.value.bits) == 2 and dtype != torch.float16:
+    if head_dim == 128 and tokens == 64 and max(spec.key.bits, spec.value.bits) == 2:
         tokens = 128
     # Deeper pipelines pay where rows are short; with bytes they cost occupancy.
     stages = 5 if tokens == 64 and max(spec.key.bits, spec.value.bits) == 4 else 4
@@ -75,7 +73,8 @@ class ExtendLaunch:
 def extend_launch(spec: LayerSpec, head_dim: int, rows: int, shared: int = HOPPER_SHARED) -> ExtendLaunch:
     """Launch parameters; ``rows`` is the largest number of rows of a request, ``shared`` the shared memory of a program."""
     if shared < HOPPER_SHARED:
-        return ExtendLaunch(16 if rows <= 16 else 64, 32 if head_dim <= 128 else 16, 2, 4 if rows <= 16 else 8)
+        tokens = 32 if head_dim <= 128 else 16
+        return ExtendLaunch(16, tokens, 3, 4) if rows <= 16 else ExtendLaunch(64, tokens, 2, 8)
     if head_dim > 128:
         return ExtendLaunch(64, 32, 2, 8)
     # Triton 3.6 multiplies wrongly on sm_90 where a group of values has fewer channels than the tile has tokens.
@@ -83,7 +82,7 @@ def extend_launch(spec: LayerSpec, head_dim: int, rows: int, shared: int = HOPPE
     if narrow or not _plain(spec, head_dim):
         return ExtendLaunch(128 if rows > 64 else 64 if rows > 16 else 16, 32, 2, 8 if rows > 64 else 4)
     if rows <= 16:
-        return ExtendLaunch(16, 64, 3, 4)
+        return ExtendLaunch(16, 64, 3, 8)
     return ExtendLaunch(128, 64, 3, 8) if rows > 64 else ExtendLaunch(64, 32, 3, 4)
 
 
@@ -98,6 +97,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel's launch may overlap the end of the kernel before it (programmatic dependent launch, from sm_90 on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

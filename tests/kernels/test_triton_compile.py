@@ -12,7 +12,7 @@ QWEN = (4, 7, 128)
 
 def check(spec: str, shape: tuple[int, int, int], capability: int, dtype: torch.dtype, only: str = "") -> None:
     shared = shared_memory_of(capability // 10, capability % 10)
-    for variant in variants(LayerSpec.parse(spec), *shape, dtype, shared):
+    for variant in variants(LayerSpec.parse(spec), *shape, dtype, shared, capability >= 90):
         if not variant.name.startswith(only):
             continue
         resources = compile_variant(variant, capability, dtype)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from kvtuner_kernels import compilation
 from kvtuner_kernels.compilation import warm_up
+from kvtuner_kernels.decode import decode
 from kvtuner_kernels.extend import extend
 from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.reference import Centres, pack_rows, unpack_rows
@@ -150,3 +152,14 @@ def test_half_a_chunk_is_refused() -> None:
 def test_warm_up_covers_every_distinct_layer() -> None:
     layers = [PLAIN, PLAIN, LayerSpec(RAW, TensorSpec(2, 64, centred=True))]
     assert warm_up(layers, 1, 2, 64, torch.float16, torch.device("cpu")) == 2
+
+
+def test_warm_up_refuses_a_decode_that_differs_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(query, rows, spec, heads, indptr, slots, **options):  # type: ignore[no-untyped-def]
+        return decode(query, rows, spec, heads, indptr, slots, **options).flip(-1)
+
+    monkeypatch.setattr(compilation, "decode", swapped)
+    with pytest.raises(
+        compilation.KernelError, match=r"decode of 4-g64-asym/4-g64-asym with 1 KV heads of 64 is off by"
+    ):
+        warm_up([LayerSpec.parse("4-g64-asym/4-g64-asym")], 1, 2, 64, torch.float16, torch.device("cpu"))
