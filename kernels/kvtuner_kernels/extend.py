@@ -18,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtuner_kernels.layout import LayerSpec, LayoutError
-from kvtuner_kernels.operands import ASSEMBLY, check_centre, check_rows, codes, fill, grid_of, log2, rounded, sides
+from kvtuner_kernels.operands import (
+    ASSEMBLY,
+    check_centre,
+    check_rows,
+    codes,
+    fill,
+    grid_of,
+    log2,
+    power_of_2,
+    rounded,
+    sides,
+)
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 from kvtuner_kernels.rotation import rotate_heads
 from kvtuner_kernels.tuning import ExtendLaunch, extend_launch, shared_memory
@@ -174,7 +185,7 @@ def extend_kernel(
     at = (first_query + token) * prefix_token_stride + query_head * prefix_head_stride
     operands, sums = _load_query(prefix_query, at, live, KEY, DTYPE)
     at = (first_query + token) * query_token_stride + query_head * query_head_stride
-    channel = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+    channel = tl.arange(0, power_of_2(HEAD_DIM))[None, :]
     shift = tl.zeros([TILE_ROWS, 1], tl.float32)
     # What centring took from the scores: the chunk's keys have it, and a soft cap sees it.
     if KEY.centred and (not AS_STORED or CAP != 0):
@@ -220,7 +231,7 @@ def extend_kernel(
 
     if not AS_STORED:
         q = tl.load(query + at + channel, mask=live & (channel < HEAD_DIM), other=0.0).to(DTYPE)
-        key_channel = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[:, None]
+        key_channel = tl.arange(0, power_of_2(HEAD_DIM))[:, None]
         end = tl.where(busy, new, 0)
         if CAUSAL and not masked:
             end = tl.minimum(end, last - before + 1)

@@ -104,6 +104,12 @@ def check_centre(side: Side, centre: torch.Tensor | None, heads: int, head_dim: 
 
 
 @triton.constexpr_function
+def power_of_2(number: int) -> int:
+    """The least power of two that is no smaller. Triton's own is replaced by a plain function where SGLang is imported."""
+    return 1 << (number - 1).bit_length()
+
+
+@triton.constexpr_function
 def rotation_shift(head_dim: int, inverse: bool) -> int:
     """Power of two that normalises the butterflies, as in ``reference.rotate`` and ``reference.unrotate``."""
     order = (head_dim & -head_dim).bit_length() - 1

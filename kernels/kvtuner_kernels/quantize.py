@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtuner_kernels.layout import LayerSpec, LayoutError
-from kvtuner_kernels.operands import Side, butterflies, check_centre, check_rows, rotation_shift, sides
+from kvtuner_kernels.operands import Side, butterflies, check_centre, check_rows, power_of_2, rotation_shift, sides
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
 
@@ -32,8 +32,8 @@ def _store_side(
     GROUPS: tl.constexpr = SIDE.groups
     SEGMENTS: tl.constexpr = SIDE.segments
     PLANES: tl.constexpr = SIDE.planes
-    PADDED: tl.constexpr = triton.next_power_of_2(SIDE.words)
-    SEGMENTS_PADDED: tl.constexpr = triton.next_power_of_2(SEGMENTS)
+    PADDED: tl.constexpr = power_of_2(SIDE.words)
+    SEGMENTS_PADDED: tl.constexpr = power_of_2(SEGMENTS)
     GROUPS_A_SEGMENT: tl.constexpr = GROUPS // SEGMENTS
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
     WIDTH: tl.constexpr = SEGMENTS_PADDED * PLANES * PADDED
