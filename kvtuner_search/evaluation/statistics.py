@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtuner_search.evaluation.scorer import Scores
-from kvtuner_search.profile.schema import Measure
+from kvtuner_search.profile.fields import Measure
 
 RESAMPLES: Final = 2000
 CONFIDENCE: Final = 0.95

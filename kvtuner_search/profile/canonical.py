@@ -42,6 +42,11 @@ def digest_of(content: dict[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
+def digest_without_validation(profile: Profile) -> str:
+    """The digest that the profile has, or would have, without a validation block: what a validation refers to."""
+    return digest_of(profile.model_dump(mode="json") | {"validation": None})
+
+
 def seal(content: dict[str, Any]) -> Profile:
     """Validate a profile's content, given without a digest, and add the digest.
 

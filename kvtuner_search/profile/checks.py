@@ -13,6 +13,7 @@ from typing import Any, Final, TypeGuard
 from kvtuner_search.errors import NotComparableError, ProfileError
 from kvtuner_search.profile.canonical import dumps, parse_json, read_limited
 from kvtuner_search.profile.schema import ModelInfo, Profile
+from kvtuner_search.profile.validation_text import is_stale
 
 MAX_HEADER: Final = 2**20  # bytes; a 128-layer transforms file has a header of about 25 KB
 _FLOAT32: Final = 4  # bytes
@@ -150,3 +151,8 @@ def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
         e.centred for layer in profile.layers for e in (layer.key, layer.value)
     ):
         yield Remark("unused-transforms", f"{profile.transforms.file} is named, but no tensor is centred")
+    if is_stale(profile):
+        yield Remark("validation-stale", "the validation block is of another profile: run validate again")
+    elif profile.validation is not None and profile.validation.verdict == "fail":
+        failed = ", ".join(check.name for check in profile.validation.checks if not check.passed)
+        yield Remark("validation-failed", f"the validation failed: {failed}")

@@ -10,11 +10,13 @@ from typing import Any, Final
 
 from kvtuner_search.errors import ExitCode, UsageError
 from kvtuner_search.profile.canonical import canonical_json
-from kvtuner_search.profile.compare import Comparison, LayerChange, QualityChange
+from kvtuner_search.profile.changes import QualityChange
+from kvtuner_search.profile.compare import Comparison, LayerChange
 from kvtuner_search.profile.rules import RULES, Finding
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.settings import Settings
 from kvtuner_search.profile.text import percent, printable, ranges, runs, signed, size
+from kvtuner_search.profile.validation_text import verdict
 
 ANNOTATIONS: Final = 10  # GitHub shows that many of each level for a step and drops the rest without a word
 SUMMARY_BYTES: Final = 1024 * 1024  # GitHub refuses a larger step summary
@@ -109,6 +111,7 @@ def to_json(report: Report) -> str:
             ],
             "layers": [_layer(layer) for layer in comparison.layers],
             "quality": [_quality(change) for change in comparison.quality],
+            "validation": [_quality(change) for change in comparison.validation],
             "provenance": [{"field": n, "old": a, "new": b} for n, a, b in comparison.provenance],
         }
     )
@@ -123,6 +126,7 @@ def _side(profile: Profile, name: str, memory: int | None) -> dict[str, Any]:
         "bytes_per_token": profile.storage.bytes_per_token,
         "effective_bits": profile.storage.effective_bits,
         "origin": profile.provenance.origin,
+        "validation": None if profile.validation is None else verdict(profile),
     }
     return side if memory is None else side | {"capacity_tokens": capacity(memory, profile), "memory_bytes": memory}
 
@@ -155,10 +159,19 @@ def _quality(change: QualityChange) -> dict[str, Any]:
     }
 
 
-def quality_rows(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
+def quality_tables(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str, str, str]]]]:
+    """Tables that are not empty, with their titles."""
+    tables = (
+        ("quality against 16 bits", quality_rows(comparison.quality)),
+        ("through a server, against a stock one", quality_rows(comparison.validation)),
+    )
+    return [(title, rows) for title, rows in tables if rows]
+
+
+def quality_rows(changes: list[QualityChange]) -> list[tuple[str, str, str, str, str]]:
     """Rows of (measure, old, new, change with interval, verdict); old and new are changes against the 16-bit cache."""
     rows: list[tuple[str, str, str, str, str]] = []
-    for change in comparison.quality:
+    for change in changes:
         sides = [
             f"{signed(m.delta)} [{signed(m.ci_low)}, {signed(m.ci_high)}]" if m else "-"
             for m in (change.old, change.new)
@@ -180,8 +193,8 @@ def to_markdown(report: Report) -> str:
     lines += [f"{_escape(comparison.new.model.id)}: {_escape(names[0])} → {_escape(names[1])}", ""]
     if comparison.comparable:
         lines += _table(("", "old", "new", "change"), report.totals())
-        if comparison.quality:
-            lines += _table(("quality against 16 bits", "old", "new", "change", "verdict"), quality_rows(comparison))
+        for title, measures in quality_tables(comparison):
+            lines += _table((title, "old", "new", "change", "verdict"), measures)
     if report.findings:
         rows = [
             (f.severity, f"`{f.rule}`", _escape(group_message(group)), f"`{group_fingerprint(group)}`")

@@ -49,7 +49,12 @@ RULES: Final = {
         Rule("environment-changed", "info", "the tool, library versions, device or dtype differ"),
         Rule("pareto-changed", "info", "the front differs"),
         Rule("validation-dropped", "warning", "the old profile was validated on a server, the new one was not"),
-        Rule("validation-stale", "error", "what is stored differs, but the validation block was carried over"),
+        Rule("validation-stale", "error", "the validation block names the digest of another profile, e.g. it was carried over"),
+        Rule("validation-failed", "error", "a check of the new validation failed, and the old profile was not validated with that result"),
+        Rule("validation-regressed", "error", "a figure that both validations measured on a server is worse, and the interval of the change excludes zero"),
+        Rule("validation-capacity-regressed", "error", "the server holds over 1 % less of the token capacity that the layout predicts, or it is no longer comparable"),
+        Rule("validation-incomparable", "warning", "a figure of the old validation is missing in the new one, or was taken on other data"),
+        Rule("validation-server-changed", "info", "the server's version, settings, hardware, libraries or scoring method differ"),
     )
 }  # fmt: skip
 

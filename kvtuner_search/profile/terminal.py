@@ -13,9 +13,18 @@ from rich.text import Text
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.profile.compare import Comparison
-from kvtuner_search.profile.report import Report, capacity, group_fingerprint, group_message, grouped, quality_rows
+from kvtuner_search.profile.report import Report, capacity, group_fingerprint, group_message, grouped, quality_tables
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import percent, printable, ranges, runs, signed, size, specs_by_layer
+from kvtuner_search.profile.validation import Validation
+from kvtuner_search.profile.validation_text import (
+    CHECK_HEADS,
+    MEASURE_HEADS,
+    check_rows,
+    fact_rows,
+    measure_rows,
+    verdict,
+)
 
 _SEVERITY_STYLE: Final = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _VERDICT_STYLE: Final = {"pass": "bold green", "fail": "bold red", "not-comparable": "bold red"}
@@ -53,10 +62,10 @@ def print_report(report: Report) -> None:
     if comparison.comparable:
         _totals(out, report)
         _changed_layers(out, comparison)
-        if comparison.quality:
-            table = _table("quality against 16 bits", "old", "new", "change", "verdict")
-            for *cells, verdict in quality_rows(comparison):
-                table.add_row(*cells, Text(verdict, _QUALITY_STYLE.get(verdict, "")))
+        for title, rows in quality_tables(comparison):
+            table = _table(title, "old", "new", "change", "verdict")
+            for *cells, outcome in rows:
+                table.add_row(*cells, Text(outcome, _QUALITY_STYLE.get(outcome, "")))
             out.print(table)
             out.print()
         if comparison.provenance:
@@ -104,6 +113,29 @@ def print_card(profile: Profile, memory: int | None) -> None:
     _measures(out, profile)
     _front(out, profile)
     _provenance(out, profile)
+    if profile.validation is not None:
+        out.print()
+        print_validation(out, profile.validation, verdict(profile))
+
+
+def print_validation(out: Console, block: Validation, verdict: str) -> None:
+    """A validation block: verdict, measures, checks, and the rest."""
+    style = _VERDICT_STYLE.get(verdict, "bold red")
+    out.print(Text.assemble(("validation on a server: ", "bold"), (verdict, style)))
+    for heads, rows, right in (
+        (MEASURE_HEADS, measure_rows(block), (1, 2, 3, 5, 6)),
+        (CHECK_HEADS, check_rows(block), (1,)),
+    ):
+        if rows:
+            table = _table(*heads, right=right)
+            for row in rows:
+                table.add_row(*row)
+            out.print(table)
+            out.print()
+    table = Table.grid(padding=(0, 3))
+    for name, value in fact_rows(block):
+        table.add_row(Text(name, "dim"), value)
+    out.print(table)
 
 
 def _totals(out: Console, report: Report) -> None:
@@ -211,7 +243,8 @@ def _provenance(out: Console, profile: Profile) -> None:
     ]
     if profile.transforms:
         rows.append(("centring", f"{profile.transforms.file} {profile.transforms.digest[:19]}"))
-    rows.append(("validation", "present" if profile.validation is not None else "none: not validated on a server"))
+    if profile.validation is None:
+        rows.append(("validation", "none: not validated on a server"))
     rows += [("note", note) for note in origin.notes]
     for name, value in rows:
         if value:

@@ -8,6 +8,14 @@ from collections.abc import Iterable, Sequence
 from kvtuner_search.profile.report import capacity
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import percent, printable, signed, size, specs_by_layer
+from kvtuner_search.profile.validation_text import (
+    CHECK_HEADS,
+    MEASURE_HEADS,
+    check_rows,
+    fact_rows,
+    measure_rows,
+    verdict,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --dim: #5d6b7c; --line: #d8dee6; --page: #fbfcfd; --card: #fff;
@@ -60,6 +68,7 @@ def profile_html(profile: Profile, memory: int | None = None) -> str:
         *_front(profile),
         "<h2>Provenance</h2>",
         _provenance(profile),
+        *_validation(profile),
     ]
     title = f"<title>{_text(profile.name)}</title>"
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -77,6 +86,8 @@ def _warnings(profile: Profile) -> list[str]:
         lines.append("No quality was measured for this profile.")
     if profile.validation is None:
         lines.append("This profile was not validated on a server.")
+    elif verdict(profile) != "pass":
+        lines.append(f"Validation on a server: {_text(verdict(profile))}.")
     return [f'<p class="warn">{" ".join(lines)}</p>'] if lines else []
 
 
@@ -190,9 +201,20 @@ def _provenance(profile: Profile) -> str:
     ]
     if profile.transforms:
         rows.append(("centring", f"{profile.transforms.file}, {profile.transforms.digest}"))
-    rows.append(("validation", "present" if profile.validation is not None else "none"))
     rows += [("note", note) for note in origin.notes]
     return _table(("", ""), [(name, str(value)) for name, value in rows if value])
+
+
+def _validation(profile: Profile) -> list[str]:
+    block = profile.validation
+    if block is None:
+        return []
+    return [
+        f"<h2>Validation on a server: {_text(verdict(profile))}</h2>",
+        _table(MEASURE_HEADS, measure_rows(block), right=(1, 2, 3, 4, 5, 6)),
+        _table(CHECK_HEADS, check_rows(block), right=(1,)),
+        _table(("", ""), fact_rows(block)),
+    ]
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], right: tuple[int, ...] = ()) -> str:

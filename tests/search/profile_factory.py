@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_kernels.layout import LayerSpec, bytes_per_token
-from kvtuner_search.profile.canonical import save, seal
+from kvtuner_search.profile.canonical import digest_without_validation, save, seal
 from kvtuner_search.profile.schema import LayerEntry, Profile, storage_of
 
 KV_HEADS, HEAD_DIM = 2, 64
@@ -76,6 +76,65 @@ def content(layers: list[str] | str = "8-g64-asym/4-g64-asym", count: int = 4, *
 
 def profile(layers: list[str] | str = "8-g64-asym/4-g64-asym", count: int = 4, **more: Any) -> Profile:
     return seal(content(layers, count, **more))
+
+
+def server_measure(metric: str, data: str, change: float, half: float, **more: Any) -> dict[str, Any]:
+    """A measure through a server: ``change`` against the stock server, plus and minus ``half``."""
+    return measure(metric, 3.0 + change, half, 3.0, **{"data": data, **more})
+
+
+def capacity(tokens: int) -> dict[str, Any]:
+    """Token capacity against a stock server with 100,000 tokens and a prediction of 4."""
+    return {
+        "baseline_tokens": 100_000, "tokens": tokens, "ratio": tokens / 100_000, "predicted": 4.0, "comparable": True, "reason": "",
+    }  # fmt: skip
+
+
+def validation(of: str, *, failing: bool = False, **more: Any) -> dict[str, Any]:
+    """A validation block for the profile with the digest ``of``; ``more`` replaces fields, ``__`` goes into parts."""
+    check = {"name": "nll.recall", "relation": "at most", "limit": 0.01 if failing else 0.05, "value": 0.02}
+    offline = {
+        "samples": 40, "tokens": 20000, "nll_difference": 0.001, "ci_low": -0.001, "ci_high": 0.003, "generated": 2048,
+        "token_agreement": 0.98, "decode_difference": -0.001, "decode_low": -0.004, "decode_high": 0.002,
+    }  # fmt: skip
+    body: dict[str, Any] = {
+        "profile_digest": of,
+        "verdict": "fail" if failing else "pass",
+        "checks": [{**check, "passed": not failing, "reason": ""}],
+        "date": "2026-11-22T12:00:00Z",
+        "tool": "kvtuner-search 0.1.0",
+        "command": "kvtuner-search validate --profile small.json",
+        "server": {
+            "version": "0.5.14", "started": True, "attention_backend": "triton", "dtype": "bfloat16", "tensor_parallel": 1,
+            "pipeline_parallel": 1, "page_size": 1,
+        },
+        "versions": {"sglang": "0.5.14", "torch": "2.13.0"},
+        "hardware": "1 x Example GPU",
+        "semantics": {"method": "as-stored-extend", "tokens": 2048, "difference": 0.016, "baseline_difference": 0.005},
+        "likelihood": [server_measure("nll", "recall", 0.01, 0.004)],
+        "tasks": [server_measure("accuracy", "recall", 0.0, 0.03, samples=100, tokens=1000) | {"lost": 1, "gained": 1}],
+        "greedy": {
+            "prompts": 3, "tokens": 64, "identical": 1, "agreement": 0.5, "ci_low": 0.2, "ci_high": 0.9,
+            "first_divergence": [64, 30, 2],
+        },
+        "capacity": capacity(399_000),
+        "offline": [{"cache": "profile", **offline}, {"cache": "16bit", **offline}],
+        "data": [{"name": "recall", "split": "test", "samples": 40, "tokens": 20000, "digest": digest("recall")}],
+        "notes": ["a note"],
+    }  # fmt: skip
+    for path, value in more.items():
+        target = body
+        *parents, last = path.split("__")
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    return body
+
+
+def validated(layers: list[str] | str = "8-g64-asym/4-g64-asym", failing: bool = False, **more: Any) -> Profile:
+    """A profile with a block of its own."""
+    block = validation(digest_without_validation(profile(layers)), failing=failing, **more)
+    return profile(layers, validation=block)
 
 
 def write(path: Path, layers: list[str] | str = "8-g64-asym/4-g64-asym", count: int = 4, **more: Any) -> Path:

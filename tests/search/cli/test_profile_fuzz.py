@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from kvtuner_search.cli.main import run
 from kvtuner_search.profile.canonical import canonical_json, digest_of
-from tests.search.profile_factory import front, measure, profile, safetensors, write
+from tests.search.profile_factory import digest, front, measure, profile, safetensors, validation, write
 
 BYTES, STRUCTURES, SEALED, IMPORTS, CONFIGS, TRANSFORMS = 5500, 1200, 2000, 900, 300, 200
 ALLOWED: Final = {0, 1, 2, 3, 4}
@@ -37,7 +37,7 @@ RICH: Final = profile(
     ["8-g64-asym/4-g64-asym", "16/16", "4-g32-sym-r-x0.9/2-g64-asym", "8-g64-asym/8-g64-asym"],
     quality=[measure(), measure("accuracy", 0.8, 0.03, 0.83)],
     pareto=front(("4-g64-asym/4-g64-asym", 0.1), ("8-g64-asym/8-g64-asym", 0.01)),
-    validation={"server": {"tokens": 1}},
+    validation=validation(digest("another profile")),
 ).model_dump(mode="json")
 COMMANDS: Final = (
     ["check", "x.json"],
@@ -193,7 +193,7 @@ def test_profiles_with_odd_values_and_a_digest_that_fits() -> None:
         codes[try_out(list(ALL_COMMANDS[which]))] += 1
 
     one()
-    assert codes[0] > 0.1 * SEALED, "many must get past validation, so that what prints them is tried too"
+    assert codes[0] + codes[1] > 0.2 * SEALED, "many must get past validation, so that what prints them is tried too"
 
 
 CONFIG: Final = {

@@ -6,11 +6,20 @@ from typing import Any
 
 import pytest
 
-from kvtuner_search.profile.canonical import canonical_json, digest_of, loads
+from kvtuner_search.profile.canonical import canonical_json, digest_of, digest_without_validation, loads
 from kvtuner_search.profile.compare import Budgets, compare
 from kvtuner_search.profile.rules import RULES
 from kvtuner_search.profile.schema import Profile
-from tests.search.profile_factory import digest, front, measure, profile
+from tests.search.profile_factory import (
+    capacity,
+    digest,
+    front,
+    measure,
+    profile,
+    server_measure,
+    validated,
+    validation,
+)
 
 SEARCH = {"sampler": "tpe", "seed": 1, "trials": 60, "variables": 4}
 DATA = {"name": "recall", "split": "test", "samples": 200, "tokens": 51200}
@@ -19,6 +28,13 @@ OTHER_VECTORS = {"file": "b.safetensors", "digest": digest("b")}
 K8V4, K8V8, K4V4, K4V8 = (f"{k}-g64-asym/{v}-g64-asym" for k, v in ((8, 4), (8, 8), (4, 4), (4, 8)))
 Side = dict[str, Any]
 
+
+def block(failing: bool = False, **more: Any) -> Side:
+    """A validation block of the default profile."""
+    return validation(digest_without_validation(profile()), failing=failing, **more)
+
+
+OWN = block()
 # rule -> (old, new, budgets) that fires it, (old, new, budgets) just below; sides are arguments of profile()
 NONE = Budgets()
 CASES: dict[str, tuple[tuple[Side, Side, Budgets], tuple[Side, Side, Budgets]]] = {
@@ -101,13 +117,27 @@ CASES: dict[str, tuple[tuple[Side, Side, Budgets], tuple[Side, Side, Budgets]]] 
         ({"pareto": front((K8V4, 0.1))}, {"pareto": front((K8V4, 0.1001))}, NONE),
         ({"pareto": front((K8V4, 0.1))}, {"pareto": front((K8V4, 0.1))}, NONE),
     ),
-    "validation-dropped": (
-        ({"validation": {"a": 1}}, {"validation": None}, NONE),
-        ({"validation": {"a": 1}}, {"validation": {}}, NONE),
+    "validation-dropped": (({"validation": OWN}, {"validation": None}, NONE), ({"validation": OWN}, {"validation": OWN}, NONE)),
+    "validation-stale": (({"validation": OWN}, {"name": "other", "validation": OWN}, NONE), ({"validation": None}, {"validation": OWN}, NONE)),
+    "validation-failed": (
+        ({"validation": OWN}, {"validation": block(failing=True)}, NONE),
+        ({"validation": block(failing=True)}, {"validation": block(failing=True)}, NONE),
     ),
-    "validation-stale": (
-        ({"layers": K8V8, "validation": {"a": 1}}, {"layers": K8V4, "validation": {"a": 1}}, NONE),
-        ({"layers": K8V8, "validation": {"a": 1}}, {"layers": K8V4, "validation": {"a": 2}}, NONE),
+    "validation-regressed": (
+        ({"validation": OWN}, {"validation": block(likelihood=[server_measure("nll", "recall", 0.0157, 0.004)])}, NONE),
+        ({"validation": OWN}, {"validation": block(likelihood=[server_measure("nll", "recall", 0.0156, 0.004)])}, NONE),
+    ),
+    "validation-capacity-regressed": (
+        ({"validation": OWN}, {"validation": block(capacity=capacity(394_990))}, NONE),
+        ({"validation": OWN}, {"validation": block(capacity=capacity(395_010))}, NONE),
+    ),
+    "validation-incomparable": (
+        ({"validation": OWN}, {"validation": block(tasks=[])}, NONE),
+        ({"validation": block(tasks=[])}, {"validation": OWN}, NONE),
+    ),
+    "validation-server-changed": (
+        ({"validation": OWN}, {"validation": block(versions={"sglang": "0.5.23"})}, NONE),
+        ({"validation": OWN}, {"validation": block(date="2026-11-23T12:00:00Z")}, NONE),
     ),
 }  # fmt: skip
 
@@ -187,6 +217,38 @@ def test_a_measure_on_other_data_is_not_compared_even_if_its_size_agrees() -> No
     assert "quality-incomparable" in rules
     assert "quality-regressed" not in rules
     assert "loss-over-budget" not in rules
+
+
+def test_a_stale_block_is_the_only_thing_said_of_the_validation() -> None:
+    new = profile(name="other", validation=block(failing=True, capacity=capacity(1)))
+    assert [rule for rule in fired(validated(), new) if rule.startswith("validation")] == ["validation-stale"]
+    assert compare(validated(), new).validation == []
+
+
+def test_figures_of_a_stale_old_block_are_not_compared_with() -> None:
+    worse = validated(likelihood=[server_measure("nll", "recall", 0.9, 0.004)])
+    assert "validation-regressed" in fired(validated(), worse)
+    assert fired(profile(name="other", validation=OWN), worse) == []
+
+
+def test_other_prompts_make_a_server_measure_incomparable() -> None:
+    data = [{"name": "recall", "split": "test", "samples": 40, "tokens": 20000, "digest": digest("other prompts")}]
+    assert fired(validated(), validated(data=data)) == ["validation-incomparable"]
+
+
+def test_a_capacity_that_can_no_longer_be_compared_is_a_regression() -> None:
+    new = validated(capacity=capacity(399_000) | {"comparable": False, "reason": "capped"})
+    assert fired(validated(), new) == ["validation-capacity-regressed"]
+    assert fired(new, validated()) == []
+
+
+def test_server_measures_stand_apart_from_offline_ones() -> None:
+    comparison = compare(validated(), validated(likelihood=[server_measure("nll", "recall", 0.02, 0.004)]))
+    assert [(c.name, c.verdict) for c in comparison.validation] == [
+        ("nll.recall.test", "regressed"),
+        ("accuracy.recall.test", "same"),
+    ]
+    assert [c.verdict for c in comparison.quality] == ["same"]
 
 
 def test_nll_counts_from_its_baseline() -> None:

@@ -1,0 +1,198 @@
+"""``kvtuner-search validate``: a profile on a real server, against a stock one."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from kvtuner_search.cli.options import json_option
+from kvtuner_search.cli.run_options import CONTEXT
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Limit(click.ParamType[float | None]):
+    """A number that is not negative, or ``none``."""
+
+    name = "number|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        if value == "none":
+            return None
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number < 2**31:
+            self.fail(f"{value!r} is neither a number from 0 on nor none", param, ctx)
+        return number
+
+
+def _limit(name: str, default: str, text: str) -> Callable[[F], F]:
+    return click.option(name, type=Limit(), default=default, show_envvar=True, help=text)
+
+
+@click.command(
+    "validate",
+    context_settings=CONTEXT,
+    epilog="Exit codes: 0 every threshold holds, 1 one does not, 2 usage, 3 unreadable or invalid input, 4 a profile of another model or a"
+    " server with another profile, 5 a server could not be started or did not answer as it should (what was answered is kept: --resume),"
+    " 130 interrupted.",
+)
+@click.option("--profile", type=click.Path(path_type=Path), required=True, show_envvar=True, help="What to validate.")
+@click.option(
+    "--model-path",
+    "model",
+    default="reference",
+    metavar="FOLDER|HUB-ID",
+    show_envvar=True,
+    help="Model; 'reference' is the embedded 13.9 M-parameter test instrument.",
+)
+@click.option(
+    "--url", show_envvar=True, help="Running server with the profile, http://host:port, instead of starting one."
+)
+@click.option("--baseline-url", show_envvar=True, help="Running stock server, instead of starting one.")
+@click.option(
+    "--server-python",
+    default=sys.executable,
+    metavar="PATH",
+    show_default="this one",
+    show_envvar=True,
+    help="Python of the environment that has SGLang.",
+)
+@click.option(
+    "--data",
+    "sources",
+    multiple=True,
+    metavar="SOURCE",
+    show_envvar=True,
+    help="Held-out text or task to score; repeatable (docs/data.md). Default: recall, arithmetic, list, text.",
+)
+@click.option("--samples", type=click.IntRange(2), default=40, show_envvar=True, help="Sequences of each source.")
+@click.option("--length", type=click.IntRange(8), default=512, show_envvar=True, help="Most tokens of a sequence.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
+    default=("recall",),
+    show_envvar=True,
+    help="Task to answer by generation: recall, arithmetic, list, rows#exact=FIELD, gsm8k:FOLDER; repeatable.",
+)
+@click.option("--task-prompts", type=click.IntRange(1), default=100, show_envvar=True, help="Prompts of each task.")
+@click.option("--greedy-prompts", type=click.IntRange(2), default=32, show_envvar=True, help="Prompts to continue.")
+@click.option(
+    "--greedy-tokens", type=click.IntRange(1), default=64, show_envvar=True, help="Tokens of each continuation."
+)
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_envvar=True, help="Seed of generated prompts.")
+@_limit("--max-nll-increase", "0.05", "Of each source, nats a token; the upper end of the interval is judged.")
+@_limit("--max-accuracy-drop", "0.05", "Of each task, as a fraction; the lower end of the interval is judged.")
+@_limit("--min-capacity", "0.99", "Token capacity over the stock server's, as a fraction of the predicted ratio.")
+@_limit(
+    "--min-agreement", "none", "Mean fraction of greedy tokens before the first that differs; the lower end is judged."
+)
+@_limit(
+    "--max-path-difference", "0.02", "Decode against extend on the same tokens, nats a token beyond the stock server's."
+)
+@_limit("--max-offline-difference", "0.02", "Server against offline evaluation, nats a token; the worse end is judged.")
+@_limit("--min-offline-tokens", "0.9", "Fraction of greedy tokens that the offline evaluation ranks first too.")
+@click.option("--offline/--no-offline", default=True, help="Compare with the offline evaluation of the same profile.")
+@click.option("--device", default="auto", show_envvar=True, help="Of the offline evaluation: auto, cpu, cuda, cuda:N.")
+@click.option(
+    "--batch-tokens", type=click.IntRange(1), default=4096, show_envvar=True, help="Of the offline evaluation."
+)
+@click.option("--concurrency", type=click.IntRange(1, 1024), default=8, show_envvar=True, help="Requests in flight.")
+@click.option("--timeout", type=click.FloatRange(1), default=600.0, show_envvar=True, help="Seconds for one request.")
+@click.option(
+    "--start-timeout",
+    type=click.FloatRange(1),
+    default=900.0,
+    show_envvar=True,
+    help="Seconds until a server is ready.",
+)
+@click.option("--hardware", show_envvar=True, help="What servers that are pointed at run on, for the record.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    show_envvar=True,
+    show_default="kvtuner-validation/NAME",
+    help="Folder for responses, logs and the block.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in the folder and start again.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    show_envvar=True,
+    help="Also write the block to this file.",
+)
+@click.option("--write", is_flag=True, help="Put the block into the profile, which gets a new digest.")
+@json_option
+@click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
+@click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- SGLANG OPTIONS]")
+def command(**options: Any) -> int:
+    """Measure a profile on an SGLang server against a stock server, with the same prompts.
+
+    Held-out likelihood, task accuracy by generation, greedy agreement, token capacity, and agreement with the offline evaluation. Two servers
+    are started one after the other, with the same options after --, or running ones are asked. docs/validate.md says how and why.
+    """  # fmt: skip
+    from kvtuner_search.data import DEFAULT_SOURCES
+    from kvtuner_search.errors import ExitCode, UsageError
+    from kvtuner_search.profile.canonical import canonical_json
+    from kvtuner_search.progress import Reporter
+    from kvtuner_search.serving.validate.options import Limits, ValidationOptions
+    from kvtuner_search.serving.validate.run import Run, write_block
+    from kvtuner_search.serving.validate.surroundings import public_command
+
+    output, write, as_json = options.pop("output"), options.pop("write"), options.pop("as_json")
+    reporter = Reporter(options.pop("quiet"))
+    if options["resume"] and options["overwrite"]:
+        raise UsageError("--resume and --overwrite exclude each other: one keeps the run, the other deletes it")
+    options["sources"] = options["sources"] or DEFAULT_SOURCES
+    options["folder"] = options["folder"] or Path("kvtuner-validation") / options["profile"].stem
+    limits = Limits(**{name: options.pop(name) for name in Limits.__dataclass_fields__})
+    with _kill_as_interrupt():
+        run = Run(ValidationOptions(limits=limits, command=public_command(sys.argv[1:]), **options), reporter)
+        block = run.validate()
+    text = canonical_json(block.model_dump(mode="json"))
+    if output is not None:
+        from kvtuner_search.files import write_atomic
+
+        write_atomic(output, text)
+        reporter.say(f"wrote {output}")
+    if write:
+        write_block(run.profile, block, options["profile"])
+        reporter.say(f"wrote the block into {options['profile']}")
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        from kvtuner_search.profile.terminal import console, print_validation
+
+        print_validation(console(), block, block.verdict)
+    return ExitCode.OK if block.verdict == "pass" else ExitCode.GATE_FAILED
+
+
+@contextmanager
+def _kill_as_interrupt() -> Iterator[None]:
+    """Inside the block a polite kill does what Ctrl-C does: servers are stopped, answers are kept.
+
+    It raises by itself instead of passing SIGINT on, which a shell sets to be ignored for what it runs in the background. A signal
+    that is ignored on purpose, as ``nohup`` does with SIGHUP, stays so.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

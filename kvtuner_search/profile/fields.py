@@ -1,0 +1,72 @@
+"""What a profile and its validation block are both made of. Neither torch nor transformers is imported here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Positive = Annotated[int, Field(ge=1, le=2**31)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Base of all parts: unknown fields, NaN and silent conversions are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Measure(Strict):
+    """One quality figure, against the 16-bit cache on the same tokens."""
+
+    metric: Literal["kl", "nll", "accuracy"]
+    """kl: mean KL divergence in nats from the 16-bit model's next-token distribution. nll: mean negative log-likelihood in nats a token. accuracy: fraction of prompts with every answer token right."""
+    data: Name
+    """Name of the data source, e.g. recall, wikitext2."""
+    split: Literal["search", "selection", "test"]
+    """search: seen by every trial. selection: used to choose among finalists. test: used once, after the choice."""
+    samples: Positive
+    """Sequences (nll, kl) or prompts (accuracy) that were measured."""
+    tokens: Positive
+    """Tokens that were scored."""
+    baseline: Number
+    """The 16-bit cache's value (0 for kl)."""
+    value: Number
+    """This profile's value."""
+    ci_low: Number
+    """Lower end of the confidence interval of value - baseline, paired over samples."""
+    ci_high: Number
+    """Upper end of the same interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Confidence level of the interval."""
+
+    @property
+    def delta(self) -> float:
+        """``value - baseline``."""
+        return self.value - self.baseline
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.ci_low > self.ci_high:
+            raise ValueError(f"ci_low={self.ci_low} is above ci_high={self.ci_high}")
+        return self
+
+
+class DataInfo(Strict):
+    """One source of calibration text."""
+
+    name: Name
+    """Name of the source."""
+    split: Literal["search", "selection", "test"]
+    """Which split this is."""
+    samples: Positive
+    """Sequences."""
+    tokens: Positive
+    """Tokens, scored or not."""
+    digest: Digest
+    """Digest of the token ids."""

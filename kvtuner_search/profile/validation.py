@@ -1,0 +1,205 @@
+"""The signed-off block that ``validate`` writes into a profile: what was measured on a server, and whether it holds.
+
+It names the digest of the profile without the block, so a block that was carried over to another profile is noticed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kvtuner_search.profile.fields import Count, DataInfo, Digest, Measure, Name, Number, Positive, Strict
+
+Verdict = Literal["pass", "fail"]
+
+
+class Check(Strict):
+    """One threshold and what was held against it."""
+
+    name: Name
+    """What is judged, e.g. nll.recall or capacity."""
+    relation: Literal["at most", "at least"]
+    """How the value has to lie to the limit."""
+    limit: Number
+    """The threshold, as the user set it or by default."""
+    value: Number | None
+    """What was held against it: for a figure with an interval the end that counts against the profile; absent if it could not be measured."""
+    passed: bool
+    """Whether the threshold holds; what could not be measured does not."""
+    reason: Annotated[str, Field(max_length=2048)] = ""
+    """Why nothing could be measured."""
+
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if self.passed != holds(self.value, self.relation, self.limit):
+            raise ValueError(f"{self.name}: {self.value} {self.relation} {self.limit} is not {self.passed}")
+        return self
+
+
+def holds(value: float | None, relation: Literal["at most", "at least"], limit: float) -> bool:
+    """Whether a check passes; a value that is missing does not."""
+    return value is not None and (value <= limit if relation == "at most" else value >= limit)
+
+
+class ServerRecord(Strict):
+    """The server that was measured, by its own account."""
+
+    version: Name
+    """SGLang's version."""
+    started: bool
+    """True: started by `validate` itself. False: a running server that was pointed at."""
+    attention_backend: Name
+    """SGLang's attention backend."""
+    dtype: Name
+    """Dtype of the model."""
+    tensor_parallel: Positive
+    """Ranks that share the KV heads."""
+    pipeline_parallel: Positive
+    """Stages that share the layers."""
+    page_size: Positive
+    """Tokens of a page of the cache."""
+
+
+class Semantics(Strict):
+    """How it was ensured that attention read cached rows as stored while likelihood was measured, as it does in decode."""
+
+    method: Literal["as-stored-extend", "token-by-token", "decode"]
+    """as-stored-extend: the server says that a prompt's own keys and values are read as stored. token-by-token: each token was a request of its own on top of cached rows, so only the newest token's own key and value were read unquantized. decode: the cache stores what attention would read anyway (16 bits)."""
+    tokens: Count
+    """Tokens that the server chose by decoding and then scored again as a prompt; 0 if that was not done."""
+    difference: Number | None = None
+    """Mean absolute difference between the two log-likelihoods of those tokens, nats a token."""
+    baseline_difference: Number | None = None
+    """The same on the stock server, whose two paths differ by rounding alone."""
+
+
+class TaskResult(Measure):
+    """Accuracy by generation on one task, prompt by prompt against the stock server; the interval is Agresti and Min's for paired proportions."""
+
+    lost: Count
+    """Prompts that the stock server answered right and this one wrong."""
+    gained: Count
+    """Prompts that the stock server answered wrong and this one right."""
+
+
+class Greedy(Strict):
+    """Greedy continuations of the same prompts by both servers."""
+
+    prompts: Positive
+    """Prompts."""
+    tokens: Positive
+    """Tokens that each was continued by."""
+    identical: Count
+    """Prompts whose continuations agree in every token."""
+    agreement: Number
+    """Mean fraction of the tokens before the first that differs."""
+    ci_low: Number
+    """Lower end of the interval of `agreement`, by bootstrap over prompts."""
+    ci_high: Number
+    """Upper end of the same interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Confidence level of the interval."""
+    first_divergence: list[Count]
+    """Index of the first token that differs, prompt by prompt; `tokens` where none does."""
+
+
+class Capacity(Strict):
+    """How many tokens each server says its cache holds."""
+
+    baseline_tokens: Positive
+    """The stock server's."""
+    tokens: Positive
+    """The profile's server's."""
+    ratio: Number
+    """tokens / baseline_tokens."""
+    predicted: Number
+    """What the layout predicts at equal memory: bytes per token of the 16-bit cache over those of the profile, on the heaviest rank."""
+    comparable: bool
+    """Whether both servers had the same memory to fill and no cap on tokens."""
+    reason: Annotated[str, Field(max_length=2048)] = ""
+    """Why they cannot be compared."""
+
+    @model_validator(mode="after")
+    def _divided(self) -> Self:
+        if not math.isclose(self.ratio, self.tokens / self.baseline_tokens, rel_tol=1e-9):
+            raise ValueError(f"ratio {self.ratio} is not {self.tokens} / {self.baseline_tokens}")
+        return self
+
+
+class OfflineAgreement(Strict):
+    """A server against the offline evaluation of the same cache on the same tokens."""
+
+    cache: Literal["profile", "16bit"]
+    """Which cache: the profile's, or the 16-bit one, whose figures show what rounding alone does."""
+    samples: Positive
+    """Sequences whose likelihood was compared."""
+    tokens: Positive
+    """Tokens that were scored."""
+    nll_difference: Number
+    """Mean negative log-likelihood by the server minus the same offline, nats a token."""
+    ci_low: Number
+    """Lower end of its interval, paired over samples."""
+    ci_high: Number
+    """Upper end of the same interval."""
+    generated: Count
+    """Tokens that the server chose greedily and that the offline model was asked about, after the same tokens."""
+    token_agreement: Number
+    """Fraction of them that the offline model ranks first too."""
+    decode_difference: Number
+    """Mean negative log-likelihood of those tokens by the server's decode minus the same offline, nats a token."""
+    decode_low: Number
+    """Lower end of its interval, paired over prompts."""
+    decode_high: Number
+    """Upper end of the same interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Confidence level of both intervals."""
+
+
+class Validation(Strict):
+    """What `validate` measured with the same prompts on a stock server and on one with the profile."""
+
+    profile_digest: Digest
+    """Digest of the profile without this block."""
+    verdict: Verdict
+    """pass if every check passed."""
+    checks: Annotated[list[Check], Field(min_length=1)]
+    """The thresholds."""
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    """When the measurement ended, UTC."""
+    tool: Name
+    """Name and version of the writer."""
+    command: Name
+    """The command, folders left out of paths."""
+    server: ServerRecord
+    """The profile's server."""
+    versions: dict[str, str] = {}
+    """Versions of the libraries that the figures depend on, where known."""
+    hardware: Name
+    """What the servers ran on."""
+    semantics: Semantics
+    """How decode semantics were ensured."""
+    likelihood: list[Measure] = []
+    """Held-out negative log-likelihood by source, through both servers."""
+    tasks: list[TaskResult] = []
+    """Accuracy by generation, by task."""
+    greedy: Greedy | None = None
+    """Greedy agreement of both servers."""
+    capacity: Capacity | None = None
+    """Token capacity of both servers."""
+    offline: list[OfflineAgreement] = []
+    """Agreement with the offline evaluation."""
+    data: list[DataInfo] = []
+    """The prompts of each source."""
+    notes: list[str] = []
+    """What a reader must know, e.g. what was not held out."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.verdict == "pass") != all(check.passed for check in self.checks):
+            raise ValueError(f"verdict {self.verdict} does not follow from the checks")
+        names = [check.name for check in self.checks]
+        if len(set(names)) != len(names):
+            raise ValueError("a check is given twice")
+        return self

@@ -1,0 +1,134 @@
+"""What a server says of itself in ``/server_info``, as far as a validation depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from kvtuner_search.errors import NotComparableError, UsageError
+from kvtuner_search.profile.schema import Profile
+from kvtuner_search.serving.validate.client import ServerError
+
+_ALIKE = ("version", "model", "dtype", "tensor_parallel", "pipeline_parallel", "quantization")
+_SAME_MEMORY = ("memory_fraction", "device", "page_size")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One server, by its own account."""
+
+    version: str
+    model: str  # path or hub id, as the server was given it
+    dtype: str  # as the server was given it: may be ``auto``
+    quantization: str | None  # of weights
+    attention_backend: str
+    device: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    page_size: int  # tokens
+    prefix_cache: bool
+    memory_fraction: float | None
+    token_cap: int | None  # --max-total-tokens
+    tokens: int  # capacity of the cache
+    cache_gib: float | None  # memory of the first rank's cache, GiB to two digits
+    profile_digest: str | None  # None: a stock server
+    as_stored: bool  # a prompt's own keys and values are read as stored too
+    tool: str | None  # the plugin's name and version
+
+    @classmethod
+    def of(cls, info: dict[str, Any], url: str) -> Self:
+        """Read ``/server_info``.
+
+        Raises:
+            ServerError: if a field is missing or has another type.
+        """
+        states = info.get("internal_states")
+        state = states[0] if isinstance(states, list) and states and isinstance(states[0], dict) else {}
+        memory = state.get("memory_usage")
+        memory = memory if isinstance(memory, dict) else {}
+        plugin = info.get("kvtuner")
+        plugin = plugin if isinstance(plugin, dict) else {}
+
+        def want(name: str, kind: type, source: dict[str, Any] = info) -> Any:
+            value = source.get(name)
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ServerError(
+                    f"{url}/server_info says {name}={value!r}: expected is {kind.__name__}; is it SGLang 0.5?"
+                )
+            return value
+
+        return cls(
+            version=want("version", str),
+            model=want("model_path", str),
+            dtype=want("dtype", str),
+            quantization=info.get("quantization"),
+            attention_backend=want("attention_backend", str),
+            device=str(info.get("device")),
+            tensor_parallel=want("tp_size", int),
+            pipeline_parallel=want("pp_size", int),
+            page_size=want("page_size", int),
+            prefix_cache=not info.get("disable_radix_cache", False),
+            memory_fraction=info.get("mem_fraction_static"),
+            token_cap=info.get("max_total_tokens"),
+            tokens=want("max_total_num_tokens", int),
+            cache_gib=memory.get("kvcache"),
+            profile_digest=want("profile_digest", str, plugin) if plugin else None,
+            as_stored=bool(plugin.get("as_stored", False)),
+            tool=plugin.get("tool"),
+        )
+
+    def check_profile(self, profile: Profile, url: str) -> None:
+        """Refuse a server that does not serve this very profile.
+
+        Raises:
+            NotComparableError: says what it serves.
+        """
+        if self.profile_digest != profile.digest:
+            serves = (
+                "no profile" if self.profile_digest is None else f"a profile with digest {self.profile_digest[:19]}…"
+            )
+            raise NotComparableError(
+                f"{url} serves {serves}, {profile.name} has {profile.digest[:19]}…: start it with this profile"
+            )
+
+    def check_stock(self, url: str) -> None:
+        """Refuse a baseline that serves a profile.
+
+        Raises:
+            NotComparableError: says so.
+        """
+        if self.profile_digest is not None:
+            raise NotComparableError(
+                f"{url} serves a profile ({self.profile_digest[:19]}…): the baseline must be a stock server"
+            )
+
+
+def check_alike(baseline: Facts, ours: Facts) -> None:
+    """Refuse two servers whose difference is not the profile alone.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    for name in _ALIKE:
+        a, b = getattr(baseline, name), getattr(ours, name)
+        if a != b:
+            raise UsageError(
+                f"the baseline server has {name.replace('_', ' ')} {a}, the profile's {b}: start both with the same flags"
+            )
+
+
+def memory_differs(baseline: Facts, ours: Facts) -> str:
+    """Why the two token capacities cannot be compared; empty if they can."""
+    for server, name in ((baseline, "baseline"), (ours, "profile's")):
+        if server.token_cap is not None:
+            return f"the {name} server is capped at {server.token_cap} tokens"
+    if baseline.dtype in ("float32", "float"):
+        return "the stock server stores 32 bits a number, the prediction is against 16"
+    for field in _SAME_MEMORY:
+        a, b = getattr(baseline, field), getattr(ours, field)
+        if a != b:
+            return f"{field.replace('_', ' ')} is {a} on the baseline server and {b} on the profile's"
+    a, b = baseline.cache_gib, ours.cache_gib
+    if a and b and abs(a - b) > max(0.01 * a, 0.02):  # 0.02: both are rounded to 0.01 GiB
+        return f"the caches fill {a} and {b} GiB, so memory was not equal"
+    return ""

@@ -1,0 +1,137 @@
+"""The folder of one run: its settings, and every response as it came, so that a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from kvtuner_search.errors import UsageError
+from kvtuner_search.files import write_atomic
+
+BLOCK: Final = "validation.json"
+_SETTINGS: Final = "kvtuner-run.json"
+_SERVERS: Final = ("baseline", "profile")
+_FILES: Final = (
+    _SETTINGS,
+    BLOCK,
+    *(f"{name}.{kind}" for name in _SERVERS for kind in ("jsonl", "log")),
+)  # all of a run's
+
+
+class Folder:
+    """Claims a folder for a run.
+
+    Args:
+        path: the folder; made if it does not exist.
+        settings: what the responses depend on; a run that is resumed must have the same.
+        resume: go on with what is there.
+        overwrite: delete what is there.
+
+    Raises:
+        UsageError: if it holds another run, or one and neither ``resume`` nor ``overwrite`` is given.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        self.path = path
+        file = path / _SETTINGS
+        text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+        if file.exists() and (overwrite or not self._has_answers()):
+            for name in _FILES:
+                (path / name).unlink(missing_ok=True)
+        elif file.exists():
+            if not resume:
+                raise UsageError(
+                    f"{path} holds a run: go on with --resume, delete it with --overwrite, or name another"
+                )
+            stored = _parse(file)
+            differing = [name for name in sorted({*settings, *stored}) if stored.get(name) != settings.get(name)]
+            if differing:
+                raise UsageError(
+                    f"{path} holds a run with other {', '.join(differing)}: give the same options, --overwrite, or another folder"
+                )
+            return
+        elif path.is_dir() and any(path.iterdir()):
+            raise UsageError(f"{path} is not empty and holds no run: name another folder")
+        write_atomic(file, text)
+
+    def _has_answers(self) -> bool:
+        """Whether a server has answered anything; a run that failed before that is not worth asking about."""
+        journals = (self.path / f"{name}.jsonl" for name in _SERVERS)
+        return any(journal.exists() and journal.stat().st_size for journal in journals)
+
+    def journal(self, name: str) -> Journal:
+        """The responses of one server."""
+        return Journal(self.path / f"{name}.jsonl")
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read ({error}): use --overwrite or another folder") from error
+    return content if isinstance(content, dict) else {}
+
+
+class Journal:
+    """JSON lines, each on the disk before the next is asked for. A line that a kill cut short is dropped when it is opened.
+
+    A line is ``{"server": info}`` (who answers from here on), ``{"id": ..., "answers": [...]}`` or ``{"id": ..., "failure": reason}``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[str, list[Any]] = {}  # id -> responses as they came
+        self.failures: list[str] = []
+        self.server: dict[str, Any] | None = None
+        keep = 0
+        for line, end in _whole_lines(path):
+            keep = end
+            if "server" in line:
+                self.server = line["server"]
+            elif "answers" in line:
+                self.done[line["id"]] = line["answers"]
+            else:
+                self.failures.append(f"{line['id']}: {line['failure']}")
+        self._stream = path.open("ab")
+        self._stream.truncate(keep)
+
+    def identify(self, info: dict[str, Any]) -> None:
+        """Keep what the server that answers from here on says of itself."""
+        self._write({"server": info})
+        self.server = info
+
+    def answer(self, name: str, answers: list[Any]) -> None:
+        """Keep the responses to one request, or to the steps of one."""
+        self._write({"id": name, "answers": answers})
+        self.done[name] = answers
+
+    def failure(self, name: str, reason: str) -> None:
+        """Keep that a request failed; it stays to be done."""
+        self._write({"id": name, "failure": reason})
+        self.failures.append(f"{name}: {reason}")
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self._stream.flush()
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each line that is whole, with the offset of its end; what follows the first broken one is ignored."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as stream:
+        for raw in stream:
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                return
+            if not raw.endswith(b"\n") or not isinstance(line, dict):
+                return
+            end += len(raw)
+            yield line, end

@@ -1,0 +1,55 @@
+"""What a validation is asked to do, and the thresholds that it is held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Thresholds; None drops the check. Where a figure has an interval, the end that counts against the profile is judged."""
+
+    max_nll_increase: float | None = 0.05  # nats a token, of each source
+    max_accuracy_drop: float | None = 0.05  # fraction of prompts, of each task
+    min_capacity: float | None = 0.99  # of the predicted ratio
+    min_agreement: float | None = (
+        None  # mean fraction of greedy tokens before the first difference from the stock server
+    )
+    max_path_difference: float | None = 0.02  # nats a token, decode against extend, beyond the stock server's
+    max_offline_difference: float | None = (
+        0.02  # nats a token, server against offline, on held-out text and on continuations
+    )
+    min_offline_tokens: float | None = 0.9  # of the greedily chosen tokens
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """One run of ``validate``."""
+
+    profile: Path
+    model: str  # folder, hub id or ``reference``
+    url: str | None  # of a running server with the profile; None starts one
+    baseline_url: str | None  # of a running stock server; None starts one
+    server_arguments: tuple[str, ...]  # for both servers that are started
+    server_python: str  # interpreter of the environment that has SGLang
+    sources: tuple[str, ...]
+    samples: int  # sequences of each source
+    length: int  # most tokens of a sequence
+    tasks: tuple[str, ...]
+    task_prompts: int  # of each task
+    greedy_prompts: int
+    greedy_tokens: int
+    seed: int
+    concurrency: int  # requests in flight
+    timeout: float  # seconds for a request
+    start_timeout: float  # seconds until a server is ready
+    offline: bool
+    device: str  # of the offline evaluation
+    batch_tokens: int  # of the offline evaluation
+    hardware: str | None  # what servers that were pointed at run on
+    limits: Limits
+    folder: Path
+    resume: bool
+    overwrite: bool
+    command: str  # for the block

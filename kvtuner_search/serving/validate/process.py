@@ -1,0 +1,125 @@
+"""Servers that ``validate`` starts: one at a time, in a process group of their own, stopped whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import httpx2
+
+from kvtuner_search.profile.text import printable
+from kvtuner_search.serving.configuration import ENVIRONMENT
+from kvtuner_search.serving.validate.client import ServerError
+
+STOP_SECONDS: Final = 20.0  # between SIGTERM and SIGKILL
+PORTS: Final = range(20000, 32000)
+_POLL: Final = 0.5  # seconds
+_LOG_TAIL: Final = 64 * 1024  # bytes of a log that are searched for the reason of a failure
+
+
+class Server:
+    """A running server that this process started."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+        self.process, self.url, self.log = process, url, log
+
+    def check_alive(self) -> None:
+        """Raise ServerError, with the reason from the log, if the server has ended."""
+        code = self.process.poll()
+        if code is not None:
+            raise ServerError(f"the server ended with {code}: {last_words(self.log)} (whole log: {self.log})")
+
+    async def wait_until_ready(self, timeout: float) -> None:
+        """Poll ``/health`` until it answers 200.
+
+        Raises:
+            ServerError: if the server ends, or takes longer than ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        async with httpx2.AsyncClient(base_url=self.url, timeout=30.0, trust_env=False) as http:
+            while True:
+                self.check_alive()
+                with suppress(httpx2.TransportError):
+                    if (await http.get("/health")).status_code == 200:
+                        return
+                if time.monotonic() > deadline:
+                    raise ServerError(f"the server was not ready after {timeout:g} s: see {self.log}")
+                await asyncio.sleep(_POLL)
+
+
+@contextmanager
+def serving(python: str, arguments: Sequence[str], log: Path) -> Iterator[Server]:
+    """Start ``python -m sglang.launch_server ARGUMENTS --host 127.0.0.1 --port FREE``; it is stopped at the end of the block.
+
+    Args:
+        python: interpreter of the environment that has SGLang.
+        log: file for its output.
+    """
+    port = free_port()
+    command = [python, "-m", "sglang.launch_server", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    tied = [sys.executable, "-m", "kvtuner_search.serving.validate.tied", str(os.getpid()), *command]
+    environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT}  # the flags alone decide
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as stream:
+        stream.write((" ".join(command) + "\n").encode())
+        stream.flush()
+        process = subprocess.Popen(
+            tied, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True
+        )
+    try:
+        yield Server(process, f"http://127.0.0.1:{port}", log)
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the whole process group: SIGTERM for the launcher, which ends its children, then SIGKILL for what is left.
+
+    A second Ctrl-C only skips the waiting. The children get no SIGTERM: the launcher would take their end for a crash.
+    """
+    try:
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, which share the group
+        process.wait()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on.
+
+    It lies below the ports that the system hands out itself, and SGLang puts its own second port 10,000 above it.
+
+    Raises:
+        ServerError: if none of a hundred is free.
+    """
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError(f"no port of {PORTS.start} to {PORTS.stop - 1} is free: end what listens there")
+
+
+def last_words(log: Path) -> str:
+    """The line of a log that most likely says why the server ended: the last that looks like an error, else the last."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - _LOG_TAIL))
+            lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return "no log"
+    errors = [line for line in lines if "rror" in line and not line.startswith(("File ", "Traceback"))]
+    return printable((errors or lines or ["it said nothing"])[-1])[:300]
