@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     USAGE = 2  # an option or argument cannot be used
     DATA = 3  # an input cannot be read, or is invalid
     NOT_COMPARABLE = 4  # two profiles describe different models or layouts
+    SERVER = 5  # a server could not be started as asked, e.g. its ranks disagree or one serves another cache
     INTERRUPTED = 130  # Ctrl-C; what was finished is kept
 
 
@@ -45,3 +46,9 @@ class NotComparableError(KVTunerError):
     """Two profiles cannot be compared, or a profile does not belong to this model."""
 
     exit_code = ExitCode.NOT_COMPARABLE
+
+
+class ServingError(KVTunerError):
+    """A server does not store its cache as asked, and must not serve."""
+
+    exit_code = ExitCode.SERVER

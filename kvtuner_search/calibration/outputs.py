@@ -26,7 +26,8 @@ from kvtuner_search.calibration.study import Finished, hypervolume, rung_ratio
 from kvtuner_search.data.types import Dataset
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.statistics import measures
-from kvtuner_search.profile.schema import DataInfo, LayerEntry, SearchInfo, storage_of
+from kvtuner_search.profile.fields import DataInfo
+from kvtuner_search.profile.schema import LayerEntry, SearchInfo, storage_of
 
 RECORD_VERSION: Final = 1
 LIBRARIES: Final = ("torch", "transformers", "optuna", "numpy")

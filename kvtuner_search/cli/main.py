@@ -19,6 +19,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "calibrate": ("kvtuner_search.cli.calibrate", "Search per-layer bit-widths of a model and write a profile."),
     "sensitivity": ("kvtuner_search.cli.sensitivity", "Measure what each layer loses with each spec; no search."),
     "evaluate": ("kvtuner_search.cli.evaluate", "Measure a profile's quality against the 16-bit cache, offline."),
+    "serve": ("kvtuner_search.cli.serve", "Serve a model with SGLang, its KV cache packed as a profile says."),
+    "validate": ("kvtuner_search.cli.validate", "Measure a profile on an SGLang server against a stock one."),
     "show": ("kvtuner_search.cli.show", "Show a profile in the terminal or as HTML."),
     "check": ("kvtuner_search.cli.check", "Check a profile's schema, digest and consistency."),
     "diff": ("kvtuner_search.cli.diff", "Compare two profiles as a review gate."),
@@ -84,7 +86,9 @@ def run(arguments: list[str]) -> int:
         result: Any = cli.main(arguments, prog_name="kvtuner-search", standalone_mode=False, obj=state)
         return int(result) if isinstance(result, int) else ExitCode.OK
     except (click.exceptions.Abort, KeyboardInterrupt):
-        return _fail("interrupted: what was finished is kept; calibrate goes on with --resume", ExitCode.INTERRUPTED)
+        return _fail(
+            "interrupted: what was finished is kept; calibrate and validate go on with --resume", ExitCode.INTERRUPTED
+        )
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(f"Try '{error.ctx.command_path} --help' for help.", err=True)

@@ -7,7 +7,7 @@ import click
 from kvtuner_search.profile.settings import parse_size
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def size_callback(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     try:
         return None if value is None else parse_size(value)
     except ValueError as error:
@@ -15,7 +15,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 
 
 memory_option = click.option(
-    "--memory", metavar="SIZE", callback=_size, show_envvar=True, help="Show how many tokens fit, e.g. 40GiB."
+    "--memory", metavar="SIZE", callback=size_callback, show_envvar=True, help="Show how many tokens fit, e.g. 40GiB."
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, envvar="KVTUNER_JSON", show_envvar=True, help="Print JSON."

@@ -1,0 +1,82 @@
+"""``kvtuner-search serve``: an SGLang server whose KV cache is stored as a profile says."""
+
+from __future__ import annotations
+
+import click
+
+from kvtuner_search.cli.options import json_option, size_callback
+from kvtuner_search.profile.canonical import canonical_json
+from kvtuner_search.serving.flags import AS_STORED, FLAGS, PROFILE
+from kvtuner_search.serving.launch import check_installation, prepare, start
+from kvtuner_search.serving.plan import to_json, to_text
+
+_SGLANG = (
+    ("--model-path PATH", "The model's folder or hub id; required."),
+    ("--tp-size, --pp-size N", "Tensor- and pipeline-parallel ranks. Stages are balanced by bytes."),
+    ("--nnodes, --node-rank, --dist-init-addr", "Several nodes: the same command on each, with its own rank."),
+    ("--mem-fraction-static F", "Memory for weights and cache; the predicted capacity follows it."),
+    ("--host, --port", "Where to listen.  [default: 127.0.0.1, 30000]"),
+)
+
+
+class _Serve(click.Command):
+    """Lists the options that are not click's: the seed's flags, and SGLang's that are of most use."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        rows = []
+        for flag in FLAGS:
+            if flag.name not in (PROFILE, AS_STORED):  # click lists these
+                choices = "" if flag.choices is None else "|".join(map(str, flag.choices))
+                value = f"[{choices}]" if choices else f"[{flag.metavar}]" if flag.bare is not None else flag.metavar
+                rows.append((f"{flag.name} {value}".rstrip(), flag.help))
+        with formatter.section("Instead of a profile, the same for all layers"):
+            formatter.write_dl(rows)
+        with formatter.section("Any option of SGLang, passed on unchanged; for instance"):
+            formatter.write_dl(list(_SGLANG))
+
+
+@click.command(
+    "serve",
+    cls=_Serve,
+    context_settings={"ignore_unknown_options": True},
+    options_metavar="--profile FILE --model-path MODEL [OPTIONS] [SGLANG OPTIONS]",
+    epilog="Exit codes: before the server starts 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 no usable"
+    " SGLang; then SGLang's own, and 128 + N if signal N ended it.",
+)
+@click.option("--profile", PROFILE, metavar="FILE", help="How each layer is stored.", show_envvar=True)
+@click.option(
+    AS_STORED, "as_stored", is_flag=True, show_envvar=True,
+    help="Read a prompt's own keys and values as stored too, as decode does: for measuring; slower.",
+)  # fmt: skip
+@click.option(
+    "--gpu-memory", metavar="SIZE", callback=size_callback, show_envvar=True,
+    help="Memory of one GPU, e.g. 80GiB, to predict the capacity.  [default: free now, by nvidia-smi]",
+)  # fmt: skip
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan and stop; SGLang need not be installed.", show_envvar=True
+)
+@json_option
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="")
+def command(
+    profile: str | None,
+    as_stored: bool,
+    gpu_memory: int | None,
+    dry_run: bool,
+    as_json: bool,
+    arguments: tuple[str, ...],
+) -> None:
+    """Serve a model with SGLang and keep its KV cache packed as a profile says.
+
+    The profile is checked against the model, and bits per layer, bytes per token and predicted capacity are printed,
+    before SGLang starts. SGLang's own help: python -m sglang.launch_server --help.
+    """
+    plan, server_arguments = prepare(arguments, profile, as_stored, gpu_memory)
+    if not dry_run:
+        check_installation(plan.sglang)
+    if as_json:
+        click.echo(canonical_json(to_json(plan)), nl=False)
+    else:
+        click.echo(to_text(plan), nl=False, err=not dry_run)
+    if not dry_run:
+        start(plan, server_arguments)

@@ -1,0 +1,209 @@
+"""Those of SGLang's own options that ``serve`` has to understand; all others pass through unread. SGLang is not imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from kvtuner_search.errors import UsageError
+from kvtuner_search.profile.canonical import read_limited
+from kvtuner_search.serving.flags import FLAGS
+from kvtuner_search.serving.sglang.refusals import REFUSALS
+
+CONFIG: Final = "--config"
+_MAX_CONFIG: Final = 2**20  # bytes
+_ALIASES: Final = {
+    "dp_size": ("--data-parallel-size", "--dp"),
+    "attn_cp_size": ("--attention-context-parallel-size",),
+}
+_COUNT: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(Ki|Mi|Gi|Ti|k|M|G|T)?", re.ASCII)
+_FACTORS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What was given, by SGLang's field names; None where SGLang chooses."""
+
+    model_path: str
+    revision: str | None
+    json_model_override_args: str | None
+    host: str | None
+    port: int
+    tp_size: int
+    pp_size: int
+    nnodes: int
+    node_rank: int
+    dist_init_addr: str | None
+    attention_backend: str | None
+    prefill_attention_backend: str | None
+    decode_attention_backend: str | None
+    device: str | None
+    quantization: str | None
+    speculative_algorithm: str | None
+    mem_fraction_static: float | None
+    max_total_tokens: int | None
+    page_size: int | None
+    refusable: Mapping[str, Any]  # what was given of the options that cannot, or not always, go with a profile
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether SGLang will run on the CPU."""
+        return (self.device or ("cpu" if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else "cuda")) == "cpu"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}: see kvtuner-search serve --help")
+
+
+def parse_flags(
+    arguments: Sequence[str], add: Callable[[argparse.ArgumentParser], None]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags that ``add`` puts into a parser, and all other arguments in their order.
+
+    Raises:
+        UsageError: if a flag's value cannot be used.
+    """
+    parser = _Parser(prog="kvtuner-search serve", add_help=False, allow_abbrev=False)
+    add(parser)
+    return parser.parse_known_args(list(arguments))
+
+
+def read_options(arguments: Sequence[str]) -> ServerOptions:
+    """SGLang's options, with those of a ``--config`` file before them, as SGLang merges the two.
+
+    Raises:
+        UsageError: if an option cannot be used, or is abbreviated so that what it means is uncertain.
+    """
+    merged = [*_config_file(arguments), *arguments]
+    namespace, rest = parse_flags(merged, _add_options)
+    _check_abbreviations(rest)
+    if namespace.model_path is None:
+        raise UsageError("--model-path is missing: give the model's folder or hub id")
+    given = vars(namespace)
+    refusable = {field: given[field] for field in (refusal.field for refusal in REFUSALS) if given[field] is not None}
+    read = {field.name: given[field.name] for field in fields(ServerOptions) if field.name != "refusable"}
+    options = ServerOptions(**read, refusable=refusable)
+    _check_sizes(options)
+    return options
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    # SGLang 0.5.14 declares neither --tp nor --dp, but takes them as abbreviations of --tp-size and --dp-size.
+    parser.add_argument("--model-path", "--model")
+    parser.add_argument("--revision")
+    parser.add_argument("--json-model-override-args")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=int, default=1)
+    parser.add_argument("--pp-size", "--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--dist-init-addr", "--nccl-init-addr")
+    parser.add_argument("--attention-backend")
+    parser.add_argument("--prefill-attention-backend")
+    parser.add_argument("--decode-attention-backend")
+    parser.add_argument("--device")
+    parser.add_argument("--quantization")
+    parser.add_argument("--speculative-algorithm")
+    parser.add_argument("--mem-fraction-static", type=float)
+    parser.add_argument("--max-total-tokens", type=_count)
+    parser.add_argument("--page-size", type=int)
+    parser.add_argument(CONFIG)
+    for refusal in REFUSALS:  # switches and options with a value alike
+        parser.add_argument(refusal.option, *_ALIASES.get(refusal.field, ()), type=_value, nargs="?", const=True)
+
+
+def _value(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def _count(text: str) -> int:
+    """A number of tokens as SGLang writes it: 1000, 25.6k, 1Mi."""
+    match = _COUNT.fullmatch(text.strip())
+    suffix = match[2] or "" if match else ""
+    if match is None or ("." in match[1] and (not suffix or suffix.endswith("i"))):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: write for example 100000, 25.6k or 1Mi")
+    whole, _, decimals = match[1].partition(".")
+    return int(whole + decimals) * _FACTORS[suffix] // int(10 ** len(decimals))
+
+
+def _config_file(arguments: Sequence[str]) -> list[str]:
+    """The options in SGLang's YAML file of options as arguments, or none."""
+    if CONFIG not in arguments:
+        return []
+    index = list(arguments).index(CONFIG) + 1
+    if index == len(arguments):
+        raise UsageError(f"{CONFIG} names no file")
+    import yaml
+
+    path = Path(arguments[index])
+    try:
+        content = yaml.safe_load(read_limited(path, "a YAML file of SGLang's options", _MAX_CONFIG)) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no mapping of options: write for example 'tp-size: 2'")
+    found: list[str] = []
+    own = {flag.dest for flag in FLAGS}
+    for key, value in content.items():
+        if str(key).replace("-", "_") in own:
+            raise UsageError(f"{path} sets {key}: give kvtuner-search's own options on the command line")
+        if value is False:  # a switch that is off; SGLang leaves it out too
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        found += [f"--{key}", *map(str, values)]
+    return found
+
+
+def _check_abbreviations(rest: Sequence[str]) -> None:
+    """SGLang completes unique prefixes; without all its options at hand that cannot be done alike here."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_options(parser)
+    known = [name for action in parser._actions for name in action.option_strings] + [flag.name for flag in FLAGS]
+    for argument in rest:
+        name = argument.partition("=")[0]
+        meant = [full for full in known if len(name) > 2 and full.startswith(name)]
+        if name.startswith("--") and meant:
+            raise UsageError(f"{name} is an abbreviation: write {' or '.join(meant)}")
+        if name.startswith(("--kvtuner-", "--enable-kvtuner-")):
+            raise UsageError(f"there is no option {name}: see kvtuner-search serve --help")
+
+
+def _check_sizes(options: ServerOptions) -> None:
+    for name in ("tp_size", "pp_size", "nnodes", "page_size", "max_total_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number")
+    if options.mem_fraction_static is not None and not 0 < options.mem_fraction_static < 1:
+        raise UsageError(f"--mem-fraction-static {options.mem_fraction_static}: give a fraction between 0 and 1")
+    if not 0 <= options.node_rank < options.nnodes:
+        raise UsageError(
+            f"--node-rank {options.node_rank} with --nnodes {options.nnodes}: give 0 to {options.nnodes - 1}"
+        )
+    if options.nnodes > 1 and options.dist_init_addr is None:
+        raise UsageError(
+            f"--nnodes {options.nnodes} needs --dist-init-addr: give node 0's HOST:PORT, the same on every node"
+        )
+    if options.tp_size * options.pp_size % options.nnodes:
+        raise UsageError(
+            f"{options.tp_size} x {options.pp_size} ranks do not divide among {options.nnodes} nodes: change --tp-size,"
+            " --pp-size or --nnodes"
+        )
+
+
+def node_ranks(options: ServerOptions) -> tuple[range, range]:
+    """The pipeline stages and tensor-parallel ranks on this node, as SGLang deals them out."""
+    stages = max(options.pp_size // options.nnodes, 1)
+    nodes_per_stage = max(options.nnodes // options.pp_size, 1)
+    ranks = options.tp_size // nodes_per_stage
+    first_stage = stages * (options.node_rank // nodes_per_stage)
+    first_rank = ranks * (options.node_rank % nodes_per_stage)
+    return range(first_stage, first_stage + stages), range(first_rank, first_rank + ranks)

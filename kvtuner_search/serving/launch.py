@@ -1,0 +1,163 @@
+"""Start SGLang for a profile: read the options, check everything that can be checked, say what will happen, become the server.
+
+``serve`` replaces itself by SGLang's launcher (exec) instead of starting it as a child. Signals, exit code, terminal and logs are
+then SGLang's own, and there is no parent whose death could leave a server behind: SGLang's processes ask the kernel to end
+with the launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Final, NoReturn
+
+from kvtuner_search.errors import ServingError, UsageError
+from kvtuner_search.serving import flags
+from kvtuner_search.serving.arguments import ServerOptions, parse_flags, read_options
+from kvtuner_search.serving.configuration import ServingConfiguration
+from kvtuner_search.serving.model import served_model, weight_bytes
+from kvtuner_search.serving.plan import Memory, Plan, make_plan
+from kvtuner_search.serving.sglang.plugin import ADAPTERS
+from kvtuner_search.serving.sglang.refusals import REFUSALS, attention_backend
+
+_GROUP: Final = "sglang.srt.plugins"  # the entry-point group that SGLang loads in each of its processes
+_PLUGIN: Final = "kvtuner_search.serving.sglang.plugin:register"
+_INSTALL: Final = "pip install 'kvtuner-search[serve]'"
+_NVIDIA_SMI: Final = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+_TIMEOUT: Final = 20  # seconds; the driver may have to load first
+
+
+def prepare(
+    arguments: Sequence[str], profile: str | None, as_stored: bool, gpu_memory: int | None
+) -> tuple[Plan, list[str]]:
+    """Check a command line and plan the server; nothing is started or written.
+
+    Args:
+        arguments: all that ``serve`` did not take for itself: the seed's flags and SGLang's options.
+        profile: the profile's file, if one is given.
+        as_stored: read a prompt's own keys and values as stored too.
+        gpu_memory: bytes of one GPU's memory, if the user says so.
+
+    Returns:
+        the plan, and SGLang's whole argument list.
+
+    Raises:
+        KVTunerError: with the reason and the remedy.
+    """
+    namespace, rest = parse_flags(arguments, flags.add_arguments)
+    namespace.kvtuner_profile, namespace.kvtuner_as_stored = profile, as_stored
+    if not flags.requested(namespace):
+        raise UsageError(f"nothing says how layers are stored: give --profile FILE, or {flags.ENABLE} and its bits")
+    options = read_options(rest)
+    backend = _check_options(options)
+    model = served_model(options.model_path, options.revision, options.json_model_override_args)
+    loaded, path = flags.profile_of(namespace, model, options.model_path)
+    added = [] if options.host is not None else ["--host", "127.0.0.1"]
+    added += [] if options.attention_backend is not None else ["--attention-backend", backend]
+    added += [flags.PROFILE, str(path), *([flags.AS_STORED] if as_stored else [])]
+    configuration = ServingConfiguration(str(path), loaded.digest, as_stored)
+    memory = _memory(options, gpu_memory)
+    from_flags = profile is None
+    environment = configuration.to_environment()
+    plan = make_plan(options, loaded, path, from_flags, memory, added, environment, sglang_version())
+    return plan, [*rest, *added]
+
+
+def sglang_version() -> str | None:
+    """The installed SGLang, which is not imported; None if there is none."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_installation(version: str | None) -> None:
+    """Refuse an SGLang that is missing, that no adapter is for, or that would not load the plugin.
+
+    Raises:
+        ServingError: with what to install or unset.
+    """
+    if version is None:
+        raise ServingError(
+            f"SGLang is not installed for {sys.executable}: {_INSTALL}, or look at the plan with --dry-run"
+        )
+    if version not in ADAPTERS:
+        raise ServingError(f"SGLang {version} is not supported, only {' and '.join(ADAPTERS)}: {_INSTALL}")
+    found = [point.name for point in metadata.entry_points(group=_GROUP) if point.value == _PLUGIN]
+    if not found:
+        raise ServingError(
+            f"SGLang would not find the plugin, because kvtuner-search is not installed as a package: {_INSTALL}"
+        )
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if allowed and not set(found) & set(allowed):
+        raise ServingError(f"SGLANG_PLUGINS={','.join(allowed)} keeps the plugin out: add {found[0]}, or unset it")
+
+
+def start(plan: Plan, arguments: Sequence[str]) -> NoReturn:
+    """Become the server. Only a failure to do so returns, as an error.
+
+    Raises:
+        ServingError: if the interpreter cannot be started.
+        UsageError: if a profile made from flags cannot be written.
+    """
+    if plan.from_flags:
+        flags.store(plan.profile, plan.path)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+    try:
+        os.execve(sys.executable, command, os.environ | plan.environment)
+    except OSError as error:
+        raise ServingError(f"cannot start {sys.executable}: {error.strerror or error}") from error
+
+
+def _check_options(options: ServerOptions) -> str:
+    """Refuse what cannot go with a profile, before SGLang is imported; the plugin looks again at what SGLang makes of it.
+
+    Returns:
+        the one attention backend that reads packed rows.
+
+    Raises:
+        UsageError: if another one, or an option that cannot be combined with a profile, is asked for.
+    """
+    for refusal in REFUSALS:
+        if refusal.field in options.refusable:
+            refusal.check(options.refusable[refusal.field])
+    device = "cpu" if options.on_cpu else options.device or "cuda"
+    backend = attention_backend(device)
+    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        value = getattr(options, name)
+        if value not in (None, backend):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} {value} cannot read packed rows: on {device} give {backend}, or leave it out")
+    return backend
+
+
+def _memory(options: ServerOptions, gpu_memory: int | None) -> Memory:
+    weights = None if options.quantization else weight_bytes(options.model_path)
+    if gpu_memory is not None:
+        return Memory(gpu_memory, "--gpu-memory", weights)
+    if options.on_cpu:
+        return Memory(None, "the memory that is free on the CPU changes as the server starts", weights)
+    free = _free_gpu_memory()
+    return Memory(
+        free, "free now, by nvidia-smi" if free is not None else "no GPU is found here by nvidia-smi", weights
+    )
+
+
+def _free_gpu_memory() -> int | None:
+    """Free bytes of the fullest of the visible GPUs; None if nvidia-smi does not say."""
+    import subprocess
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = [*_NVIDIA_SMI, *(["-i", visible] if visible else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    figures = done.stdout.split()
+    if done.returncode or not figures or not all(figure.isdigit() for figure in figures):
+        return None
+    return min(map(int, figures)) * 2**20

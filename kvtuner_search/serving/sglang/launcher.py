@@ -1,0 +1,119 @@
+"""What the launcher's process does before SGLang starts any other: flags to a configuration, refusals, one line and an exit code.
+
+Neither torch nor SGLang is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from kvtuner_search.errors import ExitCode, KVTunerError, ServingError
+from kvtuner_search.profile.checks import check_model
+from kvtuner_search.serving import flags, partition
+from kvtuner_search.serving.configuration import ServingConfiguration
+from kvtuner_search.serving.model import served_model
+from kvtuner_search.serving.sglang.refusals import Refusal, attention_backend, check_arguments
+
+EXIT_CODES = frozenset(int(code) for code in (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCode.SERVER))
+
+
+def refuse(error: KVTunerError) -> NoReturn:
+    """Say why there is no server, and end this process. SGLang catches exceptions of plugins; it does not catch this."""
+    print(f"kvtuner-search: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(int(error.exit_code))
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Errors that are the caller's to mend end the process in one line and their exit code."""
+    try:
+        yield
+    except KVTunerError as error:
+        refuse(error)
+
+
+def asked(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process's command line or environment names one of our options."""
+    named = any(argument.startswith(("--kvtuner", "--enable-kvtuner")) for argument in arguments)
+    return named or ServingConfiguration.from_environment(environment) is not None
+
+
+def configure(arguments: argparse.Namespace, device: str) -> ServingConfiguration | None:
+    """Turn a parsed command line into the environment that all processes of the server inherit.
+
+    Args:
+        arguments: SGLang's namespace, with our flags. ``attention_backend`` is filled in where it was not given.
+        device: what SGLang will run on.
+
+    Returns:
+        the configuration; None if no profile is asked for.
+
+    Raises:
+        KVTunerError: with the reason and the remedy.
+    """
+    found = ServingConfiguration.from_environment()
+    if flags.requested(arguments):
+        model = served_model(arguments.model_path, arguments.revision, arguments.json_model_override_args)
+        found = flags.resolve(arguments, model, arguments.model_path)
+    if found is None:
+        return None
+    if arguments.attention_backend is None:
+        arguments.attention_backend = attention_backend(device)
+    profile, _ = found.open()
+    os.environ.update(found.to_environment())
+    os.environ.update(partition.of_profile(profile, arguments.tp_size, arguments.pp_size).to_environment())
+    return found
+
+
+def check_server(arguments: Any, configuration: ServingConfiguration, more: Iterable[Refusal] = ()) -> None:
+    """Everything that can be checked before a process starts.
+
+    Args:
+        arguments: SGLang's ServerArgs, resolved.
+        configuration: what is asked for.
+        more: refusals of this SGLang's own arguments.
+
+    Raises:
+        KVTunerError: with the reason and the remedy.
+    """
+    profile, _ = configuration.open()
+    model = served_model(arguments.model_path, arguments.revision, arguments.json_model_override_args)
+    check_model(profile, model, arguments.model_path)
+    check_arguments(arguments, more)
+
+
+def check_ready(infos: Sequence[Mapping[str, Any]], configuration: ServingConfiguration) -> None:
+    """Compare what the ranks that this launcher started report with what was asked for.
+
+    Raises:
+        ServingError: if one reports nothing, or something else.
+    """
+    for rank, info in enumerate(infos):
+        report = info.get("kvtuner")
+        if not isinstance(report, Mapping):
+            raise ServingError(
+                f"scheduler {rank} came up without the plugin, and would serve an unquantized cache: install kvtuner-search in"
+                " its environment, and let SGLANG_PLUGINS allow it"
+            )
+        if report.get("profile_digest") != configuration.digest or report.get("tokens") != info["max_total_num_tokens"]:
+            raise ServingError(
+                f"scheduler {rank} serves {str(report.get('profile_digest'))[:19]}… with {report.get('tokens')} tokens, asked"
+                f" was {configuration.digest[:19]}… with {info['max_total_num_tokens']}: start the server again"
+            )
+
+
+def check_exits(codes: Sequence[int | None]) -> None:
+    """Pass on the exit code of a child that refused to serve; it has said why.
+
+    Raises:
+        SystemExit: with that code.
+    """
+    for code in codes:
+        if code in EXIT_CODES:
+            print("kvtuner-search: a rank refused to serve; its reason stands above", file=sys.stderr, flush=True)
+            raise SystemExit(code)

@@ -1,0 +1,46 @@
+"""SGLang's entry point (group ``sglang.srt.plugins``): called at the start of the launcher and of each scheduler process.
+
+It does nothing unless asked: by our flags on the launcher's command line, or by ``KVTUNER_SERVING`` in the environment. The
+flags are known to a supported SGLang's parser at all times, so that ``--help`` lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module, metadata
+from typing import Final, Protocol, cast
+
+from kvtuner_search.errors import UsageError
+from kvtuner_search.serving.configuration import ServingConfiguration
+from kvtuner_search.serving.sglang.launcher import asked, refusing
+
+ADAPTERS: Final = {"0.5.14": "v0_5_14", "0.5.23": "v0_5_23"}  # SGLang's version -> the module that knows it
+
+
+class Adapter(Protocol):
+    """What a version's module offers."""
+
+    def register_flags(self) -> None:
+        """Let SGLang's command line know our flags."""
+
+    def activate(self, configuration: ServingConfiguration) -> None:
+        """Let this process serve a profile."""
+
+
+def register() -> None:
+    """SGLang calls this in each process, and logs and forgets what it raises; only an exit stops a server."""
+    with refusing():
+        version = metadata.version("sglang")
+        wanted = asked(sys.argv[1:])
+        if version not in ADAPTERS:
+            if wanted:
+                raise UsageError(
+                    f"SGLang {version} is installed, a profile can be served with {', '.join(ADAPTERS)}: install one of them, or"
+                    " leave the profile out"
+                )
+            return
+        adapter = cast(Adapter, import_module(f"kvtuner_search.serving.sglang.{ADAPTERS[version]}"))
+        adapter.register_flags()
+        configuration = ServingConfiguration.from_environment()
+        if configuration is not None:
+            adapter.activate(configuration)

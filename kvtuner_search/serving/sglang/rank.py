@@ -1,0 +1,192 @@
+"""What a rank of the server does with the profile, whatever SGLang's version: its layers, its heads, its pool, its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvtuner_kernels.layout import LAYOUT_VERSION, LayerSpec, bytes_per_token
+from kvtuner_kernels.reference import Centres
+from kvtuner_search import __version__
+from kvtuner_search.errors import NotComparableError, ServingError, UsageError
+from kvtuner_search.evaluation.stored import load_centres
+from kvtuner_search.profile.checks import check_transforms
+from kvtuner_search.profile.schema import Profile
+from kvtuner_search.serving.configuration import ServingConfiguration
+from kvtuner_search.serving.sglang.agreement import Report, check, exchange
+from kvtuner_search.serving.sglang.pool import PackedPool, local_heads
+
+
+@dataclass(frozen=True)
+class Served:
+    """The profile that this process serves."""
+
+    configuration: ServingConfiguration
+    profile: Profile
+    layers: list[LayerSpec]  # of the whole model
+    centres: dict[int, Centres]  # fp32 on the CPU, all KV heads, by global layer
+
+
+@cache
+def served(configuration: ServingConfiguration) -> Served:
+    """Read the profile; once a process.
+
+    Raises:
+        ProfileError: if it cannot be used, or is not the one that the server was started with.
+    """
+    profile, layers = configuration.open()
+    data = check_transforms(profile, Path(configuration.profile).parent)
+    return Served(configuration, profile, layers, {} if data is None else load_centres(data, len(layers)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place, as SGLang's model runner knows it."""
+
+    start_layer: int  # global index of the first local layer
+    end_layer: int  # one past the last
+    num_layers: int  # of the whole model
+    kv_heads: int  # of the whole model
+    head_dim: int
+    value_head_dim: int
+    rank: int  # among the ranks that share the KV heads
+    ranks: int
+    dtype: torch.dtype  # of the model
+    cache_dtype: torch.dtype  # that SGLang would store
+    device: str  # cuda or cpu
+    as_stored: bool  # the backend reads a prompt's own keys and values as stored, whether it was asked to or not
+
+    @property
+    def heads(self) -> slice:
+        """The KV heads of this rank."""
+        return local_heads(self.kv_heads, self.rank, self.ranks)
+
+    @property
+    def local_heads(self) -> int:
+        """How many they are."""
+        return self.heads.stop - self.heads.start
+
+
+def check_place(place: Place, which: Served) -> None:
+    """Refuse a model that is not the profile's, as it looks once it is loaded.
+
+    Raises:
+        NotComparableError: if the shapes differ.
+        UsageError: if the model's cache is not plain keys and values in 16 bits.
+    """
+    model = which.profile.model
+    for name, stated, actual in (
+        ("num_layers", model.num_layers, place.num_layers),
+        ("num_kv_heads", model.num_kv_heads, place.kv_heads),
+        ("head_dim", model.head_dim, place.head_dim),
+        ("head_dim of values", model.head_dim, place.value_head_dim),
+    ):
+        if stated != actual:
+            raise NotComparableError(
+                f"profile {which.profile.name} is for {name}={stated}, the loaded model has {actual}: it is for another"
+                " model; choose its own, or calibrate this one"
+            )
+    if place.cache_dtype != place.dtype:
+        raise UsageError(
+            f"the model is {place.dtype} and SGLang would store {place.cache_dtype}: its checkpoint asks for another cache; serve"
+            " it without a profile"
+        )
+    raw = any(side.raw for layer in which.layers for side in (layer.key, layer.value))
+    if place.dtype.itemsize != 2 and (raw or place.device != "cpu"):
+        raise UsageError(
+            f"--dtype {place.dtype}: on a GPU, and where a side is stored raw, a profile needs a model of 16 bits; give --dtype"
+            " bfloat16 or float16"
+        )
+    if place.kv_heads % place.ranks and place.ranks % place.kv_heads:
+        raise UsageError(f"{place.kv_heads} KV heads do not divide among {place.ranks} ranks: choose another --tp-size")
+
+
+def measure(place: Place, which: Served) -> int:
+    """Bytes that this rank stores for one token, everything counted.
+
+    Raises:
+        NotComparableError, UsageError: as :func:`check_place`.
+    """
+    check_place(place, which)
+    return bytes_per_token(which.layers[place.start_layer : place.end_layer], place.local_heads, place.head_dim)
+
+
+def pool_class(place: Place, which: Served) -> Callable[..., PackedPool]:
+    """What takes the place of SGLang's pool class on this rank; it is called with SGLang's own arguments."""
+
+    def make(size: int, **named: Any) -> PackedPool:
+        layers = which.layers[place.start_layer : place.end_layer]
+        return PackedPool(size, layers=layers, centres=which.centres, heads=place.heads, **named)
+
+    return make
+
+
+_reports: list[Report] = []  # this rank's, once its pool is there
+
+
+def reported() -> Report:
+    """What this rank serves."""
+    return _reports[0]
+
+
+def check_own(pool: Any, backend: Any = None) -> None:
+    """Look whether this rank's pool and attention backend (once there is one) are ours.
+
+    Raises:
+        ServingError: if one is not.
+    """
+    from kvtuner_search.serving.sglang.attention import PackedTorchBackend, PackedTritonBackend
+
+    for what, found, ours in (
+        ("cache", pool, PackedPool),
+        ("attention", backend, (PackedTorchBackend, PackedTritonBackend)),
+    ):
+        if found is not None and not isinstance(found, ours):
+            raise ServingError(
+                f"a rank has SGLang's {type(found).__name__} for its {what}, not one that serves the profile: another"
+                " plugin, or an option, chose it; remove it, or serve without a profile"
+            )
+
+
+def agree(pool: Any, tokens: int, place: Place, which: Served, rank: int, world: int) -> None:
+    """Check this rank's pool, and compare it with all others'.
+
+    Args:
+        pool: what SGLang made.
+        tokens: what SGLang takes its capacity to be.
+        place: the rank's layers and heads.
+        which: what it serves.
+        rank: among all ``world`` ranks.
+
+    Raises:
+        ServingError: if the pool is not ours, has other bytes or tokens than the profile gives, or another rank differs.
+    """
+    check_own(pool)
+    nbytes = pool.get_kv_size_bytes()
+    if pool.size != tokens or nbytes != pool.predicted_bytes():
+        raise ServingError(
+            f"rank {rank} has {nbytes} bytes for {pool.size} tokens, the profile gives {pool.predicted_bytes()} bytes for"
+            f" {tokens}: report this"
+        )
+    mine = Report(
+        rank=rank,
+        profile_digest=which.profile.digest,
+        layout_version=LAYOUT_VERSION,
+        as_stored=which.configuration.as_stored or place.as_stored,
+        tool=f"kvtuner-search {__version__}",
+        sglang=metadata.version("sglang"),
+        layers=(place.start_layer, place.end_layer),
+        heads=(place.heads.start, place.heads.stop),
+        bytes_per_token=measure(place, which),
+        tokens=tokens,
+        pool_bytes=nbytes,
+    )
+    model = which.profile.model
+    check(exchange(mine, world), model.num_layers, model.num_kv_heads)
+    _reports[:] = [mine]

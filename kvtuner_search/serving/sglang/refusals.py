@@ -1,0 +1,144 @@
+"""What cannot be combined with a profile, by name. Pure functions over SGLang's server arguments and a model's config.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvtuner_search.errors import UsageError
+from kvtuner_search.profile.model_config import text_config
+
+ATTENTION: Final = {"cuda": "triton", "cpu": "torch_native"}  # the backend that reads packed rows on a device
+SPECULATION: Final = ("EAGLE", "EAGLE3", "STANDALONE", "NGRAM")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A server argument that is refused."""
+
+    field: str  # of SGLang's ServerArgs
+    name: str  # what users call it
+    allowed: Callable[[Any], bool]  # of the field's value
+    remedy: str
+
+    @property
+    def option(self) -> str:
+        """The command-line option."""
+        return "--" + self.field.replace("_", "-")
+
+    def check(self, value: Any) -> None:
+        """Refuse a value that cannot be combined with a profile.
+
+        Raises:
+            UsageError: names the option, its value and the remedy.
+        """
+        if not self.allowed(value):
+            raise UsageError(f"{self.option} {value}: {self.name} cannot be combined with a profile: {self.remedy}")
+
+
+def off(value: Any) -> bool:
+    """A switch that is not set."""
+    return not value
+
+
+def one(value: Any) -> bool:
+    """A size that divides nothing."""
+    return value in (None, 1)
+
+
+LEAVE: Final = "leave it out, or serve without a profile"
+REFUSALS: Final = (
+    Refusal("kv_cache_dtype", "another KV-cache dtype", lambda v: v == "auto", "the profile says how the cache is stored: leave it at auto"),
+    Refusal("enable_hierarchical_cache", "HiCache", off, LEAVE),
+    Refusal("hicache_storage_backend", "HiCache's storage", off, LEAVE),
+    Refusal("enable_lmcache", "LMCache", off, LEAVE),
+    Refusal("radix_cache_backend", "another prefix cache", off, LEAVE),
+    Refusal("enable_hisparse", "hierarchical sparse attention", off, LEAVE),
+    Refusal("disaggregation_mode", "PD disaggregation", lambda v: v == "null", "serve prefill and decode together, or without a profile"),
+    Refusal("encoder_only", "encoder disaggregation", off, LEAVE),
+    Refusal("enable_pdmux", "PD multiplexing", off, LEAVE),
+    Refusal("dp_size", "data parallelism within a server", one, "start one server for each replica"),
+    Refusal("enable_dp_attention", "data-parallel attention", off, LEAVE),
+    Refusal("attn_cp_size", "context parallelism", one, LEAVE),
+    Refusal("enable_prefill_cp", "context parallelism of prompts", off, LEAVE),
+    Refusal("enable_two_batch_overlap", "two-batch overlap", off, LEAVE),
+    Refusal("enable_memory_saver", "the memory saver", off, LEAVE),
+    Refusal("prefill_only_disable_kv_cache", "serving without a cache", off, LEAVE),
+    Refusal("kv_canary", "the KV canary", lambda v: v in (None, "none"), LEAVE),
+    Refusal("dllm_algorithm", "diffusion language models", off, LEAVE),
+    Refusal("elastic_ep_backend", "elastic expert parallelism", off, LEAVE),
+    Refusal("use_ray", "Ray", off, LEAVE),
+)  # fmt: skip
+
+
+def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
+    """Look for what cannot be combined with a profile.
+
+    Args:
+        arguments: SGLang's ServerArgs, resolved.
+        more: refusals of a version's own arguments.
+
+    Raises:
+        UsageError: names the option, its value and the remedy.
+        AttributeError: if SGLang has no such argument any more; the version's adapter must say what took its place.
+    """
+    for refusal in (*REFUSALS, *more):
+        refusal.check(getattr(arguments, refusal.field))
+    backend = attention_backend(arguments.device)
+    if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        backend = arguments.attention_backend if arguments.attention_backend in ATTENTION.values() else backend
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        value = getattr(arguments, field)
+        if value not in (backend, None) or (value is None and field == "attention_backend"):
+            raise UsageError(
+                f"--{field.replace('_', '-')} {value}: only {backend} reads packed rows on {arguments.device}: give"
+                f" --attention-backend {backend}"
+            )
+    algorithm = arguments.speculative_algorithm
+    if algorithm is not None and (algorithm not in SPECULATION or arguments.device != "cuda"):
+        raise UsageError(
+            f"--speculative-algorithm {algorithm}: with a profile only {', '.join(SPECULATION)} work, on GPUs: leave it out"
+        )
+
+
+def attention_backend(device: str) -> str:
+    """SGLang's name of the attention backend that reads packed rows on ``device``.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    try:
+        return ATTENTION[device]
+    except KeyError:
+        raise UsageError(f"--device {device}: a profile is served on {' and '.join(ATTENTION)} only") from None
+
+
+def check_config(config: dict[str, Any], source: str) -> None:
+    """Look for attention that has no plain keys and values for each layer.
+
+    Args:
+        config: the content of config.json.
+        source: what the error message calls the model.
+
+    Raises:
+        UsageError: names the kind of attention.
+    """
+    text = text_config(config)
+    rank = text.get("kv_lora_rank")
+    if rank:
+        raise UsageError(
+            f"{source} has multi-head latent attention, MLA (kv_lora_rank={rank}): its cache is not keys and values; serve it"
+            " without a profile"
+        )
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{source} is an encoder-decoder: only decoders can be served with a profile")
+    kinds = sorted(set(map(str, text.get("layer_types") or [])) - {"full_attention", "attention"})
+    if kinds or any(
+        text.get(name) for name in ("full_attention_interval", "attn_type_list", "hybrid_override_pattern")
+    ):
+        raise UsageError(
+            f"{source} has layers of several kinds ({', '.join(kinds) or 'a hybrid of attention and others'}): only models"
+            " with full attention in every layer can be served with a profile"
+        )

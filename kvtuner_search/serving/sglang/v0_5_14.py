@@ -1,0 +1,98 @@
+"""Everything that only SGLang 0.5.14 has: where its code is hooked, and what its objects call things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from kvtuner_search.serving.configuration import ServingConfiguration
+from kvtuner_search.serving.sglang import hooks, launcher
+
+
+def register_flags() -> None:
+    """Let SGLang's command line know our flags."""
+    hooks.register_flags(PLACES)
+
+
+def activate(configuration: ServingConfiguration) -> None:
+    """Let this process serve a profile."""
+    hooks.activate(PLACES, configuration)
+
+
+def _place(runner: Any) -> Any:
+    """The model runner's place among the ranks."""
+    from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size
+
+    from kvtuner_search.serving.sglang.rank import Place
+
+    model, arguments = runner.model_config, runner.server_args
+    return Place(
+        start_layer=runner.start_layer,
+        end_layer=runner.end_layer,
+        num_layers=model.num_hidden_layers,
+        kv_heads=model.get_total_num_kv_heads(),
+        head_dim=model.head_dim,
+        value_head_dim=model.v_head_dim,
+        rank=get_attention_tp_rank(),
+        ranks=get_attention_tp_size(),
+        dtype=runner.dtype,
+        cache_dtype=runner.kv_cache_dtype,
+        device=runner.device,
+        as_stored=arguments.attention_backend == "torch_native" or arguments.enable_deterministic_inference,
+    )
+
+
+def _measure_cell(original: Callable[..., None], configurator: Any, runner: Any) -> None:
+    """Bytes of a token: ours for the model's own layers, SGLang's for what a draft model adds."""
+    original(configurator, runner)
+    if runner.is_draft_worker:
+        return
+    from kvtuner_search.serving.sglang import rank
+
+    with launcher.refusing():
+        packed = rank.measure(_place(runner), rank.served(hooks.active()))
+    configurator._cell_size += packed - configurator._compute_cell_size(runner, runner.num_effective_layers)
+
+
+def _init_pools(original: Callable[..., None], runner: Any) -> None:
+    """Swap the class of SGLang's pool while a rank makes its pools; then compare notes with the other ranks."""
+    if runner.is_draft_worker:
+        original(runner)
+        return
+    from sglang.srt.distributed.parallel_state import get_world_group
+    from sglang.srt.model_executor import model_runner_kv_cache_mixin as module
+
+    from kvtuner_search.serving.sglang import rank
+
+    with launcher.refusing():
+        place, which, world = _place(runner), rank.served(hooks.active()), get_world_group()
+        own = module.MHATokenToKVPool
+        module.MHATokenToKVPool = rank.pool_class(place, which)
+        try:
+            original(runner)
+        finally:
+            module.MHATokenToKVPool = own
+        pool, tokens = runner.token_to_kv_pool, runner.max_total_num_tokens
+        rank.agree(pool, tokens, place, which, world.rank_in_group, world.world_size)
+
+
+PLACES: Final = hooks.Places(
+    version="0.5.14",
+    arguments="sglang.srt.server_args.ServerArgs",
+    ready="sglang.srt.entrypoints.engine._wait_for_scheduler_ready",
+    info="sglang.srt.managers.scheduler.Scheduler.get_init_info",
+    pool=(
+        (
+            "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__",
+            _measure_cell,
+            HookType.AROUND,
+        ),
+        (
+            "sglang.srt.model_executor.model_runner_kv_cache_mixin.ModelRunnerKVCacheMixin._init_pools",
+            _init_pools,
+            HookType.AROUND,
+        ),
+    ),
+)

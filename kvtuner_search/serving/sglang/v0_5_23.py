@@ -1,0 +1,120 @@
+"""Everything that only SGLang 0.5.23 has: where its code is hooked, and what its objects call things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from kvtuner_search.serving.configuration import ServingConfiguration
+from kvtuner_search.serving.sglang import hooks, launcher
+from kvtuner_search.serving.sglang.refusals import LEAVE, Refusal, off, one
+
+_CONFIGURATOR: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+
+
+def register_flags() -> None:
+    """Let SGLang's command line know our flags."""
+    hooks.register_flags(PLACES)
+
+
+def activate(configuration: ServingConfiguration) -> None:
+    """Let this process serve a profile."""
+    hooks.activate(PLACES, configuration)
+
+
+def _place(configurator: Any) -> Any:
+    """A cache configurator's place among the ranks."""
+    from sglang.srt.runtime_context import get_exec, get_parallel
+
+    from kvtuner_search.serving.sglang.rank import Place
+
+    model, layers, parallel, chosen = configurator.model_config, configurator.layer_info, get_parallel(), get_exec()
+    return Place(
+        start_layer=layers.start_layer,
+        end_layer=layers.end_layer,
+        num_layers=model.num_hidden_layers,
+        kv_heads=model.get_total_num_kv_heads(),
+        head_dim=model.head_dim,
+        value_head_dim=model.v_head_dim,
+        rank=parallel.attn_tp_rank,
+        ranks=parallel.attn_tp_size,
+        dtype=configurator.model_dtype,
+        cache_dtype=configurator.kv_cache_dtype,
+        device=configurator.device,
+        as_stored=chosen.kernel.attention_backend == "torch_native"
+        or chosen.deterministic.enable_deterministic_inference,
+    )
+
+
+def _measure_cell(original: Callable[..., None], sizes: Any, configurator: Any) -> None:
+    """Bytes of a token: ours for the model's own layers, SGLang's for what a draft model adds."""
+    original(sizes, configurator)
+    if configurator.is_draft_worker:
+        return
+    from kvtuner_search.serving.sglang import rank
+
+    with launcher.refusing():
+        packed = rank.measure(_place(configurator), rank.served(hooks.active()))
+    sizes._cell_size += packed - sizes._compute_cell_size(configurator, configurator.layer_info.num_effective_layers)
+
+
+def _pool_class(original: Callable[..., Any], configurator: Any, *, kind: str, default: type) -> Any:
+    """The class of the pool that a rank makes for plain keys and values."""
+    if kind != "mha" or configurator.is_draft_worker:
+        return original(configurator, kind=kind, default=default)
+    from kvtuner_search.serving.sglang import rank
+
+    with launcher.refusing():
+        return rank.pool_class(_place(configurator), rank.served(hooks.active()))
+
+
+def _configure(original: Callable[..., Any], configurator: Any, **named: Any) -> Any:
+    """Make the pools before graphs are captured, not after; then compare notes with the other ranks."""
+    if configurator.is_draft_worker:
+        return original(configurator, **named)
+    from sglang.srt.distributed.parallel_state import get_world_group
+
+    from kvtuner_search.serving.sglang import rank
+
+    configurator.post_capture_kv_active = False
+    result = original(configurator, **named)
+    with launcher.refusing():
+        place, which, world = _place(configurator), rank.served(hooks.active()), get_world_group()
+        pool, tokens = result.token_to_kv_pool, result.max_total_num_tokens
+        rank.agree(pool, tokens, place, which, world.rank_in_group, world.world_size)
+    return result
+
+
+def _resolved(arguments: Any) -> Any:
+    """Server arguments with what SGLang chose, which it keeps apart from what was given."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    return resolved_view(arguments)
+
+
+PLACES: Final = hooks.Places(
+    version="0.5.23",
+    arguments="sglang.srt.server_args.ServerArgs",
+    ready="sglang.srt.entrypoints.engine._wait_for_scheduler_ready",
+    info="sglang.srt.managers.scheduler.Scheduler.get_init_info",
+    pool=(
+        (
+            "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__",
+            _measure_cell,
+            HookType.AROUND,
+        ),
+        (f"{_CONFIGURATOR}._resolve_kv_pool_class", _pool_class, HookType.AROUND),
+        (f"{_CONFIGURATOR}.configure", _configure, HookType.AROUND),
+    ),
+    refusals=(
+        Refusal("enable_unified_memory", "unified memory", off, LEAVE),
+        Refusal("enable_unified_cache_external_linker", "an external cache", off, LEAVE),
+        Refusal("enable_page_major_kv_layout", "the page-major layout", off, LEAVE),
+        Refusal("enable_kv_cache_sharding", "sharding of the cache by pages", off, LEAVE),
+        Refusal("dcp_size", "decode context parallelism", one, LEAVE),
+        Refusal("flexkv_config_file", "FlexKV", off, LEAVE),
+    ),
+    resolved=_resolved,
+)

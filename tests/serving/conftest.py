@@ -1,0 +1,37 @@
+"""What the tests with the real SGLang share. They run in its own environment (scripts/serving_environment), one server at a time."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.append(str(HERE))  # for servers and offline_packed
+
+
+@pytest.fixture(scope="session")
+def mixed_profile() -> Path:
+    """A profile with rotated, centred and clipped sides of several bit-widths in every layer."""
+    return ROOT / "profiles" / "reference" / "reference-4.00bit.json"
+
+
+@pytest.fixture(scope="session")
+def raw_profile(tmp_path_factory: pytest.TempPathFactory, mixed_profile: Path) -> Path:
+    """The reference model with 16 bits everywhere."""
+    from kvtuner_kernels.layout import LayerSpec
+    from kvtuner_search.profile.canonical import load, save, seal
+    from kvtuner_search.profile.schema import LayerEntry, storage_of
+
+    model = load(mixed_profile).model
+    layers = [LayerSpec()] * model.num_layers
+    path = tmp_path_factory.mktemp("profiles") / "reference-16bit.json"
+    content = {
+        "name": "reference-16bit",
+        "model": model.model_dump(),
+        "layers": [LayerEntry.of(layer).model_dump() for layer in layers],
+        "storage": storage_of(layers, model.num_kv_heads, model.head_dim).model_dump(),
+        "provenance": {"origin": "uniform", "tool": "test"},
+    }
+    save(seal(content), path)
+    return path

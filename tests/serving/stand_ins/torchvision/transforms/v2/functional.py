@@ -1,0 +1,3 @@
+"""See the package's own page."""
+
+from torchvision import __getattr__ as __getattr__
