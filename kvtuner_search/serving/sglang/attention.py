@@ -179,7 +179,7 @@ class PackedTritonBackend(TritonAttnBackend):
             parts = 0
             for spec in set(pool.specs):
                 launch = decode_launch(spec, pool.head_num, group, pool.head_dim, shared=shared_memory(device))
-                splits = self.max_kv_splits if self.fixed_splits else multiprocessors(device) * launch.programs
+                splits = self._splits(device, launch.programs)
                 parts = max(parts, decode_parts(requests, splits, self.fixed_splits) * launch.runs)
             heads = self.num_head
             self._workspaces.append(
@@ -191,10 +191,17 @@ class PackedTritonBackend(TritonAttnBackend):
             self._capacity = requests
         return self._workspaces[-1]
 
+    def _splits(self, device: torch.device, programs: int) -> int:
+        """Splits of each request, or of the whole batch; ``programs`` is how many a multiprocessor takes."""
+        return self.max_kv_splits if self.fixed_splits else multiprocessors(device) * programs
+
     def _warm_up(self) -> None:
         """Compile every kernel that this model takes, by running it on the padding slot, before graphs are captured.
 
         A soft cap or a window is part of a kernel: those variants are compiled by the passes that SGLang runs before it captures.
+
+        Raises:
+            ServingError: if a kernel's results are wrong on this GPU.
         """
         pool, group = self.token_to_kv_pool, self.num_head // self.num_kv_head
         device = pool.k_buffer[0].device
@@ -203,13 +210,10 @@ class PackedTritonBackend(TritonAttnBackend):
                 warm_up(pool.specs, pool.head_num, group, pool.head_dim, pool.model_dtype, device)
             except KernelError as error:
                 raise ServingError(str(error)) from error
-        # The merge of partial results has a form for few requests and one for many.
-        batches = (1, 512 if device.type == "cuda" else 2)
-        chunks = (
-            1,
-            -(-17 // group),
-            -(-65 // group),
-        )  # of tokens; a kernel's tile holds 16, 64 or 128 query heads of them
+        # The merge of partial results has one form for few requests and another from a twelfth of all partial results on.
+        batches = (1, self._splits(device, 2) * 4 // 12 + 1)
+        # A tile of prompts holds 16, 64 or 128 query heads of one group.
+        chunks = (1, -(-17 // group), -(-65 // group))
         query = torch.zeros(max(*batches, *chunks), self.num_head, pool.head_dim, dtype=pool.model_dtype, device=device)
         key = torch.zeros(len(query), pool.head_num, pool.head_dim, dtype=pool.model_dtype, device=device)
         slots = torch.zeros(len(query), dtype=torch.int64, device=device)

@@ -87,7 +87,7 @@ def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
     for refusal in (*REFUSALS, *more):
         refusal.check(getattr(arguments, refusal.field))
     backend = attention_backend(arguments.device)
-    if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":  # the kernels run on the CPU then
         backend = arguments.attention_backend if arguments.attention_backend in ATTENTION.values() else backend
     for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         value = getattr(arguments, field)

@@ -58,8 +58,8 @@ def tokens(model: Path, folder: Path, variables: dict[str, str], *arguments: str
 
 @pytest.mark.parametrize(
     ("bits", "more"),
-    [(QUANTIZED, ["--kvtuner-as-stored"]), (QUANTIZED, ["--kvtuner-as-stored", "--page-size", "64"]), (RAW, [])],
-    ids=["as stored", "pages of 64", "chunk unquantized"],
+    [(QUANTIZED, ["--kvtuner-as-stored", "--page-size", "64"]), (RAW, [])],
+    ids=["as-stored-pages-of-64", "chunk-unquantized-pages-of-1"],
 )
 def test_triton_serves_what_torch_serves(
     tiny: Path, reference: Callable[[list[str]], list[list[int]]], bits: list[str], more: list[str], tmp_path: Path
