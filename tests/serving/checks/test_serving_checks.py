@@ -1,0 +1,209 @@
+"""The parts of scripts/check_serving that need neither a server nor a GPU; what they import stands in SGLang's environment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+sys.path.append(str(ROOT / "scripts"))
+
+from serving_checks import decode, greedy, stress  # noqa: E402
+from serving_checks.load import Outcome, Request, judge  # noqa: E402
+from serving_checks.machine import GROUP, Machine, write_entry_point  # noqa: E402
+from serving_checks.parts import Measurement, Part, Task, gather  # noqa: E402
+from serving_checks.results import Run, at_least, at_most, check, failed  # noqa: E402
+from serving_checks.servers import Config  # noqa: E402
+from serving_checks.speed import Sizes, Speed  # noqa: E402
+
+from kvtuner_search.serving.model import served_model  # noqa: E402
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine("cuda", tmp_path)
+
+
+def test_a_checkout_is_found_as_a_plugin(tmp_path: Path) -> None:
+    (found,) = metadata.distributions(path=[str(write_entry_point(tmp_path))])
+    (point,) = [point for point in found.entry_points if point.group == GROUP]
+    assert (found.name, point.name) == ("kvtuner-search", "kvtuner")
+    assert point.value == "kvtuner_search.serving.sglang.plugin:register"
+
+
+def test_the_made_up_model_is_the_one_of_the_profiles(machine: Machine) -> None:
+    from kvtuner_search.profile.canonical import load
+    from kvtuner_search.profile.checks import check_model
+
+    subject = machine.subject(0.5, 4096)
+    for profile in subject.profiles.values():
+        check_model(load(profile), served_model(subject.model), subject.model)
+
+
+def test_a_failed_check_counts_and_a_missed_target_does_not(tmp_path: Path) -> None:
+    records = [at_least("p", "a", 1.0, 2.0), at_most("p", "b", 3.0, 2.0), check("p", "c", False, "x", "y")]
+    assert [record.met for record in records] == [False, False, False]
+    assert [record.name for record in failed(records)] == ["c"]
+
+
+def test_runs_are_added_to_the_file_step_by_step(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "found.json"
+    for number in range(2):
+        run = Run(path, {"number": number})
+        run.note("server", "capacity", 5)
+        run.add([check("p", "c", True, "x", "y")])
+    runs = json.loads(path.read_text())["runs"]
+    assert [run["number"] for run in runs] == [0, 1]
+    assert runs[1]["measured"] == {"server": {"capacity": 5}}
+    assert runs[1]["records"][0]["name"] == "c"
+
+
+def test_a_server_is_started_once_for_all_its_parts() -> None:
+    one, two = Config("one", "m"), Config("two", "m")
+    same, other = Measurement("same", lambda *_: 1), Measurement("other", lambda *_: 2)
+    parts = [
+        Part("a", [Task(one, same), Task(two, same)], lambda _: []),
+        Part("b", [Task(one, same), Task(one, other)], lambda _: []),
+    ]
+    plan = gather(parts)
+    assert [(config.name, [m.name for _, m in tasks]) for config, tasks in plan.items()] == [
+        ("one", ["same", "other"]),
+        ("two", ["same"]),
+    ]
+
+
+REQUEST = Request((1, 2, 3), 2)
+WHOLE = {
+    "output_ids": [7, 8],
+    "meta_info": {"prompt_tokens": 3, "completion_tokens": 2, "finish_reason": {"type": "length"}, "cached_tokens": 1},
+}
+
+
+def test_a_whole_answer_counts() -> None:
+    assert judge(REQUEST, WHOLE, 1.5, 0.5) == Outcome((7, 8), 1.5, 0.5, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output_ids": [7]},
+        {"output_ids": []},
+        {"meta_info": {**WHOLE["meta_info"], "prompt_tokens": 2}},  # type: ignore[dict-item]
+        {"meta_info": {**WHOLE["meta_info"], "finish_reason": {"type": "abort"}}},  # type: ignore[dict-item]
+        {"meta_info": {**WHOLE["meta_info"], "completion_tokens": 3}},  # type: ignore[dict-item]
+        {"meta_info": None},
+    ],
+)
+def test_any_other_answer_is_an_error(change: dict[str, Any]) -> None:
+    outcome = judge(REQUEST, {**WHOLE, **change}, 1.0, None)
+    assert outcome.error
+    assert not outcome.tokens
+
+
+OFFLINE = {"tokens": [[1, 2, 3], [4, 5, 6]], "margins": [[1.0, 0.02, 1.0], [1.0, 1.0, 1.0]], "tie": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("found", "met"),
+    [
+        ([[1, 2, 3], [4, 5, 6]], True),
+        ([[1, 9, 9], [4, 5, 6]], True),  # a tie, and what follows from it
+        ([[1, 2, 9], [4, 5, 6]], False),
+        ([[1, 2, 3], [9, 5, 6]], False),
+    ],
+)
+def test_only_ties_may_differ(found: list[list[int]], met: bool) -> None:
+    assert greedy.compare("p", "n", found, OFFLINE, OFFLINE["tokens"]).met is met  # type: ignore[arg-type]
+
+
+def test_after_the_offline_answer_is_left_no_margin_is_known() -> None:
+    expected = [[1, 9, 9], [4, 5, 6]]  # left the offline answer at a tie
+    assert greedy.compare("p", "n", [[1, 9, 8], [4, 5, 6]], OFFLINE, expected).met is False
+
+
+def test_noise_ends_where_the_answers_part() -> None:
+    class Answer:
+        def __init__(self, tokens: list[int], margins: list[float]) -> None:
+            self.tokens, self.margins = tokens, margins
+
+    one = Answer([1, 2, 3], [0.5, 0.1, 9.0])
+    assert greedy.noise(one, Answer([1, 2, 3], [0.4, 0.1, 9.0])) == pytest.approx(0.1)
+    assert greedy.noise(one, Answer([1, 7, 3], [0.4, 0.2, 0.0])) == pytest.approx(0.3)
+
+
+def test_mixed_requests_are_what_they_are_said_to_be() -> None:
+    sizes = stress.Sizes(requests=2000, longest=4096, output=64, pool=8192)
+    requests = stress.mixed_requests(sizes, 8000)
+    lengths = [len(request.prompt) for request in requests]
+    assert (min(lengths), max(lengths) <= 4096, max(lengths) > 3500) == (1, True, True)
+    assert all(1 <= request.output <= 64 for request in requests)
+    assert 50 < sum(request.abort_after is not None for request in requests) < 150
+    starts = [request.prompt[:16] for request in requests if len(request.prompt) >= 16]
+    assert max(map(starts.count, set(starts))) > 20
+    burst = requests[1000 : 1000 + stress.CONCURRENCY]
+    prompts, answers = (sum(counts) for counts in ([len(r.prompt) for r in burst], [r.output for r in burst]))
+    assert prompts < sizes.pool < prompts + answers
+    chosen = stress.sampled(requests, 100)
+    assert len(set(chosen)) == 100
+    assert all(requests[index].abort_after is None for index in chosen)
+    assert requests == stress.mixed_requests(sizes, 8000)
+
+
+def test_agreement_counts_answers_and_tokens() -> None:
+    one, other = (
+        [Outcome((1, 2)), Outcome((3, 4)), Outcome(cut=True)],
+        [Outcome((1, 2)), Outcome((3, 5)), Outcome((1,))],
+    )
+    assert stress.agreement(one, other) == {"compared": 2, "equal": 1, "tokens": 0.75}
+
+
+def test_retractions_are_counted_from_the_log() -> None:
+    line = "KV cache pool is full. Retract requests. #retracted_reqs: 3, #new_tokens_gained: 40\n"
+    assert (stress.retractions(f"x\n{line}y\n{line}"), stress.retractions("nothing")) == (6, 0)
+
+
+def decode_figures(rate: float, capacity: int) -> dict[str, Any]:
+    allocated, shuffled = (
+        [
+            {"batch": size, "context": 100, "seconds": size / each, "tokens_per_second": each, "graph": True}
+            for size in (2, 4)
+        ]
+        for each in (rate, rate / 2)
+    )
+    return {
+        "copy_bytes_per_second": 1e3, "weight_bytes": 100, "bytes_per_token": 2, "capacity": capacity,
+        "batches": allocated, "shuffled": shuffled,
+    }  # fmt: skip
+
+
+def test_decode_is_compared_with_the_faster_backend() -> None:
+    found = {"bf16 a": decode_figures(10, 100), "bf16 b": decode_figures(20, 100), "K4V4": decode_figures(40, 370)}
+    records = {record.name: record for record in decode.conclude(found, "K4V4", graphs=True)}
+    few, full = (records[f"K4V4 over bf16, {which}, slots as allocated"] for which in ("2 requests", "as many as fit"))
+    assert (few.value, few.met, full.met) == ("2.000x", True, False)
+    assert records["K4V4 over bf16, 2 requests, slots shuffled"].kind == "figure"
+    assert records["K4V4: capacity over bf16"].value == "3.700x"
+    assert decode.floor_seconds(found["K4V4"], 2, 100) == pytest.approx((100 + 2 * 100 * 2) / 1e3)
+
+
+def test_capacity_is_judged_by_effective_bits(machine: Machine) -> None:
+    part = Speed(machine, machine.subject(0.5, 4096), ["triton", "flashinfer"], Sizes()).part("capacity")
+    names = [task.config.name for task in part.tasks]
+    assert names == ["bf16-triton", "bf16-flashinfer", "K4V4"]
+    for tokens, met in ((3760, True), (3700, False)):
+        found = {names[0]: {"capacity": 1000}, names[1]: {"capacity": 990}, names[2]: {"capacity": tokens}}
+        assert part.conclude(found)[-1].met is met
+    assert part.conclude({names[2]: {"capacity": 5}}) == []  # without a baseline there is nothing to say
+
+
+def test_unknown_parts_are_refused() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "check_serving"), "--parts", "greedy,speed"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no part speed: choose from greedy, tp" in done.stderr
