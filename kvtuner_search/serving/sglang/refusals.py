@@ -11,7 +11,7 @@ from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.model_config import text_config
 
 ATTENTION: Final = {"cuda": "triton", "cpu": "torch_native"}  # the backend that reads packed rows on a device
-SPECULATION: Final = ("EAGLE", "EAGLE3", "STANDALONE", "NGRAM")
+SPECULATION: Final = ("STANDALONE", "NGRAM")  # tried on GPUs; the others are not
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
     algorithm = arguments.speculative_algorithm
     if algorithm is not None and (algorithm not in SPECULATION or arguments.device != "cuda"):
         raise UsageError(
-            f"--speculative-algorithm {algorithm}: with a profile only {', '.join(SPECULATION)} work, on GPUs: leave it out"
+            f"--speculative-algorithm {algorithm}: with a profile only {', '.join(SPECULATION)} have been tried, on GPUs: leave it out"
         )
 
 

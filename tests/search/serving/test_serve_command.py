@@ -192,7 +192,7 @@ def test_limits_and_drafts_are_said(command: Run, small: tuple[Path, Path]) -> N
     arguments = ["--profile", small[0], "--model-path", small[1], "--dry-run"]
     known = ["--mem-fraction-static", 0.5, "--gpu-memory", "1GiB"]
     assert "at most 1,000 tokens, as --max-total-tokens says" in command(*arguments, "--max-total-tokens", "1k")[1]
-    out = command(*arguments, *known, "--max-total-tokens", "1k", "--speculative-algorithm", "EAGLE")[1]
+    out = command(*arguments, *known, "--max-total-tokens", "1k", "--speculative-algorithm", "STANDALONE")[1]
     assert "about 1,000 tokens" in out
     assert "and at most 1,000, as --max-total-tokens says" in out
     assert "draft model's own cache" in out

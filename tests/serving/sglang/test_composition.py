@@ -13,8 +13,8 @@ import pytest
 from offline_packed import COUNT, Greedy
 from servers import Server, running
 
-TOKENS = 512  # the small pool's
-LONG = 120  # tokens; five such answers and their common prompt do not fit it
+TOKENS = 1024  # the small pool's
+LONG = 200  # tokens; six such answers and their common prompt do not fit it
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,9 @@ def test_retracted_requests_are_finished_and_their_slots_come_back(
         output: list[int] = tight.generate(long, LONG)["output_ids"]
         return output
 
-    with ThreadPoolExecutor(5) as pool:
-        found = list(pool.map(ask, range(5)))
-    assert [len(one) for one in found] == [LONG] * 5
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(ask, range(6)))
+    assert [len(one) for one in found] == [LONG] * 6
     assert all(one[:COUNT] == expected[-1] for one in found)
     assert "KV cache pool is full. Retract requests" in tight.log()
     deadline = time.monotonic() + 30
