@@ -18,7 +18,7 @@ from kvtuner_kernels.layout import LayerSpec, bytes_per_token
 from tests.search.profile_factory import HEAD_DIM, KV_HEADS, measure, write
 
 ROOT = Path(__file__).resolve().parents[3]
-SECONDS, MEGABYTES, LAYERS, POINTS, ATTEMPTS = 0.5, 80, 128, 40, 7
+SECONDS, MEGABYTES, LAYERS, POINTS, ATTEMPTS = 0.5, 80, 128, 40, 20
 HEAVY = ("torch", "transformers", "optuna", "datasets", "numpy", "triton", "plotly", "sklearn")
 PROGRAM = """
 import json, sys

@@ -41,6 +41,12 @@ while True:
 Start = Callable[..., subprocess.Popen[str]]
 
 
+def listen() -> None:
+    """A background job of a shell ignores SIGINT, what nohup starts SIGHUP, and children inherit that; a terminal's do not."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start ``serve`` in a process of its own, in an environment where the stand-in is the installed SGLang."""
@@ -74,8 +80,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         }  # fmt: skip
         command = [sys.executable, "-m", "kvtuner_search", "serve", *map(str, arguments)]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        # A shell starts background jobs with SIGINT ignored, which children inherit; a server's terminal does not.
-        listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
         process = subprocess.Popen(command, env=environment, cwd=tmp_path, preexec_fn=listen, **pipes)
         started.append(process)
         return process

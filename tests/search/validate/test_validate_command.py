@@ -241,16 +241,21 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def heed_interrupts() -> None:
+    """As in the foreground, wherever these tests run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("number", "before"),
-    [(signal.SIGINT, None), (signal.SIGTERM, ignore_interrupts)],
+    [(signal.SIGINT, heed_interrupts), (signal.SIGTERM, ignore_interrupts)],
     ids=["Ctrl-C", "kill of a background job"],
 )
 def test_a_stopped_run_leaves_no_server_and_goes_on(
     tmp_path: Path,
     server_python: str,
     number: signal.Signals,
-    before: Callable[[], None] | None,
+    before: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log, folder = tmp_path / "asked", tmp_path / "run"
