@@ -53,6 +53,11 @@ def command(*arguments: str, model: Path | None = None, port: int = 30000) -> li
     ]  # fmt: skip
 
 
+def heed_interrupts() -> None:
+    """As in the foreground: a background job of a shell ignores SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Server:
     """One launcher for each node, all on this machine; node 0 answers."""
@@ -82,6 +87,7 @@ class Server:
                         stderr=subprocess.STDOUT,
                         env=environment(**self.variables),
                         start_new_session=True,
+                        preexec_fn=heed_interrupts,
                     )
                 )
 
