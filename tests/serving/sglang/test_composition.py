@@ -47,7 +47,7 @@ def test_a_prefix_that_was_cached_changes_nothing(
 ) -> None:
     """A prompt is read as stored on the CPU, so it does not matter who computed its prefix."""
     assert roomy.info()["disable_overlap_schedule"] is False
-    roomy.post("/flush_cache", {})
+    roomy.post("/flush_cache?timeout=60", {})
     first, second = (roomy.generate(prompts[-1], COUNT) for _ in range(2))
     assert first["meta_info"]["cached_tokens"] == 0
     assert second["meta_info"]["cached_tokens"] >= len(prompts[-1]) - 1
@@ -57,7 +57,7 @@ def test_a_prefix_that_was_cached_changes_nothing(
 def test_requests_in_one_batch_get_what_they_get_alone(
     roomy: Server, prompts: Sequence[Sequence[int]], expected: list[list[int]]
 ) -> None:
-    roomy.post("/flush_cache", {})
+    roomy.post("/flush_cache?timeout=60", {})
     found = roomy.generate(list(prompts), COUNT)
     assert [one["output_ids"] for one in found] == expected
     assert re.search(rf"Decode batch, #running-req: {len(prompts)}|#new-seq: [2-9]", roomy.log())
@@ -65,7 +65,7 @@ def test_requests_in_one_batch_get_what_they_get_alone(
 
 def test_requests_that_come_and_go(roomy: Server, prompts: Sequence[Sequence[int]], expected: list[list[int]]) -> None:
     """Continuous batching: requests join while others decode."""
-    roomy.post("/flush_cache", {})
+    roomy.post("/flush_cache?timeout=60", {})
 
     def ask(index: int) -> Any:
         time.sleep(index * 0.15)
@@ -89,7 +89,7 @@ def test_retracted_requests_are_finished_and_their_slots_come_back(
     long = prompts[-1]
     alone = tight.generate(long, LONG)["output_ids"]
     assert alone[:COUNT] == expected[-1]
-    tight.post("/flush_cache", {})
+    tight.post("/flush_cache?timeout=60", {})
 
     def ask(index: int) -> list[int]:
         time.sleep(index * 0.4)  # one at a time, or SGLang would admit only as many as can be finished
@@ -103,7 +103,7 @@ def test_retracted_requests_are_finished_and_their_slots_come_back(
     assert "KV cache pool is full. Retract requests" in tight.log()
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:  # SGLang's own count of leaks would have ended the server
-        tight.post("/flush_cache", {})
+        tight.post("/flush_cache?timeout=60", {})
         used = re.search(r"^sglang:num_used_tokens\{.*\} ([0-9.]+)", tight.get("/metrics").decode(), re.MULTILINE)
         if used is not None and float(used[1]) == 0:
             return
