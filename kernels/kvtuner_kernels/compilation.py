@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -22,7 +23,7 @@ from kvtuner_kernels.decode_kernel import decode_kernel
 from kvtuner_kernels.extend import extend, extend_constants, extend_kernel
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.quantize import store, store_constants, store_kernel
-from kvtuner_kernels.reference import Centres, attend
+from kvtuner_kernels.reference import Centres, attend, unpack_rows
 from kvtuner_kernels.tuning import HOPPER_SHARED, decode_launch, extend_launch
 
 CAPABILITIES: Final = (80, 89, 90, 100)  # A100; RTX 4090 and L40S; H100 and H200; B200
@@ -130,11 +131,11 @@ def warm_up(
 ) -> int:
     """Run each kernel once for every distinct spec, on rows of this call's own. Returns the number of specs.
 
-    Decode is compared with the reference: it relies on how this version of Triton lays a tile over registers, which no
-    interpreter sees. The rows lie densely; a pool with another distance between rows compiles again.
+    Decode and extend are compared with the reference: decode relies on how this version of Triton lays a tile over
+    registers, which no interpreter sees. The rows lie densely; a pool with another distance between rows compiles again.
 
     Raises:
-        KernelError: if decode differs from the reference.
+        KernelError: if a kernel differs from the reference.
     """
     distinct = set(layers)
     generator = torch.Generator().manual_seed(0)
@@ -151,15 +152,26 @@ def warm_up(
             indptr = torch.linspace(0, 64, batch + 1, device=device).to(torch.int32)
             out = decode(query[:batch], rows, spec, heads, indptr, slots, centres=centres)
             if batch == 1:
-                expected = attend(query[:1], rows, spec, heads, centres)
-                error = float((out.float() - expected).norm() / expected.norm())
-                if not error < WARM_UP_TOLERANCE:
-                    raise KernelError(
-                        f"decode of {spec} with {heads} KV heads of {head_dim} is off by {error:.1e} from the reference on {device}"
-                        f" (triton {triton.__version__}): do not serve with this combination; report it with these versions"
-                    )
+                _compare("decode", out, query[:1], rows, spec, heads, centres)
+        chunk_key, chunk_value = (side.to(dtype) for side in unpack_rows(rows, spec, heads, head_dim, centres, dtype))
         start = torch.tensor([0, 1], dtype=torch.int32, device=device)
         for new in (1, 16, 64):  # tiles differ
-            end = start * new
-            extend(query[:new], key[:new], value[:new], rows, spec, heads, end, start, slots, new, centres=centres)
+            out = extend(
+                query[:new], chunk_key[:new], chunk_value[:new], rows, spec, heads, start * new, start * 64, slots, new,
+                centres=centres,
+            )  # fmt: skip
+            _compare(f"extend by {new}", out, query[:new], torch.cat([rows, rows[:new]]), spec, heads, centres)
     return len(distinct)
+
+
+def _compare(
+    name: str, out: Tensor, query: Tensor, rows: Tensor, spec: LayerSpec, heads: int, centres: Centres
+) -> None:
+    """Raise KernelError if ``out`` is not the attention of ``query``, the last tokens of ``rows``."""
+    expected = attend(query, rows, spec, heads, centres)
+    error = float((out.float() - expected).norm() / expected.norm())
+    if not error < WARM_UP_TOLERANCE:
+        raise KernelError(
+            f"{name} of {spec} with {heads} KV heads of {query.shape[-1]} is off by {error:.1e} from the reference on"
+            f" {out.device} (triton {triton.__version__}): do not serve with this combination; report it with these versions"
+        )

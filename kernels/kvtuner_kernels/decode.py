@@ -174,7 +174,8 @@ def decode(
     )  # fmt: skip
     later = value_side.rotated and rotation_block(head_dim) < head_dim  # undone by a kernel of its own
     merged = torch.empty(query.shape, dtype=torch.float32, device=query.device) if later else out
-    constants = merge_constants(spec, batch, splits, group, head_dim, launch, window, overlap)
+    # With splits of a request's own, what merges them must not depend on the batch either.
+    constants = merge_constants(spec, 1 if max_kv_splits else batch, splits, group, head_dim, launch, window, overlap)
     merge_kernel[(batch, query_heads, triton.cdiv(head_dim, constants["WIDTH"]))](
         workspace.partial, workspace.lse, kv_indptr, num_kv_splits, centres.value, merged, batch, splits,
         merged.stride(0), merged.stride(1), **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4,

@@ -32,7 +32,7 @@ from kvtuner_kernels.operands import (
 )
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 from kvtuner_kernels.rotation import rotate_heads
-from kvtuner_kernels.tuning import ExtendLaunch, extend_launch, shared_memory
+from kvtuner_kernels.tuning import LONG, ExtendLaunch, extend_launch, shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
@@ -290,6 +290,7 @@ def extend(
     softmax_scale: float | None = None,
     soft_cap: float = 0.0,
     window: int = 0,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Attention of the new tokens of several requests over their packed prefixes and over each other.
 
@@ -313,6 +314,8 @@ def extend(
         softmax_scale: factor of the scores, above 0; ``D ** -0.5`` if not given.
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
         window: number of latest tokens that a token sees, itself included; 0 is all.
+        batch_invariant: the tile does not depend on ``max_new``. Then a token's result depends, bit for bit, on its own
+            request alone, and where nothing is read but stored rows also not on how much of it is prefix.
 
     Returns:
         ``out``. A token that sees nothing gives zeros.
@@ -351,7 +354,8 @@ def extend(
     prefix_query = rotate_heads(query, inverse=True, dtype=query.dtype) if key_side.rotated else query
     result = torch.empty(query.shape, dtype=torch.float32, device=query.device) if transformed else out
     group = query_heads // heads
-    launch = extend_launch(spec, head_dim, max_new * group, shared_memory(rows.device))
+    longest = LONG if batch_invariant else max_new * group
+    launch = extend_launch(spec, head_dim, longest, shared_memory(rows.device))
     options = {
         "CAP": soft_cap, "WINDOW": window, "CAUSAL": causal, "AS_STORED": as_stored,
         "SKIP_PREFIX_MASK": skip_prefix_mask and not as_stored,

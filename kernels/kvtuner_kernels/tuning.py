@@ -10,6 +10,7 @@ import torch
 from kvtuner_kernels.layout import LayerSpec
 
 HOPPER_SHARED = 232448  # bytes of shared memory that a program may take on sm_90 and sm_100
+LONG = 4096  # rows of a request for which extend takes its largest tile
 INTERPRETED_MULTIPROCESSORS = 3  # for tensors on the CPU: small, and odd, so that tests see runs that cross requests
 
 

@@ -84,8 +84,8 @@ class PackedTritonBackend(TritonAttnBackend):
     def __init__(self, model_runner: Any, as_stored: bool = False, **named: Any) -> None:
         self.enable_deterministic = False  # the parent sets it
         super().__init__(model_runner, **named)
-        # With splits that depend on a request's own length alone, its result does not depend on who else is in the batch.
-        self.fixed_splits = bool(self.enable_deterministic)
+        # With splits and tiles that depend on a request alone, its result does not depend on who else is in the batch.
+        self.batch_invariant = bool(self.enable_deterministic)
         # The parent reads this to choose how prompts attend, and for the splits of decode, which then go unused.
         self.enable_deterministic = self.enable_deterministic or as_stored
         self.decode_attention_fwd = torch.compiler.disable(self._decode)
@@ -131,8 +131,8 @@ class PackedTritonBackend(TritonAttnBackend):
         spec, centres, rows = self._layer
         decode(
             q, rows, spec, self.token_to_kv_pool.head_num, kv_indptr, kv_indices, o, centres=centres,
-            softmax_scale=sm_scale, soft_cap=logit_cap, num_kv_splits=num_kv_splits if self.fixed_splits else None,
-            max_kv_splits=max_kv_splits if self.fixed_splits else 0, workspace=self._workspace(len(q)),
+            softmax_scale=sm_scale, soft_cap=logit_cap, num_kv_splits=num_kv_splits if self.batch_invariant else None,
+            max_kv_splits=max_kv_splits if self.batch_invariant else 0, workspace=self._workspace(len(q)),
         )  # fmt: skip
 
     def _extend(
@@ -168,7 +168,7 @@ class PackedTritonBackend(TritonAttnBackend):
             q, None, None, rows, spec, self.token_to_kv_pool.head_num, qo_indptr, kv_indptr, kv_indices,
             max_len_extend, o, centres=centres, causal=is_causal, custom_mask=custom_mask,
             mask_indptr=None if custom_mask is None else mask_indptr, softmax_scale=sm_scale, soft_cap=logit_cap,
-            window=_window(sliding_window_size, custom_mask),
+            window=_window(sliding_window_size, custom_mask), batch_invariant=self.batch_invariant,
         )  # fmt: skip
 
     def _workspace(self, requests: int) -> Workspace:
@@ -180,7 +180,7 @@ class PackedTritonBackend(TritonAttnBackend):
             for spec in set(pool.specs):
                 launch = decode_launch(spec, pool.head_num, group, pool.head_dim, shared=shared_memory(device))
                 splits = self._splits(device, launch.programs)
-                parts = max(parts, decode_parts(requests, splits, self.fixed_splits) * launch.runs)
+                parts = max(parts, decode_parts(requests, splits, self.batch_invariant) * launch.runs)
             heads = self.num_head
             self._workspaces.append(
                 Workspace(
@@ -193,7 +193,7 @@ class PackedTritonBackend(TritonAttnBackend):
 
     def _splits(self, device: torch.device, programs: int) -> int:
         """Splits of each request, or of the whole batch; ``programs`` is how many a multiprocessor takes."""
-        return self.max_kv_splits if self.fixed_splits else multiprocessors(device) * programs
+        return self.max_kv_splits if self.batch_invariant else multiprocessors(device) * programs
 
     def _warm_up(self) -> None:
         """Compile every kernel that this model takes, by running it on the padding slot, before graphs are captured.

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvtuner_kernels.decode import decode, decode_workspace
+from kvtuner_kernels import decode as decode_module
+from kvtuner_kernels.decode import decode, decode_workspace, merge_constants
 from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.reference import Centres, attend, pack_rows
 from kvtuner_kernels.tuning import DecodeLaunch
@@ -150,6 +151,40 @@ def test_a_workspace_is_shared_and_results_repeat() -> None:
     again = decode(query, pool, spec, 1, indptr, torch.arange(50), launch=SMALL, workspace=workspace)
     assert torch.equal(first, again)
     assert torch.equal(first, decode(query, pool, spec, 1, indptr, torch.arange(50), launch=SMALL))
+
+
+def test_results_do_not_depend_on_the_batch() -> None:
+    torch.manual_seed(0)
+    spec, lengths, most = LayerSpec(TensorSpec(4, 64), TensorSpec(2, 64, rotated=True)), [3, 70, 33, 1, 90, 20], 12
+    pool = pack_rows(*torch.randn(2, sum(lengths), 1, 64).half(), spec)
+    query, slots = torch.randn(len(lengths), 4, 64), torch.randperm(sum(lengths))
+    indptr = torch.tensor([0, *lengths]).cumsum(0).int()
+    counts = torch.tensor([-(-length // 8) for length in lengths], dtype=torch.int32)
+    together = decode(query, pool, spec, 1, indptr, slots, launch=SMALL, num_kv_splits=counts, max_kv_splits=most)
+    for request in range(len(lengths)):
+        one = slice(request, request + 1)
+        part = slots[indptr[request] : indptr[request + 1]]
+        alone = decode(
+            query[one], pool, spec, 1, indptr[request : request + 2] - indptr[request], part, launch=SMALL,
+            num_kv_splits=counts[one], max_kv_splits=most,
+        )  # fmt: skip
+        assert torch.equal(alone, together[one]), request
+
+
+def test_what_merges_splits_of_a_request_does_not_depend_on_the_batch() -> None:
+    """The interpreter adds in one order whatever the tile; a GPU does not."""
+    used = []
+    spec, pool = LayerSpec(TensorSpec(4, 64), TensorSpec(4, 64)), torch.zeros(8, 72, dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            decode_module, "merge_constants", lambda *a, **k: used.append(merge_constants(*a, **k)) or used[-1]
+        )
+        for batch in (1, 8):
+            decode(
+                torch.zeros(batch, 2, 64), pool, spec, 1, torch.arange(batch + 1, dtype=torch.int32), torch.arange(8),
+                launch=SMALL, num_kv_splits=torch.ones(batch, dtype=torch.int32), max_kv_splits=40,
+            )  # fmt: skip
+    assert used[0] == used[1]
 
 
 def test_rows_beyond_two_gigabytes() -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from kvtuner_kernels import compilation
+from kvtuner_kernels import extend as extend_module
 from kvtuner_kernels.compilation import warm_up
-from kvtuner_kernels.decode import decode
 from kvtuner_kernels.extend import extend
 from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.reference import Centres, pack_rows, unpack_rows
+from kvtuner_kernels.tuning import extend_launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
 PLAIN = LayerSpec(TensorSpec(4, 64), TensorSpec(4, 64))
@@ -142,6 +143,41 @@ def test_not_causal() -> None:
     check(PLAIN, [5], [33], causal=False)
 
 
+@pytest.mark.parametrize("cut", [0, 40])
+def test_results_do_not_depend_on_the_batch(cut: int) -> None:
+    """A prompt of 41 tokens, of which ``cut`` are prefix already, beside one that takes a larger tile.
+
+    That the cut does not matter either is left to scripts/check_gpu: on a CPU a product's row depends on where it stands.
+    """
+    torch.manual_seed(0)
+    spec = LayerSpec(TensorSpec(4, 64), TensorSpec(2, 64, rotated=True))
+    pool = pack_rows(*torch.randn(2, 41 + 150, 1, 64).half(), spec)
+    slots, query = torch.randperm(len(pool)), torch.randn(len(pool), 3, 64)
+
+    def run(tokens: list[int], stored: list[int], chosen: torch.Tensor, most: int) -> torch.Tensor:
+        starts, indptr = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (tokens, stored))
+        return extend(chosen, None, None, pool, spec, 1, starts, indptr, slots, most, batch_invariant=True)
+
+    alone = run([41 - cut], [41], query[cut:41], 41 - cut)
+    together = run([41 - cut, 150], [41, 150], query[cut:], 150)
+    assert torch.equal(alone, together[: 41 - cut])
+
+
+def test_the_invariant_tile_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter adds in one order whatever the tile; a GPU does not."""
+    used = []
+    monkeypatch.setattr(extend_module, "extend_launch", lambda *a: used.append(extend_launch(*a)) or used[-1])
+    pool, start = torch.zeros(64, PLAIN.bytes_per_token(1, 64), dtype=torch.uint8), torch.tensor([0, 1]).int()
+    for new in (1, 64):
+        for invariant in (False, True):
+            extend(
+                torch.zeros(new, 2, 64), None, None, pool, PLAIN, 1, start * new, start * new, torch.arange(64), new,
+                batch_invariant=invariant,
+            )  # fmt: skip
+    assert used[0] != used[2]
+    assert used[1] == used[3]
+
+
 def test_half_a_chunk_is_refused() -> None:
     rows = torch.zeros(1, PLAIN.bytes_per_token(1, 64), dtype=torch.uint8)
     start = torch.tensor([0, 1], dtype=torch.int32)
@@ -154,12 +190,17 @@ def test_warm_up_covers_every_distinct_layer() -> None:
     assert warm_up(layers, 1, 2, 64, torch.float16, torch.device("cpu")) == 2
 
 
-def test_warm_up_refuses_a_decode_that_differs_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(query, rows, spec, heads, indptr, slots, **options):  # type: ignore[no-untyped-def]
-        return decode(query, rows, spec, heads, indptr, slots, **options).flip(-1)
+@pytest.mark.parametrize(("name", "said"), [("decode", "decode"), ("extend", "extend by 1")])
+def test_warm_up_refuses_a_kernel_that_differs_from_the_reference(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    kernel = getattr(compilation, name)
 
-    monkeypatch.setattr(compilation, "decode", swapped)
+    def swapped(*arguments, **options):  # type: ignore[no-untyped-def]
+        return kernel(*arguments, **options).flip(-1)
+
+    monkeypatch.setattr(compilation, name, swapped)
     with pytest.raises(
-        compilation.KernelError, match=r"decode of 4-g64-asym/4-g64-asym with 1 KV heads of 64 is off by"
+        compilation.KernelError, match=rf"{said} of 4-g64-asym/4-g64-asym with 1 KV heads of 64 is off by"
     ):
         warm_up([LayerSpec.parse("4-g64-asym/4-g64-asym")], 1, 2, 64, torch.float16, torch.device("cpu"))
