@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from serving_checks import stored_rows
 from serving_checks.machine import ROOT, Machine
 from serving_checks.parts import Found, Measurement, Part, Task
 from serving_checks.results import Record, check
@@ -153,13 +154,20 @@ def configs(machine: Machine) -> dict[str, Config]:
     bind = {"SGLANG_CPU_OMP_THREADS_BIND": "0-1"} if machine.device == "cpu" else {}
     bind_tp = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if machine.device == "cpu" else {}
     raw, profile = machine.raw_profile(), machine.mixed_profile()
+    for name in ("one", "tp", "pp", "nodes"):
+        (machine.folder / f"rows-{name}").mkdir(exist_ok=True)
+
+    def rows(name: str) -> dict[str, str]:
+        count = sum(len(prompt) for prompt in prompts())
+        return {stored_rows.FOLDER: str(machine.folder / f"rows-{name}"), stored_rows.TOKENS: str(count)}
+
     return {
         "stock": Config("reference-stock", model, (*memory, "--dtype", "float16")),
         "raw": Config("reference-16bit", model, (*memory, "--dtype", "float16"), raw),
-        "mixed": Config("reference-mixed", model, mixed, profile, variables=bind),
-        "tp": Config("reference-mixed-tp2", model, mixed, profile, tp=2, variables=bind_tp),
-        "pp": Config("reference-mixed-pp2", model, mixed, profile, pp=2, variables=bind),
-        "nodes": Config("reference-mixed-nodes2", model, mixed, profile, pp=2, nodes=2, variables=bind),
+        "mixed": Config("reference-mixed", model, mixed, profile, variables=bind | rows("one")),
+        "tp": Config("reference-mixed-tp2", model, mixed, profile, tp=2, variables=bind_tp | rows("tp")),
+        "pp": Config("reference-mixed-pp2", model, mixed, profile, pp=2, variables=bind | rows("pp")),
+        "nodes": Config("reference-mixed-nodes2", model, mixed, profile, pp=2, nodes=2, variables=bind | rows("nodes")),
     }
 
 
@@ -187,6 +195,19 @@ def answers(server: Server, _seconds: float) -> dict[str, Any]:
 
 
 ANSWERS = Measurement("answers", answers)
+
+
+def stored(server: Server, _seconds: float) -> str:
+    """The folder with the rows of all prompts in one: then its tokens have the first slots, whatever is decoded after it."""
+    server.flush()
+    server.generate([token for prompt in prompts() for token in prompt], 1)
+    server.info()
+    folder = server.config.variables[stored_rows.FOLDER]
+    stored_rows.wait(Path(folder), server.config.gpus)
+    return folder
+
+
+STORED = Measurement("stored", stored)
 
 
 def part_greedy(machine: Machine, offline: dict[str, Offline], deterministic: Config) -> Part:
@@ -292,6 +313,19 @@ def part_ranks(machine: Machine, offline: dict[str, Offline], name: str) -> Part
                 wanted=f"{predicted:.3f}x by bytes of the heaviest stage",
             )
         )
+        folders = [found[c.name].get("stored") for c in (config, known["mixed"])]
+        if all(folders):
+            model, specs = profile.model, profile.layer_specs()
+            rows = [stored_rows.read(Path(folder), specs, model.head_dim) for folder in folders]
+            same = stored_rows.compare(*rows, model.num_layers, model.num_kv_heads)
+            if name == "tp":
+                # Two ranks add what one product adds at once, so from the second layer on the model's own rounding differs.
+                met, wanted = same.complete and same.equal[0] == 1.0, "layer 0: all bits"
+            else:
+                met, wanted = same.all_equal, "all bits"
+            text = f"layer 0 {same.equal.get(0, 0.0):.6f}, least of all layers {same.least:.6f} of bytes equal"
+            records.append(check(name, "stored rows, against one GPU", met, text, wanted))
         return records
 
-    return Part(name, [Task(known["mixed"], ANSWERS), Task(config, ANSWERS)], conclude)
+    tasks = [Task(c, measurement) for c in (known["mixed"], config) for measurement in (ANSWERS, STORED)]
+    return Part(name, tasks, conclude)

@@ -7,7 +7,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.append(str(HERE))  # for servers and offline_packed
+sys.path += [str(HERE), str(ROOT / "scripts")]  # for servers and offline_packed, and for serving_checks
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from offline_packed import COUNT, Greedy
 from servers import Server, still_alive
+from serving_checks import stored_rows
+from serving_checks.machine import write_check_plugin
 
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.serving.capacity import heads_per_rank, stage_bytes
@@ -40,6 +42,8 @@ class Case:
         return f"{self.profile.partition('_')[0]}-tp{self.tp}-pp{self.pp}-nodes{self.nodes}"
 
 
+ROOT = Path(__file__).parents[3]
+ONE_RANK: dict[str, stored_rows.Stored] = {}  # profile -> what one rank stored
 CASES = [
     Case("mixed_profile", "float32", 1, 1, 1, "kill the launcher"),
     Case("raw_profile", "float16", 1, 1, 1, "interrupt"),
@@ -65,9 +69,12 @@ def profile(case: Case, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(case: Case, profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    case: Case, profile: Path, prompts: Sequence[Sequence[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
     started = Server(
-        tmp_path_factory.mktemp("logs"),
+        folder,
         [
             "--kvtuner-profile",
             str(profile),
@@ -79,7 +86,14 @@ def server(case: Case, profile: Path, tmp_path_factory: pytest.TempPathFactory) 
             str(case.pp),
         ],
         nodes=case.nodes,
-        variables={"SGLANG_CPU_OMP_THREADS_BIND": "0|1" if case.tp == 2 or (case.pp == 2 and NEWER) else "0-1"},
+        variables={
+            "SGLANG_CPU_OMP_THREADS_BIND": "0|1" if case.tp == 2 or (case.pp == 2 and NEWER) else "0-1",
+            "PYTHONPATH": os.pathsep.join(
+                [str(write_check_plugin(folder / "plugin")), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+            ),
+            stored_rows.FOLDER: str(folder),
+            stored_rows.TOKENS: str(sum(map(len, prompts))),
+        },
     )
     try:
         yield started.wait()
@@ -111,6 +125,27 @@ def test_capacity_is_what_the_layout_gives(server: Server, case: Case, profile: 
         report["tokens"] == info["max_total_num_tokens"] == info["internal_states"][0]["memory_usage"]["token_capacity"]
     )
     assert report["pool_bytes"] == (report["tokens"] + info["page_size"]) * first.stored
+
+
+def test_every_arrangement_of_ranks_stores_the_same_bits(
+    server: Server, case: Case, profile: Path, prompts: Sequence[Sequence[int]]
+) -> None:
+    loaded = load(profile)
+    server.post("/flush_cache?timeout=60", {})
+    # One prompt: its tokens have the first slots, whatever is decoded after it.
+    server.generate([token for prompt in prompts for token in prompt], 1)
+    server.info()
+    folder = Path(server.variables[stored_rows.FOLDER])
+    stored_rows.wait(folder, case.tp * case.pp)
+    rows = stored_rows.read(folder, loaded.layer_specs(), loaded.model.head_dim)
+    single = ONE_RANK.setdefault(case.profile, rows)  # the first case of each profile
+    same = stored_rows.compare(rows, single, loaded.model.num_layers, loaded.model.num_kv_heads)
+    assert same.complete
+    if case.tp == 1:
+        assert same.all_equal
+    else:  # two ranks add what one product adds at once: later layers see numbers that were rounded otherwise
+        assert same.equal[0] == 1.0
+        assert case.dtype != "float32" or same.equal[1] > 0.999
 
 
 def test_killed_in_the_middle_of_a_request_it_leaves_no_process(
