@@ -11,7 +11,6 @@ import torch
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pairs
 from kvtuner_search.calibration.candidates import StorageClass, storage_classes
-from kvtuner_search.calibration.moments import Moments
 from kvtuner_search.calibration.objective import Objective, Outcome
 from kvtuner_search.calibration.options import TIERS, CalibrationOptions
 from kvtuner_search.calibration.plan import Plan, make_plan
@@ -21,6 +20,7 @@ from kvtuner_search.calibration.study import Finished, Study
 from kvtuner_search.data.load import load_dataset_for
 from kvtuner_search.data.types import Dataset, Sample, Split
 from kvtuner_search.errors import UsageError
+from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.models.load import LoadedModel, load_model
 from kvtuner_search.models.runner import Runner

@@ -15,9 +15,9 @@ from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.calibration.alone import LayerAlone, side_losses
 from kvtuner_search.calibration.candidates import Pair, StorageClass
-from kvtuner_search.calibration.moments import Moments
 from kvtuner_search.calibration.sensitivity import PairError, Sensitivity, best_variants
 from kvtuner_search.calibration.space import LayerOptions
+from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.scorer import Scorer
 
 

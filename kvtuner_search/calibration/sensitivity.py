@@ -17,7 +17,7 @@ from torch import Tensor
 from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres, as_stored
 from kvtuner_search.calibration.candidates import CLIPS, TRANSFORMS, StorageClass
-from kvtuner_search.calibration.moments import Moments
+from kvtuner_search.evaluation.moments import Moments
 
 QUERIES: Final = 64  # query positions a sequence
 CLIP_TOKENS: Final = 2048  # tokens on which clips are chosen

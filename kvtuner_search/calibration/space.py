@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_search.calibration.candidates import Pair, StorageClass
-from kvtuner_search.calibration.stages import pipeline_cost
+from kvtuner_search.profile.stages import pipeline_cost
 
 MIN_SILHOUETTE: Final = 0.7  # below this, layers of a group differ too much to share a variable
 Choices = tuple[int, ...]  # index into each variable's pairs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +34,66 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     metavar="KEY/VALUE",
     help="Also the same spec in every layer, e.g. 4-g64-asym/4-g64-asym; repeatable.",
 )
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="TASK",
+    show_envvar=True,
+    help="Also a task or group of lm-eval, e.g. gsm8k; repeatable, or with commas. Needs the extra `eval`.",
+)
+@click.option(
+    "--fewshot",
+    type=click.IntRange(0),
+    show_envvar=True,
+    help="Examples before each question of a task.",
+    show_default="the task's own number",
+)
+@click.option("--limit", type=click.IntRange(1), show_envvar=True, help="First items of each task.", show_default="all")
+@click.option(
+    "--task-folder",
+    type=click.Path(path_type=Path),
+    show_envvar=True,
+    help="Folder of more task files (YAML). lm-eval runs the Python that they name.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=8, show_envvar=True, help="Prompts of a task in one pass."
+)
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
-def command(profiles: tuple[Path, ...], uniforms: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+def command(
+    profiles: tuple[Path, ...],
+    uniforms: tuple[str, ...],
+    tasks: tuple[str, ...],
+    fewshot: int | None,
+    limit: int | None,
+    task_folder: Path | None,
+    batch_size: int,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Measure profiles against the 16-bit cache: KL divergence, likelihood and exact answers.
 
     Attention reads every key and value as stored. Tasks are new ones that no calibration saw; of a text file the first SAMPLES windows of LENGTH
-    tokens are scored. Intervals are 95 %, paired over samples.
+    tokens are scored. With --tasks, lm-eval's tasks too, answered by generation from the stored cache. Intervals are 95 %, paired over
+    samples. docs/evaluate.md says more.
     """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: lm-eval's own bars would break ours
     from kvtuner_kernels.layout import LayerSpec, LayoutError
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.errors import UsageError
+    from kvtuner_search.evaluation.lm_eval_tasks import TaskOptions, check_installed, run_tasks
     from kvtuner_search.evaluation.offline import check_belongs, evaluate, open_profile, uniform
     from kvtuner_search.models.load import load_model
     from kvtuner_search.progress import Reporter
 
     if not profiles and not uniforms:
         raise UsageError("nothing to measure: give --profile or --uniform")
+    names = tuple(name.strip() for text in tasks for name in text.split(",") if name.strip())
+    if names:
+        check_installed()
+    elif fewshot is not None or limit is not None or task_folder is not None:
+        raise UsageError("--fewshot, --limit and --task-folder are about tasks: name one with --tasks")
     opened = [open_profile(path) for path in profiles]
     loaded = load_model(loading(options))
     settings = []
@@ -63,11 +108,18 @@ def command(profiles: tuple[Path, ...], uniforms: tuple[str, ...], as_json: bool
             raise UsageError(str(error)) from error
         settings.append((text, uniform(spec, loaded.info.num_layers), {}))
     options["sources"] = options["sources"] or DEFAULT_SOURCES
-    found = evaluate(loaded, settings, reporter=Reporter(quiet), **options)
+    reporter = Reporter(quiet)
+    found = evaluate(loaded, settings, reporter=reporter, **options)
+    if names:
+        chosen = TaskOptions(names, fewshot, limit, task_folder, batch_size)
+        for row, scores in zip(found, run_tasks(loaded, settings, chosen, reporter), strict=True):
+            row["tasks"] = [asdict(score) for score in scores]
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         _print(found, loaded.info.id)
+        if names:
+            _print_tasks(found)
 
 
 def _print(found: list[dict[str, Any]], model: str) -> None:
@@ -95,3 +147,31 @@ def _print(found: list[dict[str, Any]], model: str) -> None:
         table.add_section()
     console = Console()
     (console if console.is_terminal else Console(width=110)).print(table)
+
+
+def _print_tasks(found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="lm-eval: stored cache against 16 bit on the same items (95 % intervals of the difference)")
+    texts = ("setting", "task", "metric")
+    for name in (*texts, "shots", "items", "16 bit", "stored", "lost", "gained", "difference", "interval"):
+        table.add_column(name, justify="left" if name in texts else "right", no_wrap=name not in texts, overflow="fold")
+    for row in found:
+        for index, score in enumerate(row["tasks"]):
+            low, high = score["ci_low"], score["ci_high"]
+            table.add_row(
+                row["name"] if index == 0 else "",
+                score["task"],
+                score["metric"].removesuffix(",none"),
+                str(score["fewshot"]),
+                str(score["samples"]),
+                f"{score['baseline']:.4g}",
+                f"{score['value']:.4g}",
+                *("-" if score[name] is None else str(score[name]) for name in ("lost", "gained")),
+                f"{score['value'] - score['baseline']:+.4g}",
+                "no mean of items" if low is None else f"\\[{low:+.3f}, {high:+.3f}]",
+            )
+        table.add_section()
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)

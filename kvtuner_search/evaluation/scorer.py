@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.data.types import Sample
-from kvtuner_search.evaluation.stored import Setting, StoredCache, stored_cache
-from kvtuner_search.models.attention import Observer
+from kvtuner_search.evaluation.stored import Setting, stored_cache
+from kvtuner_search.models.attention import Observer, Tap
 from kvtuner_search.models.runner import Runner
 
 CHUNK_NUMBERS: Final = 2**26  # rows x vocabulary of one chunk of log-probabilities (256 MiB in fp32)
@@ -121,7 +121,11 @@ class Scorer:
 
     def score_all(self, setting: Setting, centres: Mapping[int, Centres]) -> Scores:
         """Scores of all tiers."""
-        parts = [self.score(setting, centres, tier) for tier in range(len(self.tiers))]
+        return self.score_through(stored_cache(setting, centres))
+
+    def score_through(self, tap: Tap) -> Scores:
+        """Scores of all tiers with attention reading what ``tap`` returns."""
+        parts = [self._score_tier(tier, tap) for tier in range(len(self.tiers))]
         return sum(parts[1:], parts[0])
 
     def baseline_all(self) -> Scores:
@@ -148,7 +152,7 @@ class Scorer:
                 self.runner.hidden(batch.tokens, observer)
                 advance(batch.tokens.numel())
 
-    def _score_tier(self, tier: int, tap: StoredCache | None) -> Scores:
+    def _score_tier(self, tier: int, tap: Tap | None) -> Scores:
         if tap is None:
             return self._collect(self.tiers[tier], [(batch, batch.hidden) for batch in self._batches[tier]])
 

@@ -26,10 +26,13 @@ class Tap(Protocol):
     """Called once a layer and forward pass.
 
     ``query`` is [B, T, Hq, D], ``key`` and ``value`` are [B, T, H, D], all in the model's dtype. What is returned takes the place
-    of key and value.
+    of key and value. Without a third tensor there are T of them and attention is causal from position 0; a third one, bool
+    [B or 1, 1, T, S], says which of the S that are returned each query sees, as decoding from a cache needs it.
     """
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Observer(Tap, Protocol):
@@ -81,12 +84,19 @@ def _attention(
         raise DataError(
             f"layer {layer} attends with {'a soft cap' if softcap is not None else 'sinks'}: only standard attention is supported"
         )
-    tap = _TAP.get()
+    tap, visible = _TAP.get(), None
     if tap is not None:
-        new_key, new_value = tap(layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        key, value = new_key.transpose(1, 2), new_value.transpose(1, 2)
+        found = tap(layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        key, value = found[0].transpose(1, 2), found[1].transpose(1, 2)
+        visible = found[2] if len(found) == 3 else None
     output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=visible,
+        is_causal=visible is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -30,10 +30,13 @@ class Runner:
         self.can_resume = self._probe()
 
     @torch.inference_mode()
-    def hidden(self, tokens: Tensor, tap: Tap | None = None) -> Tensor:
-        """Last hidden states [B, T, E] of token ids [B, T]."""
+    def hidden(self, tokens: Tensor, tap: Tap | None = None, positions: Tensor | None = None) -> Tensor:
+        """Last hidden states [B, T, E] of token ids [B, T] at positions int64 [B, T], or from position 0 on."""
+        given = {} if positions is None else {"position_ids": positions.to(self.loaded.device)}
         with tapped(tap):
-            output: Tensor = self.base(input_ids=tokens.to(self.loaded.device), use_cache=False).last_hidden_state
+            output: Tensor = self.base(
+                input_ids=tokens.to(self.loaded.device), use_cache=False, **given
+            ).last_hidden_state
         return output
 
     @torch.inference_mode()

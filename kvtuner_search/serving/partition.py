@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kvtuner_search.calibration.stages import balanced_partition
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.schema import Profile
+from kvtuner_search.profile.stages import balanced_partition
 from kvtuner_search.serving.capacity import heads_per_rank
 
 ENVIRONMENT: Final = "SGLANG_PP_LAYER_PARTITION"  # layers of each stage, e.g. 13,15; SGLang reads it in every process

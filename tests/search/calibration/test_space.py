@@ -12,9 +12,9 @@ from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pa
 from kvtuner_search.calibration.candidates import RAW_CLASS, StorageClass, parse_pair, storage_classes
 from kvtuner_search.calibration.proxy import correct, proxy_front
 from kvtuner_search.calibration.space import LayerOptions, Space, build_space, prune
-from kvtuner_search.calibration.stages import balanced_partition, pipeline_cost
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.presets import per_token
+from kvtuner_search.profile.stages import balanced_partition, pipeline_cost
 
 HEADS, DIM = 2, 64
 CLASSES = storage_classes((2, 4, 8), (0,), DIM)
