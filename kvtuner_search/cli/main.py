@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import sys
 from typing import Any, Final
 
 import click
-from click.shell_completion import CompletionItem
 
 from kvtuner_search import __version__
+from kvtuner_search.cli.lazy import LazyGroup
 from kvtuner_search.errors import ExitCode, KVTunerError
 from kvtuner_search.profile.text import printable
 
@@ -21,6 +20,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "evaluate": ("kvtuner_search.cli.evaluate", "Measure a profile's quality against the 16-bit cache, offline."),
     "serve": ("kvtuner_search.cli.serve", "Serve a model with SGLang, its KV cache packed as a profile says."),
     "validate": ("kvtuner_search.cli.validate", "Measure a profile on an SGLang server against a stock one."),
+    "bench": ("kvtuner_search.cli.bench", "Measure a server's speed and capacity, held to what the hardware can do."),
     "show": ("kvtuner_search.cli.show", "Show a profile in the terminal or as HTML."),
     "check": ("kvtuner_search.cli.check", "Check a profile's schema, digest and consistency."),
     "diff": ("kvtuner_search.cli.diff", "Compare two profiles as a review gate."),
@@ -35,31 +35,9 @@ MEMORY_HELP: Final = (
 )
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported on first use; the list of commands needs no import."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        assert isinstance(command, click.Command)
-        return command
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        options = click.Command.shell_complete(self, ctx, incomplete)
-        names = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
-        return [*names, *options]
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
 @click.group(
     cls=LazyGroup,
+    modules=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "KVTUNER", "show_default": True},
     epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 130 interrupted.",
 )
@@ -87,7 +65,8 @@ def run(arguments: list[str]) -> int:
         return int(result) if isinstance(result, int) else ExitCode.OK
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _fail(
-            "interrupted: what was finished is kept; calibrate and validate go on with --resume", ExitCode.INTERRUPTED
+            "interrupted: what was finished is kept; calibrate, validate and bench go on with --resume",
+            ExitCode.INTERRUPTED,
         )
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from kvtuner_search.cli.interrupts import kill_as_interrupt
 from kvtuner_search.cli.options import json_option
 from kvtuner_search.cli.run_options import CONTEXT
 
@@ -157,7 +156,7 @@ def command(**options: Any) -> int:
     options["sources"] = options["sources"] or DEFAULT_SOURCES
     options["folder"] = options["folder"] or Path("kvtuner-validation") / options["profile"].stem
     limits = Limits(**{name: options.pop(name) for name in Limits.__dataclass_fields__})
-    with _kill_as_interrupt():
+    with kill_as_interrupt():
         run = Run(ValidationOptions(limits=limits, command=public_command(sys.argv[1:]), **options), reporter)
         block = run.validate()
     text = canonical_json(block.model_dump(mode="json"))
@@ -176,23 +175,3 @@ def command(**options: Any) -> int:
 
         print_validation(console(), block, block.verdict)
     return ExitCode.OK if block.verdict == "pass" else ExitCode.GATE_FAILED
-
-
-@contextmanager
-def _kill_as_interrupt() -> Iterator[None]:
-    """Inside the block a polite kill does what Ctrl-C does: servers are stopped, answers are kept.
-
-    It raises by itself instead of passing SIGINT on, which a shell sets to be ignored for what it runs in the background. A signal
-    that is ignored on purpose, as ``nohup`` does with SIGHUP, stays so.
-    """
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -155,8 +155,8 @@ def _writer(content: dict[str, Any]) -> str:
     return f"{tool}, which wrote it, or a newer one" if known else "the kvtuner-search that wrote it, or a newer one"
 
 
-def parse_json(data: bytes, source: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, no lone surrogates, bounded depth.
+def parse_json(data: bytes, source: str, what: str = "profile") -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, no lone surrogates, bounded depth. ``what`` names the file's kind in errors.
 
     Raises:
         ProfileError: with where and why.
@@ -165,10 +165,10 @@ def parse_json(data: bytes, source: str) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ProfileError(
-            f"{source} is not UTF-8 text (byte {error.start}): it is no profile, or is damaged"
+            f"{source} is not UTF-8 text (byte {error.start}): it is no {what}, or is damaged"
         ) from error
     if _depth(text) > MAX_DEPTH:
-        raise ProfileError(f"{source} nests deeper than {MAX_DEPTH} levels: it is no profile")
+        raise ProfileError(f"{source} nests deeper than {MAX_DEPTH} levels: it is no {what}")
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         if _SURROGATE.search(text):
@@ -218,10 +218,10 @@ def _validate(content: dict[str, Any], source: str) -> Profile:
         raise ProfileError(f"{source}: {first_error(error)}: restore the file, or calibrate again") from error
 
 
-def first_error(error: ValidationError) -> str:
+def first_error(error: ValidationError, what: str = "profile") -> str:
     """The first of pydantic's complaints in one line: where, why, and the value."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "profile"
+    where = ".".join(str(part) for part in first["loc"]) or what
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     value = repr(first.get("input"))
     shown = value if len(value) <= 60 else value[:57] + "..."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from kvtuner_search.report.svg import escaped
@@ -61,14 +61,14 @@ _COLOURS: Final = "".join(
 )
 
 
-def page(title: str, header: Sequence[str], sections: Sequence[tuple[str, str, Iterable[str]]]) -> str:
-    """A document; sections are (id, heading, markup), header and markup are trusted, the rest is escaped."""
+def page(title: str, header: Sequence[str], sections: Sequence[tuple[str, str, Iterable[str]]], style: str = "") -> str:
+    """A document; sections are (id, heading, markup); header, markup and further ``style`` are trusted, the rest is escaped."""
     links = "".join(f'<a href="#{name}">{escaped(heading)}</a> ' for name, heading, _ in sections)
     body = [*header, f"<nav>{links}</nav>"]
     for name, heading, parts in sections:
         body += [f'<section id="{name}"><h2>{escaped(heading)}</h2>', *parts, "</section>"]
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{viewport}<title>{escaped(title)}</title><style>{STYLE}{_COLOURS}</style>'
+    head = f'<meta charset="utf-8">{viewport}<title>{escaped(title)}</title><style>{STYLE}{_COLOURS}{style}</style>'
     return (
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body>\n</html>\n"
     )
@@ -81,6 +81,7 @@ def table(
     code: Collection[int] = (),
     strong: int | None = None,
     bars: int | None = None,
+    kinds: Mapping[int, str] | None = None,
 ) -> str:
     """A table of escaped cells.
 
@@ -91,6 +92,7 @@ def table(
         code: columns of digests.
         strong: a row to stand out.
         bars: a column whose cells are fractions in [0, 1], drawn as bars.
+        kinds: CSS classes of rows that have one.
     """
 
     def cell(name: str, column: int, content: object) -> str:
@@ -106,7 +108,8 @@ def table(
     lines = []
     for index, row in enumerate(rows):
         cells = "".join(cell("td", column, content) for column, content in enumerate(row))
-        kind = " class=strong" if index == strong else ""
+        classes = [*(["strong"] if index == strong else []), *((kinds or {}).get(index, "").split())]
+        kind = f' class="{" ".join(classes)}"' if classes else ""
         lines.append(f"<tr{kind}>{cells}</tr>")
     top = f"<thead><tr>{head}</tr></thead>" if head else ""
     return f'<div class="scroll"><table>{top}<tbody>{"".join(lines)}</tbody></table></div>'

@@ -154,13 +154,14 @@ class Panel:
         y_name: str = "",
         title: str = "",
         x_text: Callable[[float], str] = lambda value: f"{value:g}",
+        y_text: Callable[[float], str] = lambda value: f"{value:.3g}",
     ) -> None:
         """Grid, ticks and names."""
         bottom, right = self.top + self.height, self.left + self.width
         for tick in log_ticks(*self.y_range) if self.log_y else linear_ticks(*self.y_range, 4):
             y = self.y(tick)
             self.parts.append(tag("line", class_="grid", x1=self.left, x2=right, y1=y, y2=y))
-            self.parts.append(label(self.left - 6, y + 3.5, f"{tick:.3g}", "end"))
+            self.parts.append(label(self.left - 6, y + 3.5, y_text(tick), "end"))
         for tick in x_ticks:
             x = self.x(tick)
             self.parts.append(tag("line", class_="axis", x1=x, x2=x, y1=bottom, y2=bottom + 4))

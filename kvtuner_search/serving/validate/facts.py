@@ -132,3 +132,10 @@ def memory_differs(baseline: Facts, ours: Facts) -> str:
     if a and b and abs(a - b) > max(0.01 * a, 0.02):  # 0.02: both are rounded to 0.01 GiB
         return f"the caches fill {a} and {b} GiB, so memory was not equal"
     return ""
+
+
+def resolve_dtype(stated: str, config_dtype: str) -> str:
+    """The dtype that a server computes in, of what it was given: SGLang's ``auto`` is the config's, with float16 for float32."""
+    if stated == "auto":
+        return "float16" if config_dtype == "float32" else config_dtype
+    return {"half": "float16", "float": "float32"}.get(stated, stated)

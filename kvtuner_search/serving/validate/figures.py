@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtuner_search.data import Split
-from kvtuner_search.evaluation.statistics import CONFIDENCE, Interval, paired_ratio
+from kvtuner_search.evaluation.statistics import CONFIDENCE, paired_proportions, paired_ratio
 from kvtuner_search.profile.fields import Measure
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.validation import Capacity, Greedy, TaskResult
@@ -48,19 +46,6 @@ def likelihood(split: Split, ours: NDArray[np.float64], baseline: NDArray[np.flo
             )
         )
     return found
-
-
-def paired_proportions(lost: int, gained: int, count: int) -> Interval:
-    """Interval of the difference of two proportions of the same ``count`` prompts.
-
-    Half a prompt is added to each of the four cells, so that it has a width where no prompt flipped, which the bootstrap's has not.
-    Source: A. Agresti and Y. Min, Simple improved confidence intervals for comparing matched proportions, Statistics in
-    Medicine 24, 2005.
-    """
-    size, difference = count + 2, gained - lost
-    centre = difference / size
-    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(lost + gained + 1 - difference**2 / size) / size
-    return Interval(difference / count, max(-1.0, centre - half), min(1.0, centre + half))
 
 
 def task_results(prompts: Sequence[TaskPrompt], ours: Sequence[bool], baseline: Sequence[bool]) -> list[TaskResult]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +13,8 @@ from kvtuner_search.files import write_atomic
 BLOCK: Final = "validation.json"
 _SETTINGS: Final = "kvtuner-run.json"
 _SERVERS: Final = ("baseline", "profile")
-_FILES: Final = (
-    _SETTINGS,
-    BLOCK,
-    *(f"{name}.{kind}" for name in _SERVERS for kind in ("jsonl", "log")),
-)  # all of a run's
+_JOURNALS: Final = tuple(f"{name}.jsonl" for name in _SERVERS)
+_RESULTS: Final = (BLOCK, *(f"{name}.log" for name in _SERVERS))
 
 
 class Folder:
@@ -28,17 +25,28 @@ class Folder:
         settings: what the responses depend on; a run that is resumed must have the same.
         resume: go on with what is there.
         overwrite: delete what is there.
+        journals: files of what was answered.
+        results: the run's other files; both are all that ``overwrite`` deletes.
 
     Raises:
         UsageError: if it holds another run, or one and neither ``resume`` nor ``overwrite`` is given.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+        journals: Sequence[str] = _JOURNALS,
+        results: Sequence[str] = _RESULTS,
+    ) -> None:
+        self.path, self._journals = path, journals
         file = path / _SETTINGS
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
         if file.exists() and (overwrite or not self._has_answers()):
-            for name in _FILES:
+            for name in (_SETTINGS, *journals, *results):
                 (path / name).unlink(missing_ok=True)
         elif file.exists():
             if not resume:
@@ -58,8 +66,8 @@ class Folder:
 
     def _has_answers(self) -> bool:
         """Whether a server has answered anything; a run that failed before that is not worth asking about."""
-        journals = (self.path / f"{name}.jsonl" for name in _SERVERS)
-        return any(journal.exists() and journal.stat().st_size for journal in journals)
+        files = (self.path / name for name in self._journals)
+        return any(file.exists() and file.stat().st_size for file in files)
 
     def journal(self, name: str) -> Journal:
         """The responses of one server."""
@@ -86,7 +94,7 @@ class Journal:
         self.failures: list[str] = []
         self.server: dict[str, Any] | None = None
         keep = 0
-        for line, end in _whole_lines(path):
+        for line, end in whole_lines(path):
             keep = end
             if "server" in line:
                 self.server = line["server"]
@@ -120,7 +128,7 @@ class Journal:
         self._stream.flush()
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Each line that is whole, with the offset of its end; what follows the first broken one is ignored."""
     if not path.exists():
         return

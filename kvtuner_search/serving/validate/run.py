@@ -24,7 +24,7 @@ from kvtuner_search.progress import Reporter
 from kvtuner_search.serving.model import served_model
 from kvtuner_search.serving.validate import figures
 from kvtuner_search.serving.validate.client import Client
-from kvtuner_search.serving.validate.facts import Facts, check_alike
+from kvtuner_search.serving.validate.facts import Facts, check_alike, resolve_dtype
 from kvtuner_search.serving.validate.folder import BLOCK, Folder, Journal
 from kvtuner_search.serving.validate.judge import judge
 from kvtuner_search.serving.validate.measure import Method, Outcome, Plan, ask, outcome
@@ -263,13 +263,6 @@ def scoring_method(profile: Profile, facts: Facts) -> Method:
         f"the server reads a prompt's own keys unquantized, and cannot be scored token by token (page size {facts.page_size},"
         f" prefix cache {'on' if facts.prefix_cache else 'off'}): start it with --kvtuner-as-stored"
     )
-
-
-def resolve_dtype(stated: str, config_dtype: str) -> str:
-    """The dtype that a server computes in, of what it was given: SGLang's ``auto`` is the config's, with float16 for float32."""
-    if stated == "auto":
-        return "float16" if config_dtype == "float32" else config_dtype
-    return {"half": "float16", "float": "float32"}.get(stated, stated)
 
 
 def _identify(journal: Journal, facts: Facts, versions: dict[str, str]) -> None:

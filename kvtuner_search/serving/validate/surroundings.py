@@ -67,7 +67,7 @@ def hardware(facts: Facts, url: str | None, stated: str | None) -> str:
     if url is not None and urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
         return "unknown: the server runs elsewhere"
     if facts.device == "cpu":
-        return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+        return processor()
     import torch
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -75,12 +75,14 @@ def hardware(facts: Facts, url: str | None, stated: str | None) -> str:
     return ", ".join(f"{used.count(name)} x {name}" for name in dict.fromkeys(used))
 
 
-def _processor() -> str:
+def processor() -> str:
+    """This machine's processor, and the cores that this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def public_command(arguments: Sequence[str]) -> str:

@@ -120,7 +120,7 @@ def test_completion_works_without_importing_commands(tmp_path: Path) -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
     assert [line.partition(",")[2] for line in result.stdout.splitlines()] == list(COMMANDS)
-    assert result.stderr.strip() == "['kvtuner_search.cli.main']"
+    assert result.stderr.strip() == "['kvtuner_search.cli.lazy', 'kvtuner_search.cli.main']"
 
 
 def test_output_that_cannot_be_encoded_does_not_end_the_command(files: tuple[Path, Path]) -> None:

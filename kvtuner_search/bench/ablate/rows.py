@@ -1,0 +1,136 @@
+"""What one row of an ablation says. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kvtuner_search.bench.record import Amount, Text
+from kvtuner_search.profile.fields import Count, Digest, Measure, Name, Number, Positive, Strict
+
+
+class Figure(Strict):
+    """A quality figure over several sources together, against the 16-bit cache on the same samples."""
+
+    samples: Positive
+    """Sequences or prompts."""
+    baseline: Number
+    """The 16-bit cache's value."""
+    value: Number
+    """This row's."""
+    ci_low: Number
+    """Lower end of the interval of value - baseline, paired over samples."""
+    ci_high: Number
+    """Upper end of the same interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Confidence level of the interval."""
+    lost: Count | None = None
+    """For accuracy: prompts that were right with 16 bits and are wrong now."""
+    gained: Count | None = None
+    """For accuracy: the other way round."""
+
+
+class Quality(Strict):
+    """What a row loses, offline."""
+
+    nll: Figure
+    """Mean negative log-likelihood, nats a token, of all text sources together; of the tasks if there is no text. Bootstrap interval."""
+    kl: Figure
+    """Mean KL divergence from the 16-bit model on the same tokens, nats. Bootstrap interval."""
+    accuracy: Figure | None
+    """Prompts of all tasks together with every answer token right under teacher forcing; None without tasks. Agresti and Min's interval."""
+    measures: list[Measure]
+    """The same source by source."""
+
+
+class SpeedCell(Strict):
+    """One cell of the benchmark."""
+
+    section: Literal["ttft", "throughput"]
+    """Its table."""
+    input_tokens: Positive
+    """Of each prompt."""
+    output_tokens: Positive
+    """Of each answer."""
+    concurrency: Positive
+    """Most requests in flight."""
+    requests: Positive
+    """Requests that succeeded."""
+    ttft_ms: Amount
+    """Median time to the first token, ms."""
+    tokens_per_second: Amount
+    """Tokens returned a second."""
+
+
+class Speed(Strict):
+    """A row on a server."""
+
+    cells: list[SpeedCell]
+    """What was measured; empty where `reason` says why."""
+    token_capacity: Count
+    """Tokens that the server's cache holds, by its own account; 0 if it never said."""
+    record: Name | None
+    """The benchmark's own record, relative to the ablation's folder."""
+    reason: Text = ""
+    """Why there is no speed."""
+
+
+class Row(Strict):
+    """One way of storing the cache."""
+
+    name: Name
+    """Of the row."""
+    family: Name
+    """What it varies."""
+    specs: Text
+    """KEY/VALUE of all layers, or `by layer`."""
+    effective_bits: Amount | None
+    """Stored bits per cached number, everything counted; None where there is nothing to measure."""
+    context: Positive | None
+    """Tokens in the cache for which the bits were counted; None where they do not depend on it."""
+    capacity: Amount | None
+    """Tokens that fit, over those of a 16-bit cache in the same memory: 16 / effective bits."""
+    servable: bool
+    """Whether packed rows can hold it."""
+    quality: Quality | None
+    """None where there is nothing to measure."""
+    speed: Speed | None = None
+    """None where no server was asked for."""
+    reason: Text = ""
+    """Why there is no quality, or no speed."""
+
+
+class Ablation(Strict):
+    """One table."""
+
+    format: Literal["kvtuner-ablation"] = "kvtuner-ablation"
+    """Says what the file is."""
+    version: Literal[1] = 1
+    """Of this schema."""
+    created: Name
+    """UTC, ISO 8601."""
+    command: Text
+    """The command, without this machine's folders."""
+    model: Name
+    """Hub id or folder name."""
+    head_dim: Positive
+    """Channels of a head: one group of the rows that name no group size."""
+    data: dict[Name, Digest]
+    """Source -> digest of what was evaluated."""
+    samples: Positive
+    """Of each source."""
+    length: Positive
+    """Most tokens of a sample."""
+    centring: dict[Name, Digest]
+    """Source -> digest of what the centring vectors were computed on; empty if no row is centred."""
+    versions: dict[Name, Name]
+    """Package -> version."""
+    device: Name
+    """What quality was computed on."""
+    dtype: Name
+    """In which dtype."""
+    rows: list[Row]
+    """In the order of the table, the 16-bit cache first."""
+    notes: list[Text]
+    """What a reader must know."""

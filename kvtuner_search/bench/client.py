@@ -1,0 +1,352 @@
+"""One streaming request to SGLang's ``/generate``, distrusted: what came is counted token by token and compared with what was asked and what is claimed.
+
+aiohttp is what SGLang's own ``sglang.bench_serving`` sends with. Nothing is retried, no redirect is followed, no proxy of the environment is used.
+
+SGLang 0.5.14 and 0.5.23 answer ``data: {"text", "output_ids", "meta_info"}`` lines and ``data: [DONE]``. ``output_ids`` are all ids so far, or with
+``--incremental-streaming-output`` those since the last line. The two are told apart by the ids and the claimed count together, for either alone can
+mislead: an answer that repeats one token looks like both, and intermediate cumulative lines of 0.5.14 can hold more ids than they claim (the list grows
+between being referenced and being sent). Only the last line's claim is judged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, Self
+
+import aiohttp
+from pydantic_core import from_json  # about three times as fast as json, and pydantic brings it along
+
+from kvtuner_search.bench.pulse import Pulse
+from kvtuner_search.errors import DataError
+from kvtuner_search.profile.text import printable
+
+# Kinds of failure, with what usually causes them. The names are stable: they stand in records.
+FAILURES: Final = {
+    "refused": "no connection: the server is down, or the address is wrong",
+    "http-status": "the server answered, but generated nothing: a wrong path, or a node of rank > 0, which answers 404 to all but /health",
+    "dropped": "the connection ended before the answer did: the server crashed, restarted, or a proxy cut it",
+    "stalled": "not a byte came for the time allowed: the server hangs, or its queue is longer than that",
+    "timeout": "the whole answer took longer than allowed",
+    "malformed": "what came is no event stream of SGLang's /generate: another server, or one that does not stream",
+    "server-error": "the stream carried an error instead of an answer",
+    "aborted": "the server aborted the request",
+    "wrong-request": "the answer bears another request's id: it was swapped, or replayed from a cache in between",
+    "wrong-prompt": "the server counted another number of prompt tokens than were sent: it cut or replaced the prompt",
+    "no-tokens": "an answer without a single token: its latency is no generation's",
+    "too-few-tokens": "the answer ended before the tokens that were asked for: counting requested tokens would inflate throughput",
+    "too-many-tokens": "more tokens came than were asked for",
+    "miscounted": "the server claims another number of tokens than came",
+    "wrong-finish": "all tokens came, but the answer did not end by its length",
+    "not-sent": "given up after too many failures in a row",
+}
+KEEP_ALIVE: Final = (
+    2.0  # seconds; SGLang closes idle connections after 5, and a request sent into that would be dropped
+)
+_HEADERS: Final = {
+    "Content-Type": "application/json",
+    "Accept": "text/event-stream",
+    "Accept-Encoding": "identity",  # compression collects tokens, in a proxy if not in the server
+}
+_EVENT_LIMIT: Final = 1 << 26  # bytes of one line; more is no answer
+_READ_BUFFER: Final = 10 << 20  # bytes, as in sglang.bench_serving
+_DETAIL: Final = 200  # characters of a failure's detail that are kept
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is sent; made before the clock runs."""
+
+    index: int  # position among the cell's measured prompts; negative: warm-up
+    id: str  # travels with the request and must come back with its answer
+    prompt_tokens: int
+    asked: int  # tokens, exactly: the end-of-text token does not end the answer
+    body: bytes
+
+    @classmethod
+    def of(cls, index: int, identifier: str, prompt: Sequence[int], asked: int) -> Self:
+        """Greedy, streaming, of exactly ``asked`` tokens."""
+        sampling = {"temperature": 0, "max_new_tokens": asked, "ignore_eos": True}
+        content = {"rid": identifier, "input_ids": list(prompt), "sampling_params": sampling, "stream": True}
+        return cls(index, identifier, len(prompt), asked, json.dumps(content, separators=(",", ":")).encode())
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one request."""
+
+    index: int  # position among the cell's measured prompts; negative: warm-up
+    round: int  # of the cell, from 0
+    sent: float  # seconds since 1970, by a clock that does not jump during a cell; of an open loop: when it was due
+    asked: int  # tokens
+    prompt_tokens: int  # that were sent
+    status: int | None = None  # of HTTP; None: no answer
+    failure: str = ""  # one of FAILURES; empty: the answer is whole
+    detail: str = ""  # what was seen of the failure
+    finish: str | None = None  # reason, as the server gave it
+    counted_prompt: int | None = None  # tokens of the prompt, as the server counted
+    claimed: int | None = None  # tokens of the answer, as the server counted
+    cached_tokens: int = 0  # tokens of the prompt that the prefix cache had
+    tokens: tuple[int, ...] = ()  # ids that came
+    arrivals: tuple[tuple[float, int], ...] = ()  # (ms since ``sent``, tokens that came then)
+    lag: float = 0.0  # ms by which the client's own event loop was late on average while this request was under way
+    busy: float = 0.0  # share of a core that the client's event loop used meanwhile
+
+    @property
+    def warmup(self) -> bool:
+        """Not to be measured."""
+        return self.index < 0
+
+    @property
+    def whole(self) -> bool:
+        """Status 200, as many tokens as asked and claimed, of this prompt and request, ended by length."""
+        return not self.failure
+
+    @property
+    def ttft(self) -> float:
+        """Milliseconds to the first token; of whole answers only."""
+        return self.arrivals[0][0]
+
+    @property
+    def latency(self) -> float:
+        """Milliseconds to the last token; of whole answers only."""
+        return self.arrivals[-1][0]
+
+    @property
+    def per_token(self) -> float | None:
+        """Milliseconds a token after the first; None for one token."""
+        count = len(self.tokens)
+        return (self.latency - self.ttft) / (count - 1) if count > 1 else None
+
+    @property
+    def gaps(self) -> list[float]:
+        """Milliseconds between tokens. What came at once shares the wait for it evenly, as in ``sglang.bench_serving``."""
+        together: dict[float, int] = {}
+        for at, count in self.arrivals:
+            together[at] = together.get(at, 0) + count
+        found: list[float] = []
+        for before, (now, count) in zip(together, list(together.items())[1:], strict=False):
+            found += [(now - before) / count] * count
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; ``from_json`` gives the same result back."""
+        return {
+            name: getattr(self, name) for name in _FIELDS
+        }  # asdict copies deeply, which costs more than the request
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """The result that ``to_json`` wrote.
+
+        Raises:
+            DataError: if it is none.
+        """
+        try:
+            tokens = tuple(content["tokens"])
+            arrivals = tuple((float(at), int(count)) for at, count in content["arrivals"])
+            return cls(**(content | {"tokens": tokens, "arrivals": arrivals}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"no result of a request ({type(error).__name__}: {error}): delete the file and run again"
+            ) from error
+
+
+_FIELDS: Final = tuple(field.name for field in fields(Result))
+
+
+class _Fault(Exception):
+    """A failure by one of the names in FAILURES."""
+
+    def __init__(self, kind: str, detail: object) -> None:
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, printable(detail)[:_DETAIL]
+
+
+class _Answer:
+    """One answer as it comes in."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.status: int | None = None
+        self.tokens: list[int] = []
+        self.arrivals: list[tuple[float, int]] = []
+        self.finish: str | None = None
+        self.message = ""
+        self._rest = b""
+        self._events = 0
+        self._cumulative: bool | None = None
+        self._meta: dict[str, Any] = {}  # of the latest event
+
+    def count(self, name: str) -> int | None:
+        """A number of tokens as the server's latest event has it."""
+        value = self._meta.get(name)
+        return value if type(value) is int and value >= 0 else None
+
+    def take(self, data: bytes, at: float) -> None:
+        """Read the lines that are complete with this data, which came ``at`` ms."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _EVENT_LIMIT:
+            raise _Fault("malformed", f"a line of more than {_EVENT_LIMIT} bytes")
+        for line in lines:
+            if line.startswith(b"data:"):
+                content = line[5:].strip()
+                if content != b"[DONE]":
+                    self._event(content, at)
+            elif line.strip() and not line.startswith((b":", b"event:", b"id:", b"retry:")):
+                raise _Fault("malformed", f"no event: {line[:_DETAIL]!r}")
+
+    def _event(self, content: bytes, at: float) -> None:
+        self._events += 1
+        try:
+            event = from_json(content)
+        except ValueError as error:
+            raise _Fault("malformed", f"{error}: {content[:80]!r}") from error
+        if not isinstance(event, dict):
+            raise _Fault("malformed", content[:_DETAIL])
+        if "error" in event:
+            raise _Fault("server-error", event["error"])
+        meta, ids = event.get("meta_info"), event.get("output_ids")
+        if not isinstance(meta, dict) or not isinstance(ids, list):
+            raise _Fault("malformed", f"an event without meta_info or output_ids: {content[:80]!r}")
+        if meta.get("id") != self.request.id:
+            raise _Fault("wrong-request", f"sent as {self.request.id}, answered as {meta.get('id')}")
+        self._meta = meta
+        if new := self._new(ids):
+            if set(map(type, new)) != {int}:
+                raise _Fault("malformed", f"output_ids {new[:8]}")
+            self.tokens += new
+            self.arrivals.append((round(at, 3), len(new)))
+        reason = meta.get("finish_reason")
+        if isinstance(reason, dict):
+            self.finish, self.message = printable(reason.get("type"))[:_DETAIL], printable(reason.get("message", ""))
+        elif reason is not None:
+            self.finish = printable(reason)[:_DETAIL]
+
+    def _new(self, ids: list[Any]) -> list[Any]:
+        """The ids that had not come before."""
+        seen = len(self.tokens)
+        if not seen:
+            return ids
+        repeats = ids[:seen] == self.tokens
+        if self._cumulative is None:
+            # Where the ids allow both readings, that which is nearer to the claim.
+            claimed = self.count("completion_tokens") or len(ids)
+            self._cumulative = repeats and abs(len(ids) - claimed) <= abs(seen + len(ids) - claimed)
+        if not self._cumulative:
+            return ids
+        if not repeats:
+            raise _Fault("malformed", "ids that had been sent before have changed")
+        return ids[seen:]
+
+    def judge(self) -> None:
+        """Raise _Fault unless the answer is whole."""
+        count, asked = len(self.tokens), self.request.asked
+        prompt, claimed = self.count("prompt_tokens"), self.count("completion_tokens")
+        if self.finish is None:
+            if not self._events:
+                raise _Fault("no-tokens", "status 200 and nothing else")
+            raise _Fault("dropped", f"the stream ended after {count} of {asked} tokens without a finish reason")
+        if self.finish == "abort":
+            raise _Fault("aborted", self.message)
+        if prompt != self.request.prompt_tokens:
+            raise _Fault("wrong-prompt", f"{prompt} tokens of {self.request.prompt_tokens}")
+        if not count:
+            raise _Fault("no-tokens", f"0 of {asked} tokens came, {claimed} claimed")
+        if claimed != count:
+            raise _Fault("miscounted", f"{count} tokens came, {claimed} claimed, {asked} asked for")
+        if count != asked:
+            kind = "too-few-tokens" if count < asked else "too-many-tokens"
+            raise _Fault(kind, f"{count} of {asked} tokens, ended by {self.finish}")
+        if self.finish != "length":
+            raise _Fault("wrong-finish", self.finish)
+
+
+def session(timeout: float, stall: float) -> aiohttp.ClientSession:
+    """A session without limits on connections.
+
+    Args:
+        timeout: seconds that a whole request may take.
+        stall: seconds without a byte after which it is given up.
+    """
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=min(stall, 30.0), sock_read=stall),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
+        read_bufsize=_READ_BUFFER,
+        trust_env=False,
+    )
+
+
+async def ask(
+    http: aiohttp.ClientSession,
+    url: str,
+    request: Request,
+    pulse: Pulse,
+    epoch: float,
+    round_: int,
+    due: float | None = None,
+) -> Result:
+    """Send one request and read its answer to the end. Never raises for what a server does.
+
+    Args:
+        url: of ``/generate``.
+        epoch: seconds since 1970 when the performance counter was 0.
+        round_: of the cell.
+        due: when an open loop was to send it, on the performance counter; the clock runs from there, so that a generator that
+            is late does not hide waiting. None: now.
+    """
+    answer = _Answer(request)
+    fault: _Fault | None = None
+    called = time.perf_counter()
+    began = called if due is None else due
+    try:
+        async with http.post(url, data=request.body, headers=_HEADERS, allow_redirects=False) as response:
+            answer.status = response.status
+            if response.status != 200:
+                raise _Fault("http-status", f"{response.status}: {await _excerpt(response)}")
+            while data := await response.content.readany():
+                answer.take(data, (time.perf_counter() - began) * 1e3)
+            answer.take(b"\n", (time.perf_counter() - began) * 1e3)  # what stands behind the last line's end
+        answer.judge()
+    except _Fault as error:
+        fault = error
+    except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
+        fault = _Fault("refused", error)
+    except aiohttp.SocketTimeoutError:
+        fault = _Fault("stalled", f"after {len(answer.tokens)} of {request.asked} tokens")
+    except TimeoutError:
+        fault = _Fault("timeout", f"after {len(answer.tokens)} of {request.asked} tokens")
+    except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, OSError) as error:
+        came = f"after {len(answer.tokens)} of {request.asked} tokens"
+        fault = _Fault("dropped", f"{came}: {error or type(error).__name__}")
+    except aiohttp.ClientError as error:
+        fault = _Fault("malformed", f"{type(error).__name__}: {error}")
+    lag, busy = pulse.since(called)
+    return Result(
+        index=request.index,
+        round=round_,
+        sent=round(epoch + began, 6),
+        asked=request.asked,
+        prompt_tokens=request.prompt_tokens,
+        status=answer.status,
+        failure=fault.kind if fault else "",
+        detail=fault.detail if fault else "",
+        finish=answer.finish,
+        counted_prompt=answer.count("prompt_tokens"),
+        claimed=answer.count("completion_tokens"),
+        cached_tokens=answer.count("cached_tokens") or 0,
+        tokens=tuple(answer.tokens),
+        arrivals=tuple(answer.arrivals),
+        lag=round(lag * 1e3, 3),
+        busy=round(busy, 3),
+    )
+
+
+async def _excerpt(response: aiohttp.ClientResponse) -> str:
+    """The beginning of an error's body, if it comes."""
+    try:
+        return (await response.content.read(_DETAIL)).decode(errors="replace")
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        return "(no body)"

@@ -1,0 +1,210 @@
+"""Load on a server: many requests at once, by one process or several. Errors are failures of the request, and nothing is retried.
+
+A closed loop keeps so many requests in flight and sends the next when one has ended. An open loop sends at random times whatever the server does;
+there the clock of a request runs from when it was due, so that a busy client or server does not hide waiting (coordinated omission).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from kvtuner_search.bench import client
+from kvtuner_search.bench.client import Request, Result
+from kvtuner_search.bench.pulse import Pulse, uncollected
+from kvtuner_search.bench.record import Shape
+from kvtuner_search.bench.summary import elapsed as elapsed
+from kvtuner_search.bench.summary import summarise as summarise
+from kvtuner_search.bench.summary import violations as violations
+from kvtuner_search.errors import UsageError
+
+GIVE_UP: Final = 8  # failures in a row, in one process, after which the rest is not sent (two if nothing comes): a dead server is not asked for hours
+REQUESTS_A_WORKER: Final = 32  # in flight, above which another process helps
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive requests that are sent under one clock: the warm-up, or a round. The next block starts when all have been answered."""
+
+    first: int
+    last: int  # exclusive
+    round: int
+    due: tuple[float, ...] | None  # seconds after the start at which each is to be sent; None: closed loop
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to send its part of a cell."""
+
+    url: str  # of /generate
+    requests: tuple[Request, ...]  # warm-up first
+    timeout: float
+    stall: float
+    epoch: float  # seconds since 1970 when the performance counter was 0
+
+
+def run_cell(
+    url: str,
+    prompts: Sequence[Sequence[int]],
+    shape: Shape,
+    *,
+    concurrency: int,
+    rate: float | None = None,
+    warmup: int = 0,
+    rounds: int = 1,
+    timeout: float = 600.0,
+    stall: float = 120.0,
+    journal: Callable[[Result], None] | None = None,
+    advance: Callable[[], None] | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+) -> list[Result]:
+    """Send the requests of one cell and wait for all answers.
+
+    Args:
+        url: ``http://host:port``.
+        prompts: token ids, ``warmup + shape.requests`` of them, those of the warm-up first.
+        shape: how many requests are measured, and how many tokens each asks for.
+        concurrency: most requests in flight. An open loop that reaches it sends late, which counts as latency.
+        rate: requests a second of an open loop (Poisson arrivals); None: closed loop.
+        warmup: requests that are sent first and not returned; they open the connections that the others use.
+        rounds: the requests go out in so many equal blocks, each when the one before has been answered.
+        timeout: seconds that one request may take.
+        stall: seconds without a byte after which a request is given up.
+        journal: gets every result as it comes, the warm-up's too.
+        advance: called once for every measured request.
+        workers: processes; None: one, and more where concurrency is high and cores are there.
+        seed: of the arrival times of an open loop.
+
+    Returns:
+        One result for each measured request, in the order of ``prompts``.
+
+    Raises:
+        UsageError: if an argument cannot be used.
+        KVTunerError: if a process of the generator died.
+    """
+    count = shape.requests
+    if len(prompts) != warmup + count or not 1 <= rounds <= count or count % rounds or concurrency < 1:
+        raise UsageError(
+            f"{len(prompts)} prompts for {warmup} + {count} requests in {rounds} rounds, {concurrency} at a time: there must be one"
+            " prompt a request, and as many requests in each round"
+        )
+    if rate is not None and not 0 < rate < float("inf"):
+        raise UsageError(f"a rate of {rate} requests/s: give a positive number, or none for a closed loop")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"{url} is no URL of a server: write http://host:port")
+    name = secrets.token_hex(8)  # an answer to an earlier request with the same prompt must not pass for this one's
+    requests = tuple(
+        Request.of(index - warmup, f"{name}-{index}", prompt, shape.output_tokens)
+        for index, prompt in enumerate(prompts)
+    )
+    job = Job(url.rstrip("/") + "/generate", requests, timeout, stall, time.time() - time.perf_counter())
+    blocks = list(_blocks(count, warmup, rounds, rate, seed))
+    found: dict[int, Result] = {}
+
+    def emit(result: Result) -> None:
+        if journal is not None:
+            journal(result)
+        if not result.warmup:
+            found[result.index] = result
+            if advance is not None:
+                advance()
+
+    processes = min(workers or _workers(concurrency), concurrency)
+    with uncollected():
+        if processes == 1:
+            asyncio.run(_alone(job, blocks, concurrency, emit))
+        else:
+            from kvtuner_search.bench.workers import run_blocks
+
+            run_blocks(job, blocks, concurrency, processes, emit)
+    per_round = count // rounds
+    for request in requests[warmup:]:
+        if request.index not in found:
+            emit(_not_sent(request, request.index // per_round, job.epoch))
+    return [found[index] for index in range(count)]
+
+
+def _workers(concurrency: int) -> int:
+    """Processes for so many requests in flight, leaving most cores to a server on the same machine."""
+    return max(1, min(concurrency // REQUESTS_A_WORKER, len(os.sched_getaffinity(0)) // 4, 4))
+
+
+def _blocks(count: int, warmup: int, rounds: int, rate: float | None, seed: int) -> Iterator[Block]:
+    if warmup:
+        yield Block(0, warmup, 0, None)
+    source, size = random.Random(seed), count // rounds
+    for number in range(rounds):
+        first = warmup + number * size
+        due = None
+        if rate is not None:
+            due = tuple(itertools.accumulate(source.expovariate(rate) for _ in range(size)))
+        yield Block(first, first + size, number, due)
+
+
+async def _alone(job: Job, blocks: Sequence[Block], concurrency: int, emit: Callable[[Result], None]) -> None:
+    async with client.session(job.timeout, job.stall) as http:
+        sender = Sender(http, job, concurrency, emit)
+        for block in blocks:
+            await sender.send(block, partial(next, iter(range(block.first, block.last)), None))
+
+
+class Sender:
+    """One process's part of a cell.
+
+    Args:
+        http: session for all its requests.
+        job: the cell.
+        lanes: most requests in flight.
+        emit: gets every result as it comes.
+    """
+
+    def __init__(self, http: aiohttp.ClientSession, job: Job, lanes: int, emit: Callable[[Result], None]) -> None:
+        self._http, self._job, self._lanes, self._emit = http, job, lanes, emit
+        self._failures = 0  # in a row
+
+    async def send(self, block: Block, take: Callable[[], int | None]) -> None:
+        """Send requests as ``take`` gives their numbers until it gives None; nothing once too many have failed."""
+        start = time.perf_counter()
+        try:
+            async with Pulse() as pulse, asyncio.TaskGroup() as group:
+                for _ in range(min(self._lanes, block.last - block.first)):
+                    group.create_task(self._lane(block, take, pulse, start))
+        except BaseExceptionGroup as group_error:  # of ``emit``, e.g. a full disk; one is enough to say so
+            raise group_error.exceptions[0] from None
+
+    async def _lane(self, block: Block, take: Callable[[], int | None], pulse: Pulse, start: float) -> None:
+        job = self._job
+        while self._failures < GIVE_UP and (number := take()) is not None:
+            due = None
+            if block.due is not None:
+                due = start + block.due[number - block.first]
+                await asyncio.sleep(due - time.perf_counter())
+            result = await client.ask(self._http, job.url, job.requests[number], pulse, job.epoch, block.round, due)
+            cost = GIVE_UP // 2 if result.failure in ("stalled", "timeout") else 1  # each of these costs minutes
+            self._failures = 0 if result.whole else self._failures + cost
+            self._emit(result)
+
+
+def _not_sent(request: Request, round_: int, epoch: float) -> Result:
+    return Result(
+        index=request.index,
+        round=round_,
+        sent=round(epoch + time.perf_counter(), 6),
+        asked=request.asked,
+        prompt_tokens=request.prompt_tokens,
+        failure="not-sent",
+        detail="after too many failures in a row",
+    )

@@ -1,0 +1,192 @@
+"""What is served, read out of ``/server_info``, config.json and the profile: the parts of a record that describe a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvtuner_search.bench.floors import model_facts
+from kvtuner_search.bench.record import Cache, Model, Served
+from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.profile.schema import Profile
+from kvtuner_search.serving.model import served_config
+from kvtuner_search.serving.validate.client import ServerError
+from kvtuner_search.serving.validate.facts import Facts, resolve_dtype
+
+STOCK: Final = "16-bit"
+_PATHS: Final = ("/", "~", "./", "../")
+_RESERVED: Final = 4  # tokens of an answer beyond the longest prompt (managers/tp_worker.py and scheduler.py)
+_HALF: Final = ("auto", "bfloat16", "bf16", "float16", "fp16")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One server, as the record describes it."""
+
+    facts: Facts
+    served: Served
+    cache: Cache
+    model: Model
+    longest: int  # most tokens of prompt and answer together
+    devices: int  # that it uses, all copies of the model together
+    first_device: str  # of them, as nvidia-smi calls it
+
+
+def describe(
+    info: dict[str, Any],
+    url: str,
+    *,
+    model: str | None,
+    profile: Profile | None,
+    started: bool,
+    arguments: Sequence[str],
+) -> Target:
+    """Everything that the record says of a server.
+
+    Args:
+        info: ``/server_info``.
+        url: for messages.
+        model: folder or hub id with the config.json; None: the path that the server names.
+        profile: what it should serve; None: whatever it says.
+        started: by this run.
+        arguments: what it was started with.
+
+    Raises:
+        ServerError: if a field is missing.
+        UsageError: if the model's config.json or the stored bytes cannot be known.
+        NotComparableError: if a server with several ranks has another profile, whose stored bytes it does not tell.
+    """
+    facts = Facts.of(info, url)
+    overrides, revision = info.get("json_model_override_args"), info.get("revision")
+    try:
+        config = served_config(model or facts.model, revision, overrides)
+    except DataError as error:
+        if model is not None:
+            raise
+        raise UsageError(
+            f"{url} serves {facts.model}, whose config.json cannot be read here ({error}): name the model with --model-path"
+        ) from error
+    dtype = resolve_dtype(facts.dtype, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    facts_of_model = model_facts(
+        config,
+        name=_last(facts.model),
+        dtype=dtype,
+        quantization=facts.quantization,
+        dummy=info.get("load_format") == "dummy",
+    )
+    return Target(
+        facts=facts,
+        served=_served(info, facts, dtype, url, started, arguments),
+        cache=_cache(info, facts, profile, facts_of_model, dtype, url),
+        model=facts_of_model,
+        longest=_longest(info, config, url),
+        devices=facts.tensor_parallel * facts.pipeline_parallel * _copies(info, url),
+        first_device=first_device(info.get("base_gpu_id")),
+    )
+
+
+def public_arguments(arguments: Sequence[str]) -> list[str]:
+    """Server arguments with paths cut to their last part: a record names no machine's places."""
+    shown = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        shown.append(option + equals + (_last(value) if value.startswith(_PATHS) else value))
+    return shown
+
+
+def _last(path: str) -> str:
+    return Path(path).name or path
+
+
+def _served(
+    info: dict[str, Any], facts: Facts, dtype: str, url: str, started: bool, arguments: Sequence[str]
+) -> Served:
+    speculative = info.get("speculative_algorithm")
+    steps, drafts = (info.get(f"speculative_num_{name}") or 0 for name in ("steps", "draft_tokens"))
+    return Served(
+        version=facts.version,
+        arguments=public_arguments(arguments),
+        started=started,
+        attention_backend=facts.attention_backend,
+        dtype=dtype,
+        quantization=facts.quantization,
+        tensor_parallel=facts.tensor_parallel,
+        pipeline_parallel=facts.pipeline_parallel,
+        nodes=_whole(info, "nnodes", 1, url),
+        page_size=facts.page_size,
+        prefix_cache=facts.prefix_cache,
+        speculative=speculative,
+        # The greater of the two, because the floors must stay below what can be: a chain of n steps yields up to n + 1 tokens.
+        draft_tokens=max(1, drafts, steps + 1) if speculative else 1,
+        token_capacity=facts.tokens,
+        cache_gib=facts.cache_gib,
+    )
+
+
+def _cache(info: dict[str, Any], facts: Facts, profile: Profile | None, model: Model, dtype: str, url: str) -> Cache:
+    numbers = 2 * model.layers * model.kv_heads * model.head_dim  # that one token stores
+    if facts.profile_digest is None:
+        stored = info.get("kv_cache_dtype") or "auto"
+        if stored not in _HALF:
+            raise UsageError(
+                f"{url} stores its cache as {stored}: only 16-bit caches and profiles are recorded; start it without"
+                " --kv-cache-dtype"
+            )
+        bits = 32 if dtype == "float32" and stored == "auto" else 16
+        return Cache(profile=STOCK, digest=None, effective_bits=bits, bytes_per_token=numbers * bits // 8)
+    if profile is not None and profile.digest == facts.profile_digest:
+        return Cache(
+            profile=profile.name,
+            digest=profile.digest,
+            effective_bits=profile.storage.effective_bits,
+            bytes_per_token=profile.storage.bytes_per_token,
+        )
+    if facts.tensor_parallel * facts.pipeline_parallel > 1:
+        if profile is not None:
+            facts.check_profile(profile, url)
+        raise UsageError(
+            f"{url} serves profile {facts.profile_digest[:19]}… on several ranks and tells the bytes of the first only: name"
+            " that profile with --profile"
+        )
+    stored_bytes = _whole(info.get("kvtuner") or {}, "bytes_per_token", None, url)
+    return Cache(
+        profile=f"profile {facts.profile_digest[7:19]}",
+        digest=facts.profile_digest,
+        effective_bits=stored_bytes * 8 / numbers,
+        bytes_per_token=stored_bytes,
+    )
+
+
+def _copies(info: dict[str, Any], url: str) -> int:
+    """How many times the model is served, each with ranks of its own."""
+    return 1 if info.get("enable_dp_attention") else _whole(info, "dp_size", 1, url)
+
+
+def first_device(base: object) -> str:
+    """What ``nvidia-smi`` calls the first GPU of a server that inherits this process's environment.
+
+    Args:
+        base: the server's ``--base-gpu-id``.
+    """
+    index = base if type(base) is int else 0
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    return visible[index] if index < len(visible) else str(index)
+
+
+def _longest(info: dict[str, Any], config: dict[str, Any], url: str) -> int:
+    """Most tokens of a sequence. SGLang 0.5 keeps some of the context for itself, and says how many of a prompt are left."""
+    stated = info.get("max_req_input_len")
+    if type(stated) is int:
+        return stated + _RESERVED
+    context = info.get("context_length") or config.get("max_position_embeddings") or 2**31 - 1
+    return min(int(context), _whole(info, "max_total_num_tokens", None, url))
+
+
+def _whole(source: dict[str, Any], name: str, default: int | None, url: str) -> int:
+    value = source.get(name, default)
+    if type(value) is not int or value < 1:
+        raise ServerError(f"{url}/server_info says {name}={value!r}: expected is a whole number; is it SGLang 0.5?")
+    return value

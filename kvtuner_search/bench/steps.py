@@ -1,0 +1,22 @@
+"""Which cells of a preset a run measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtuner_search.bench.presets import PRESETS, Step
+from kvtuner_search.errors import UsageError
+
+
+def choose(preset: str, sections: Sequence[str] = ()) -> list[Step]:
+    """The cells of a preset, or those of some of its tables.
+
+    Raises:
+        UsageError: if there is no such preset, or nothing is left.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"there is no preset {preset!r}: choose from {', '.join(PRESETS)}")
+    steps = [step for step in PRESETS[preset] if not sections or step.section in sections]
+    if not steps:
+        raise UsageError(f"preset {preset} has no table {', '.join(sections)}: name another with --section or --preset")
+    return steps

@@ -1,0 +1,184 @@
+"""Figures of a cell from its raw results, and what in these results is no answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Final
+
+from kvtuner_search.bench.client import FAILURES, Result
+from kvtuner_search.bench.record import Cell, Section, Shape, Speed, Summary, Violation
+from kvtuner_search.errors import DataError
+
+BUSY_LIMIT: Final = 0.8  # share of a core; above it requests wait for the generator's loop more than now and then (queueing at 80 % load)
+LAG_SHARE: Final = 0.2  # of the median time to the first token, the shortest time that is measured
+LAG_FLOOR: Final = 5.0  # ms; the timer itself is late by one or two, and more where a server shares the cores
+LAG_SECONDS: Final = 0.5  # that a cell must take before lag says more than that some other process ran once
+CHANCE: Final = (
+    0.01  # of prompt tokens; beginnings of random prompts meet what other cells left in the cache, whole prompts do not
+)
+_ALIKE: Final = 16  # tokens; shorter answers can be the same by chance
+
+
+def measured(results: Sequence[Result]) -> list[Result]:
+    """Without the warm-up."""
+    return [result for result in results if not result.warmup]
+
+
+def elapsed(results: Sequence[Result]) -> float:
+    """Seconds from the first request sent to the last token received, each round by itself, so that pauses between rounds do not count.
+
+    Failures are left out, but for a round in which nothing succeeded it is 0.
+    """
+    spans: dict[int, tuple[float, float]] = {}
+    for result in measured(results):
+        if result.whole:
+            first, last = spans.get(result.round, (result.sent, 0.0))
+            spans[result.round] = min(first, result.sent), max(last, result.sent + result.latency / 1e3)
+    return sum(last - first for first, last in spans.values())
+
+
+def summarise(section: Section, shape: Shape, results: Sequence[Result], seconds: float | None = None) -> Cell:
+    """The cell of a record, floor left open. Only whole answers are samples; all others are failures by kind.
+
+    Args:
+        section: table of the cell.
+        shape: what was asked for; a request without a result counts as ``not-sent``.
+        results: of one attempt at the cell; the warm-up's are ignored.
+        seconds: that the cell took; None: ``elapsed(results)``.
+
+    Raises:
+        DataError: if there are more results than requests.
+    """
+    results = measured(results)
+    if len(results) > shape.requests:
+        raise DataError(f"{len(results)} results of {shape.requests} requests: the results of two attempts are mixed")
+    whole = [result for result in results if result.whole]
+    failures = Counter(result.failure for result in results if not result.whole)
+    if len(results) < shape.requests:
+        failures["not-sent"] += shape.requests - len(results)
+    return Cell(
+        section=section,
+        shape=shape,
+        succeeded=len(whole),
+        failures=dict(sorted(failures.items())),
+        finish_reasons=dict(sorted(Counter(result.finish for result in results if result.finish).items())),
+        prompt_tokens=sum(result.counted_prompt or 0 for result in whole),
+        returned_tokens=sum(len(result.tokens) for result in whole),
+        cached_tokens=sum(result.cached_tokens for result in whole),
+        speed=_speed(whole, elapsed(results) if seconds is None else seconds) if whole else None,
+        floor=None,
+    )
+
+
+def _speed(whole: Sequence[Result], seconds: float) -> Speed:
+    per_token = [value for result in whole if (value := result.per_token) is not None]
+    gaps = [gap for result in whole for gap in result.gaps]
+    seconds = max(seconds, 1e-9)
+    return Speed(
+        seconds=seconds,
+        ttft=summary([result.ttft for result in whole]),
+        per_token=summary(per_token) if per_token else None,
+        inter_token=summary(gaps) if gaps else None,
+        latency=summary([result.latency for result in whole]),
+        requests_per_second=len(whole) / seconds,
+        input_tokens_per_second=sum(result.counted_prompt or 0 for result in whole) / seconds,
+        output_tokens_per_second=sum(len(result.tokens) for result in whole) / seconds,
+        client_lag=median(result.lag for result in whole),
+        client_busy=_busy(whole),
+    )
+
+
+def _busy(whole: Sequence[Result]) -> float:
+    total = sum(result.latency for result in whole)
+    return sum(result.busy * result.latency for result in whole) / total if total else 0.0
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Percentiles by linear interpolation between order statistics (numpy's default)."""
+    import numpy
+
+    p50, p90, p99 = (float(value) for value in numpy.percentile(values, (50, 90, 99)))
+    return Summary(
+        samples=len(values), mean=fmean(values), minimum=min(values), p50=p50, p90=p90, p99=p99, maximum=max(values)
+    )
+
+
+def violations(where: str, results: Sequence[Result]) -> list[Violation]:
+    """One for each kind of failure, and for answers that are whole but cannot be believed.
+
+    Besides the kinds in ``client.FAILURES`` the rules are ``cached``, ``same-answer``, ``not-streamed`` and ``client-bound``.
+
+    Args:
+        where: section and cell, e.g. ``cell.title``.
+        results: of one cell; the warm-up's are ignored.
+    """
+    results = measured(results)
+    whole = [result for result in results if result.whole]
+    found = []
+    for kind, count in sorted(Counter(result.failure for result in results if not result.whole).items()):
+        example = next(result.detail for result in results if result.failure == kind)
+        reason = f"{FAILURES.get(kind, 'unknown kind')}; e.g. {example}"
+        found.append(_violation(kind, where, f"{count} of {len(results)} requests", reason))
+    if whole:
+        checks = (_cached, _same_answer, _not_streamed, _client_bound)
+        found += [one for check in checks if (one := check(where, whole)) is not None]
+    return found
+
+
+def _violation(rule: str, where: str, figure: str, reason: str) -> Violation:
+    return Violation(rule=rule, where=where, figure=figure, reason=reason)
+
+
+def _cached(where: str, whole: Sequence[Result]) -> Violation | None:
+    """Prompts of a cell share no prefix, so more than chance hits means that prompts were seen before."""
+    cached, sent = sum(result.cached_tokens for result in whole), sum(result.prompt_tokens for result in whole)
+    if cached <= CHANCE * sent:
+        return None
+    return _violation(
+        "cached",
+        where,
+        f"{cached} of {sent} prompt tokens",
+        "the prefix cache had them although all prompts are random and begin differently: it was not flushed since they were last sent,"
+        " so the time to the first token is not that of these prompts",
+    )
+
+
+def _same_answer(where: str, whole: Sequence[Result]) -> Violation | None:
+    answers = [result.tokens for result in whole]
+    if len(answers) < 2 or len(answers[0]) < _ALIKE or len(set(answers[0])) == 1 or len(set(answers)) > 1:
+        return None  # one token over and over is what random weights answer to anything
+    return _violation(
+        "same-answer",
+        where,
+        f"{len(answers)} prompts, 1 answer",
+        f"all random prompts got the same {len(answers[0])} tokens: they are canned, or of another prompt",
+    )
+
+
+def _not_streamed(where: str, whole: Sequence[Result]) -> Violation | None:
+    late = sum(len(result.tokens) > 1 and len(result.arrivals) == 1 for result in whole)
+    if late * 2 <= len(whole):
+        return None
+    return _violation(
+        "not-streamed",
+        where,
+        f"{late} of {len(whole)} answers in one piece",
+        "the first token came with the last, so the time to the first token is the latency: the server does not stream, a proxy collects,"
+        " or --stream-interval is too long",
+    )
+
+
+def _client_bound(where: str, whole: Sequence[Result]) -> Violation | None:
+    busy, lag, ttft = _busy(whole), median(result.lag for result in whole), median(result.ttft for result in whole)
+    limit = max(LAG_FLOOR, LAG_SHARE * ttft)
+    if elapsed(whole) < LAG_SECONDS or (busy <= BUSY_LIMIT and lag <= limit):
+        return None
+    return _violation(
+        "client-bound",
+        where,
+        f"generator {busy:.0%} of a core, {lag:.3g} ms late",
+        f"the load generator was the bottleneck (limits: {BUSY_LIMIT:.0%} of a core, and {limit:.3g} ms where the median time to the first"
+        f" token is {ttft:.4g} ms): it needs more processes, or cores that the server does not use",
+    )

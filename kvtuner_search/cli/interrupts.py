@@ -1,0 +1,27 @@
+"""Signals that end a command."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def kill_as_interrupt() -> Iterator[None]:
+    """Inside the block a polite kill does what Ctrl-C does: servers are stopped, answers are kept.
+
+    It raises by itself instead of passing SIGINT on, which a shell sets to be ignored for what it runs in the background. A signal
+    that is ignored on purpose, as ``nohup`` does with SIGHUP, stays so.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
