@@ -22,7 +22,7 @@ from kvtuner_kernels.decode import decode, decode_constants, merge_constants, me
 from kvtuner_kernels.decode_kernel import decode_kernel
 from kvtuner_kernels.extend import extend, extend_constants, extend_kernel
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_kernels.quantize import store, store_constants, store_kernel
+from kvtuner_kernels.quantize import STORE_WARPS, store, store_constants, store_kernel
 from kvtuner_kernels.reference import Centres, attend, unpack_rows
 from kvtuner_kernels.tuning import HOPPER_SHARED, decode_launch, extend_launch
 
@@ -70,7 +70,9 @@ def variants(
     launch = decode_launch(spec, heads, group, head_dim, shared)
     centres = {f"{name}_centre": None for name, side in (("key", spec.key), ("value", spec.value)) if not side.centred}
     result = [
-        Variant("store", store_kernel, {**store_constants(spec, heads, head_dim), **centres}, {"num_warps": 4}),
+        Variant(
+            "store", store_kernel, {**store_constants(spec, heads, head_dim), **centres}, {"num_warps": STORE_WARPS}
+        ),
         Variant(
             "decode",
             decode_kernel,

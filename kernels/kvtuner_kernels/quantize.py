@@ -18,7 +18,8 @@ from kvtuner_kernels.operands import Side, butterflies, check_centre, check_rows
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
 
-TILE = 2048  # channels a program: 16 a thread, so that a decode step of 64 tokens still spreads over the chip
+TILE = 2048  # channels a program, so that a decode step of 64 tokens still spreads over the chip
+STORE_WARPS = 2  # on an H200 3 to 10 % faster for 8,192 tokens than 4, and as fast for 64
 ROUND = tl.constexpr(
     12582912.0
 )  # 1.5 * 2**23: adding and subtracting it rounds a small fp32 to an integer, ties to even
@@ -163,7 +164,7 @@ def store(
     constants = store_constants(spec, heads, head_dim)
     store_kernel[(triton.cdiv(tokens * heads, constants["TILE_ROWS"]), 2)](
         key, value, centres.key, centres.value, slots, rows, tokens * heads, rows.stride(0),
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1), **constants, num_warps=4,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), **constants, num_warps=STORE_WARPS,
     )  # fmt: skip
 
 

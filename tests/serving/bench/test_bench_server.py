@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from kvtuner_search.bench.presets import PRESETS
 from kvtuner_search.bench.record import SECTIONS, Record
 
 FLAGS = [flag for flag in COMMON if flag not in ("--host", "127.0.0.1")]
-LIMIT = 240  # seconds that the whole `quick` run may take, the start of the server included
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,14 +27,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def folder(mixed_profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one `quick` run left, the server started by it and serving a mixed profile."""
     path = tmp_path_factory.mktemp("bench") / "run"
-    began = time.monotonic()
     done = bench(
         "--profile", str(mixed_profile), "--model-path", "reference", "--preset", "quick", "--folder", str(path),
         "--slo", "success=1,memory=0.9", "--json", "--", *FLAGS,
     )  # fmt: skip
-    taken = time.monotonic() - began
     assert done.returncode == 0, done.stderr + done.stdout
-    assert taken < LIMIT, f"{taken:.0f} s:\n{done.stderr}"
     found: dict[str, Any] = json.loads(done.stdout)
     assert found == json.loads((path / "record.json").read_text())
     return path
@@ -95,8 +90,9 @@ def test_a_stock_server_that_is_pointed_at_is_measured_too(tmp_path: Path) -> No
     with running(tmp_path / "server") as server:
         url = f"http://127.0.0.1:{server.ports[0]}"
         done = bench(
-            "--url", url, "--folder", str(tmp_path / "run"), "--section", "ttft", "--section", "memory", "--quiet"
-        )
+            "--url", url, "--folder", str(tmp_path / "run"), "--quiet", "--cross-check",
+            "--section", "ttft", "--section", "memory", "--section", "throughput",
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr + done.stdout
         assert (
             server.info()["max_total_num_tokens"] == files.read(tmp_path / "run" / "record.json").served.token_capacity
@@ -107,3 +103,6 @@ def test_a_stock_server_that_is_pointed_at_is_measured_too(tmp_path: Path) -> No
     assert not record.served.started
     assert [check.name for check in record.correctness] == ["profile", "answers", "likelihood"], "no metrics, no totals"
     assert record.scrapes == []
+    # SGLang's own client saw the same requests: how the figures compare depends on the machine, that there are any does not.
+    assert {"requests_per_second", "latency_mean"} <= set(record.cross_check), record.cross_check
+    assert all(ratio > 0 for ratio in record.cross_check.values())
