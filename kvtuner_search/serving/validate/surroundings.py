@@ -39,8 +39,9 @@ def server_versions(python: str) -> dict[str, str]:
         done = subprocess.run([python, "-c", _ASK, *PACKAGES], capture_output=True, text=True, timeout=60, check=True)
         found: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
+        reason = f"it ended with {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else str(error)
         raise UsageError(
-            f"{python} cannot be run ({error}): name the SGLang environment's Python with --server-python"
+            f"{python} cannot be run as a Python ({reason}): name the SGLang environment's with --server-python"
         ) from error
     if "sglang" not in found:
         raise UsageError(
