@@ -16,7 +16,7 @@ import pytest
 from fake_sglang import CAPACITY, Fake
 
 from kvtuner_search.cli.main import run
-from kvtuner_search.profile.canonical import load
+from kvtuner_search.profile.canonical import load, save, seal
 
 ROOT = Path(__file__).parents[3]
 PROFILE = ROOT / "profiles" / "reference" / "reference-4.00bit.json"
@@ -30,11 +30,11 @@ Start = Callable[..., Fake]
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The profile with its transforms, where it may be written to."""
-    for suffix in (".json", ".safetensors"):
-        (tmp_path / f"p{suffix}").write_bytes(PROFILE.with_suffix(suffix).read_bytes())
-    content = json.loads((tmp_path / "p.json").read_text())
-    (tmp_path / "p.safetensors").rename(tmp_path / content["transforms"]["file"])
+    """The profile with its transforms and without a validation, where it may be written to."""
+    profile = load(PROFILE)
+    assert profile.transforms is not None
+    (tmp_path / profile.transforms.file).write_bytes(PROFILE.with_suffix(".safetensors").read_bytes())
+    save(seal(profile.model_dump(mode="json", exclude={"digest", "validation"})), tmp_path / "p.json")
     return tmp_path / "p.json"
 
 
@@ -59,6 +59,7 @@ def test_two_servers_are_started_measured_and_written_into_the_profile(
     copied: Path, tmp_path: Path, server_python: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = load(copied)
+    save(before, tmp_path / "before.json")
     assert validate(copied, tmp_path / "run", "--server-python", server_python, "--write", "--json") == 0
     block = json.loads(capsys.readouterr().out)
     assert block == block_of(tmp_path / "run")
@@ -80,7 +81,7 @@ def test_two_servers_are_started_measured_and_written_into_the_profile(
     assert after.digest != before.digest
     assert after.validation is not None
     assert after.validation.profile_digest == before.digest
-    assert run(["diff", str(PROFILE), str(copied)]) == 0
+    assert run(["diff", str(tmp_path / "before.json"), str(copied)]) == 0
     assert run(["check", str(copied)]) == 0
     capsys.readouterr()
     assert run(["show", str(copied)]) == 0
