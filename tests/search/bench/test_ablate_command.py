@@ -205,22 +205,6 @@ def test_a_record_that_is_no_result_gives_no_speed() -> None:
     assert "below-floor" in found.reason
 
 
-@pytest.fixture(scope="session")
-def fake_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter whose ``-m sglang.launch_server`` is the truthful fake server."""
-    site = tmp_path_factory.mktemp("environment")
-    (site / "sglang").mkdir()
-    (site / "sglang" / "__init__.py").write_text("")
-    (site / "sglang" / "launch_server.py").write_bytes((Path(__file__).parent / "fake_server.py").read_bytes())
-    metadata = site / "sglang-0.5.14.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.14\n")
-    python = site / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={site}:$PYTHONPATH exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    return str(python)
-
-
 def test_rows_are_served_gated_and_measured_again_after_a_failure(
     tmp_path: Path, fake_python: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,8 +18,8 @@ from kvtuner_search.cli.main import run
 from kvtuner_search.report.bench_html import report
 from kvtuner_search.report.bench_tables import runs, share
 from tests.search.bench import record_factory as made
+from tests.search.report.html_page import Page
 
-VOID = {"meta", "link", "br", "img", "hr", "input"}
 EVIL = "<script>alert('x')</script>&\"\x1b[31m"
 
 
@@ -47,42 +46,6 @@ def seed() -> SeedReport:
         },
         "a test",
     )  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Checks nesting and collects attributes, text and rows."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text: list[str] = []
-        self.rows: list[list[str]] = []
-        self.feed(content)
-        self.close()
-        assert self.open == [], f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-            if {"td", "th"} & set(self.open):
-                self.rows[-1][-1] += data
 
 
 def drawings(content: str) -> dict[str, ElementTree.Element]:
