@@ -1,4 +1,4 @@
-"""Compile kernels ahead of time, without a GPU, and read what they take; compile on a GPU before the first request.
+"""Compile kernels ahead of time, without a GPU, and read what they take.
 
 Needs the ``cuobjdump`` that Triton's package carries.
 """
@@ -8,26 +8,22 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvtuner_kernels.decode import decode, decode_constants, merge_constants, merge_kernel
+from kvtuner_kernels.decode import decode_constants, merge_constants, merge_kernel
 from kvtuner_kernels.decode_kernel import decode_kernel
-from kvtuner_kernels.extend import extend, extend_constants, extend_kernel
+from kvtuner_kernels.extend import extend_constants, extend_kernel
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_kernels.quantize import STORE_WARPS, store, store_constants, store_kernel
-from kvtuner_kernels.reference import Centres, attend, unpack_rows
+from kvtuner_kernels.quantize import STORE_WARPS, store_constants, store_kernel
 from kvtuner_kernels.tuning import HOPPER_SHARED, decode_launch, extend_launch
 
 CAPABILITIES: Final = (80, 89, 90, 100)  # A100; RTX 4090 and L40S; H100 and H200; B200
-WARM_UP_TOLERANCE: Final = 0.02  # several times what rounding costs, far below what a wrong order of tokens does
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _POINTERS: Final = {
     "rows": "*u8", "slots": "*i64", "kv_indptr": "*i32", "kv_indices": "*i64", "qo_indptr": "*i32", "mask_indptr": "*i64",
@@ -122,58 +118,3 @@ def compile_variant(variant: Variant, capability: int, dtype: torch.dtype = torc
         text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, _RESOURCES.search(text).groups())  # type: ignore[union-attr]
     return Resources(registers, stack, compiled.metadata.shared)
-
-
-class KernelError(RuntimeError):
-    """A compiled kernel gives wrong results."""
-
-
-def warm_up(
-    layers: Iterable[LayerSpec], heads: int, group: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Run each kernel once for every distinct spec, on rows of this call's own. Returns the number of specs.
-
-    Decode and extend are compared with the reference: decode relies on how this version of Triton lays a tile over
-    registers, which no interpreter sees. The rows lie densely; a pool with another distance between rows compiles again.
-
-    Raises:
-        KernelError: if a kernel differs from the reference.
-    """
-    distinct = set(layers)
-    generator = torch.Generator().manual_seed(0)
-    key, value = torch.randn(2, 64, heads, head_dim, generator=generator).to(device, dtype)
-    query = torch.randn(64, heads * group, head_dim, generator=generator).to(device, dtype)
-    slots = torch.arange(64, dtype=torch.int64, device=device)
-    for spec in distinct:
-        centres = Centres(
-            *(torch.zeros(heads, head_dim, device=device) if side.centred else None for side in (spec.key, spec.value))
-        )
-        rows = torch.zeros(64, spec.bytes_per_token(heads, head_dim), dtype=torch.uint8, device=device)
-        store(key, value, rows, slots, spec, centres)
-        for batch in (1, 64):  # the merge differs
-            indptr = torch.linspace(0, 64, batch + 1, device=device).to(torch.int32)
-            out = decode(query[:batch], rows, spec, heads, indptr, slots, centres=centres)
-            if batch == 1:
-                _compare("decode", out, query[:1], rows, spec, heads, centres)
-        chunk_key, chunk_value = (side.to(dtype) for side in unpack_rows(rows, spec, heads, head_dim, centres, dtype))
-        start = torch.tensor([0, 1], dtype=torch.int32, device=device)
-        for new in (1, 16, 64):  # tiles differ
-            out = extend(
-                query[:new], chunk_key[:new], chunk_value[:new], rows, spec, heads, start * new, start * 64, slots, new,
-                centres=centres,
-            )  # fmt: skip
-            _compare(f"extend by {new}", out, query[:new], torch.cat([rows, rows[:new]]), spec, heads, centres)
-    return len(distinct)
-
-
-def _compare(
-    name: str, out: Tensor, query: Tensor, rows: Tensor, spec: LayerSpec, heads: int, centres: Centres
-) -> None:
-    """Raise KernelError if ``out`` is not the attention of ``query``, the last tokens of ``rows``."""
-    expected = attend(query, rows, spec, heads, centres)
-    error = float((out.float() - expected).norm() / expected.norm())
-    if not error < WARM_UP_TOLERANCE:
-        raise KernelError(
-            f"{name} of {spec} with {heads} KV heads of {query.shape[-1]} is off by {error:.1e} from the reference on"
-            f" {out.device} (triton {triton.__version__}): do not serve with this combination; report it with these versions"
-        )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -176,7 +177,7 @@ def about(machine: Machine) -> dict[str, Any]:
         "device": machine.device,
     }
     if machine.device == "cuda":
-        found["gpus"] = nvidia_smi("name,driver_version")
+        found["gpus"] = nvidia_smi("gpu=name,driver_version")
     return found
 
 
@@ -188,16 +189,20 @@ def _version(name: str) -> str | None:
 
 
 def nvidia_smi(query: str) -> list[str]:
-    """One line a GPU."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    """The answer's lines."""
+    command = ["nvidia-smi", f"--query-{query}", "--format=csv,noheader,nounits"]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip().splitlines()
 
 
-def gpu_memory_used() -> int:
-    """MiB in use on all GPUs together."""
-    return sum(int(line) for line in nvidia_smi("memory.used"))
+def gpu_memory_used(processes: Collection[int]) -> tuple[int, str]:
+    """MiB in use on all GPUs together, and by whom: these processes, or all where the driver does not tell them apart."""
+    rows = [line.split(", ") for line in nvidia_smi("compute-apps=pid,used_memory")]
+    held = [used for pid, used in rows if int(pid) in processes]
+    if held and all(used.isdigit() for used in held):
+        return sum(map(int, held)), "the server's GPU memory"
+    return sum(map(int, nvidia_smi("gpu=memory.used"))), "memory of all GPUs"
 
 
 def count_gpus() -> int:
     """GPUs of this machine."""
-    return len(nvidia_smi("name"))
+    return len(nvidia_smi("gpu=name"))

@@ -135,9 +135,9 @@ class Stress:
         cut = max(1, round(WARM * len(requests)))
         server.flush()
         first = send(server.url, requests[:cut], CONCURRENCY, 0.7 * seconds)
-        before = self._memory(server)
+        before, _ = self._memory(server)
         rest = send(server.url, requests[cut:], CONCURRENCY, max(1.0, 0.8 * (deadline - time.monotonic())))
-        after = self._memory(server)
+        after, where = self._memory(server)
         outcomes = [*first.outcomes, *rest.outcomes]
         used = self._used(server)
         chosen = [i for i in sampled(requests, self.sizes.sample) if outcomes[i].tokens]
@@ -149,17 +149,17 @@ class Stress:
             "failed": len(errors), "errors": errors[:5], "seconds": first.seconds + rest.seconds,
             "tokens_in": sum(len(r.prompt) for r, o in zip(requests, outcomes, strict=True) if not o.cut),
             "tokens_out": first.returned + rest.returned, "cached": sum(one.cached for one in outcomes),
-            "retracted": retractions(server.log()), "used_after_flush": used, "memory_mib": [before, after],
+            "retracted": retractions(server.log()), "used_after_flush": used, "memory_mib": [before, after], "memory_of": where,
             "agreement": agreement([outcomes[i] for i in chosen], alone),
         }  # fmt: skip
 
-    def _memory(self, server: Server) -> int:
-        """MiB: of all GPUs, or on the CPU of the server's processes."""
+    def _memory(self, server: Server) -> tuple[int, str]:
+        """MiB in use, and what was looked at."""
         self._used(server)
+        processes = psutil.Process(server.launchers[0].pid).children(recursive=True)
         if self.machine.device == "cuda":
-            return gpu_memory_used()
-        launcher = psutil.Process(server.launchers[0].pid)
-        return int(sum(process.memory_info().rss for process in launcher.children(recursive=True))) >> 20
+            return gpu_memory_used({process.pid for process in processes})
+        return int(sum(process.memory_info().rss for process in processes)) >> 20, "the server's memory"
 
     def _used(self, server: Server) -> int:
         """Slots in use once all requests have ended and the prefix cache is empty; waits for aborted ones to end."""
@@ -178,7 +178,6 @@ class Stress:
         if one is None:
             return []
         same, (before, after) = one["agreement"], one["memory_mib"]
-        where = "GPU memory" if self.machine.device == "cuda" else "memory"
         text = f"{one['finished']} finished, {one['aborted']} aborted of {one['requests']} in {one['seconds']:.0f} s"
         return [
             Record(part, "requests", f"{text}; {one['tokens_in']:,} tokens in, {one['cached']:,} cached, {one['tokens_out']:,} out"),
@@ -186,7 +185,7 @@ class Stress:
             check(part, "unfinished when time was up", not one["cut"], str(one["cut"]), "none"),
             check(part, "retractions", one["retracted"] > 0, str(one["retracted"]), "some"),
             check(part, "slots in use after a flush", one["used_after_flush"] == 0, str(one["used_after_flush"]), "0"),
-            check(part, f"{where} grown since a fifth of the requests", after - before <= DRIFT, f"{after - before} MiB (of {before})", f"{DRIFT} MiB or less"),
+            check(part, f"{one['memory_of']}: grown since a fifth of the requests", after - before <= DRIFT, f"{after - before} MiB (of {before})", f"{DRIFT} MiB or less"),
             check(part, "same answers alone, in deterministic mode", same["equal"] == same["compared"] > 0, f"{same['equal']} of {same['compared']}", "all"),
         ]  # fmt: skip
 

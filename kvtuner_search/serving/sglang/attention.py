@@ -12,16 +12,17 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
-from kvtuner_kernels.compilation import KernelError, warm_up
 from kvtuner_kernels.decode import Workspace, decode, decode_parts
 from kvtuner_kernels.extend import extend
-from kvtuner_kernels.quantize import store
 from kvtuner_kernels.reference import attend
 from kvtuner_kernels.tuning import decode_launch, multiprocessors, shared_memory
+from kvtuner_kernels.warm_up import KernelError, Use, warm_up
 from kvtuner_search.errors import ServingError
 from kvtuner_search.serving.sglang.pool import LayerStorage, PackedPool
+from kvtuner_search.serving.sglang.prefill import PrefillAttention, prefill_attention
 
 
 class PackedTorchBackend(TorchNativeAttnBackend):
@@ -94,21 +95,38 @@ class PackedTritonBackend(TritonAttnBackend):
         self._layer: LayerStorage | None = None
         self._workspaces: list[Workspace] = []  # earlier ones stay: captured graphs write to them
         self._capacity = 0  # requests that the last workspace is enough for
+        self._prefill = self._prefill_attention()
+        self._planned: Any = None  # extend_seq_lens_cpu of the batch that FlashInfer is prepared for
+        self._by_flashinfer = False  # the layer that runs belongs to it
         self._warm_up()
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """As the parent's; and prompts for which it pays are planned for FlashInfer."""
+        super().init_forward_metadata(forward_batch)
+        self._planned = None
+        if self._prefill is not None and forward_batch.forward_mode == ForwardMode.EXTEND:
+            lengths, prefixes = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
+            if lengths is not None and prefixes is not None and self._prefill.plan(list(lengths), list(prefixes)):
+                self._planned = lengths
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *arguments: Any, **named: Any) -> None:
         """As the parent's, and the space for partial results, which must not move once a graph is captured."""
         super().init_cuda_graph_state(max_bs, max_num_tokens, *arguments, **named)
         self._workspace(max_num_tokens)
 
-    def forward_extend(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, *arguments: Any, **named: Any) -> Tensor:
+    def forward_extend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *arguments: Any, **named: Any
+    ) -> Tensor:
         """As the parent's, over packed rows."""
         self._select(layer)
+        # A graph of prefill comes with a copy of the batch that was planned, which has its lists; one that is being captured is for all batches.
+        planned = self._planned is not None and self._planned is forward_batch.extend_seq_lens_cpu
+        self._by_flashinfer = planned and not torch.cuda.is_current_stream_capturing()
         if k is None:
             raise NotImplementedError(
                 f"layer {layer.layer_id} shares another layer's keys: this model is not supported"
             )
-        return super().forward_extend(q, k, v, layer, *arguments, **named)
+        return super().forward_extend(q, k, v, layer, forward_batch, *arguments, **named)
 
     def forward_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, *arguments: Any, **named: Any) -> Tensor:
         """As the parent's, over packed rows."""
@@ -145,6 +163,10 @@ class PackedTritonBackend(TritonAttnBackend):
         """SGLang's ``extend_attention_fwd``: the chunk unquantized, its prefix from the pool."""
         _check_extras(sinks, xai_temperature_len)
         assert self._layer is not None
+        prefill = self._prefill if self._by_flashinfer and custom_mask is None and is_causal else None
+        if prefill is not None and prefill.takes(sm_scale, logit_cap, sliding_window_size):
+            prefill.run(q, k, v, o, kv_indices, self._layer)
+            return
         spec, centres, rows = self._layer
         extend(
             q, k, v, rows, spec, self.token_to_kv_pool.head_num, qo_indptr, kv_indptr, kv_indices, max_len_extend, o,
@@ -195,52 +217,36 @@ class PackedTritonBackend(TritonAttnBackend):
         """Splits of each request, or of the whole batch; ``programs`` is how many a multiprocessor takes."""
         return self.max_kv_splits if self.batch_invariant else multiprocessors(device) * programs
 
+    def _prefill_attention(self) -> PrefillAttention | None:
+        """FlashInfer for prompts; None if the packed kernels attend to them: they alone read a batch in one order, or as stored."""
+        pool = self.token_to_kv_pool
+        device = pool.k_buffer[0].device
+        if device.type != "cuda" or self.enable_deterministic:
+            return None
+        capability = torch.cuda.get_device_capability(device)
+        return prefill_attention(self.num_head, self.num_kv_head, pool.head_dim, pool.model_dtype, device, capability)
+
     def _warm_up(self) -> None:
-        """Compile every kernel that this model takes, by running it on the padding slot, before graphs are captured.
+        """Compile every kernel that this model takes, before graphs are captured.
 
         A soft cap or a window is part of a kernel: those variants are compiled by the passes that SGLang runs before it captures.
 
         Raises:
             ServingError: if a kernel's results are wrong on this GPU.
         """
-        pool, group = self.token_to_kv_pool, self.num_head // self.num_kv_head
-        device = pool.k_buffer[0].device
-        if device.type == "cuda":  # the interpreter's results have tests
-            try:
-                warm_up(pool.specs, pool.head_num, group, pool.head_dim, pool.model_dtype, device)
-            except KernelError as error:
-                raise ServingError(str(error)) from error
+        pool, device = self.token_to_kv_pool, self.token_to_kv_pool.k_buffer[0].device
+        if device.type != "cuda":  # the interpreter compiles nothing, and its results have tests
+            return
         # The merge of partial results has one form for few requests and another from a twelfth of all partial results on.
-        batches = (1, self._splits(device, 2) * 4 // 12 + 1)
-        # A tile of prompts holds 16, 64 or 128 query heads of one group.
-        chunks = (1, -(-17 // group), -(-65 // group))
-        query = torch.zeros(max(*batches, *chunks), self.num_head, pool.head_dim, dtype=pool.model_dtype, device=device)
-        key = torch.zeros(len(query), pool.head_num, pool.head_dim, dtype=pool.model_dtype, device=device)
-        slots = torch.zeros(len(query), dtype=torch.int64, device=device)
-        one = torch.arange(2, dtype=torch.int32, device=device)
-        ends = torch.arange(len(query) + 1, dtype=torch.int32, device=device)
-        splits = torch.ones(len(query), dtype=torch.int32, device=device)
-        scale, out = pool.head_dim**-0.5, torch.empty_like(query)
-        for layer in {storage.spec: storage for storage in pool.layers}.values():
-            self._layer = layer
-            store(key[:1], key[:1], layer.rows, slots[:1], layer.spec, layer.centres)
-            for n in batches:
-                self._decode(
-                    query[:n], slots, slots, out[:n], ends[: n + 1], slots, slots, slots, splits[:n], self.max_kv_splits,
-                    scale,
-                )  # fmt: skip
-            for n in chunks:
-                starts = one.long() * n
-                if self.enable_deterministic:
-                    self._extend_unified(
-                        query[:n], out[:n], slots, slots, 1.0, 1.0, starts, starts, slots, slots, n, sm_scale=scale
-                    )
-                else:
-                    self._extend(
-                        query[:n], key[:n], key[:n], out[:n], slots, slots, starts, one, slots, None, True, None, n,
-                        sm_scale=scale,
-                    )  # fmt: skip
-            layer.rows[0].zero_()
+        use = Use(
+            pool.head_num, self.num_head // self.num_kv_head, pool.head_dim, pool.model_dtype,
+            batches=(1, self._splits(device, 2) * 4 // 12 + 1), as_stored=self.enable_deterministic,
+            splits=self.max_kv_splits if self.batch_invariant else 0,
+        )  # fmt: skip
+        try:
+            warm_up(pool.specs, use, device)
+        except KernelError as error:
+            raise ServingError(str(error)) from error
 
 
 def _window(sliding_window_size: int, custom_mask: Tensor | None) -> int:

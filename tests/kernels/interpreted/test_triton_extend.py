@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 
-from kvtuner_kernels import compilation
 from kvtuner_kernels import extend as extend_module
-from kvtuner_kernels.compilation import warm_up
 from kvtuner_kernels.extend import extend
 from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.reference import Centres, pack_rows, unpack_rows
@@ -183,24 +181,3 @@ def test_half_a_chunk_is_refused() -> None:
     start = torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(LayoutError, match="both of key and value"):
         extend(torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), None, rows, PLAIN, 1, start, start, torch.arange(1), 1)
-
-
-def test_warm_up_covers_every_distinct_layer() -> None:
-    layers = [PLAIN, PLAIN, LayerSpec(RAW, TensorSpec(2, 64, centred=True))]
-    assert warm_up(layers, 1, 2, 64, torch.float16, torch.device("cpu")) == 2
-
-
-@pytest.mark.parametrize(("name", "said"), [("decode", "decode"), ("extend", "extend by 1")])
-def test_warm_up_refuses_a_kernel_that_differs_from_the_reference(
-    monkeypatch: pytest.MonkeyPatch, name: str, said: str
-) -> None:
-    kernel = getattr(compilation, name)
-
-    def swapped(*arguments, **options):  # type: ignore[no-untyped-def]
-        return kernel(*arguments, **options).flip(-1)
-
-    monkeypatch.setattr(compilation, name, swapped)
-    with pytest.raises(
-        compilation.KernelError, match=rf"{said} of 4-g64-asym/4-g64-asym with 1 KV heads of 64 is off by"
-    ):
-        warm_up([LayerSpec.parse("4-g64-asym/4-g64-asym")], 1, 2, 64, torch.float16, torch.device("cpu"))

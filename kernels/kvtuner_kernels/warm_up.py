@@ -1,0 +1,129 @@
+"""Compile every kernel that serving takes before the first request, on several threads, and compare each with the reference.
+
+A profile of a dozen different layers is a hundred compilations of about a second. Triton compiles outside of Python's lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+from torch import Tensor
+
+from kvtuner_kernels.decode import decode
+from kvtuner_kernels.extend import extend
+from kvtuner_kernels.gather import gather
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.quantize import store
+from kvtuner_kernels.reference import Centres, attend, unpack_rows
+
+TOLERANCE: Final = 0.02  # several times what rounding costs, far below what a wrong order of tokens does
+PREFIX: Final = 96  # tokens, more than a chunk has
+THREADS: Final = 16  # at most
+
+
+class KernelError(RuntimeError):
+    """A compiled kernel gives wrong results."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a server calls the kernels; other ways are other variants."""
+
+    heads: int  # local KV heads
+    group: int  # query heads of a KV head
+    head_dim: int
+    dtype: torch.dtype  # bf16 or fp16
+    batches: tuple[int, ...] = (1, 64)  # of decode: the merge of partial results differs
+    as_stored: bool = False  # extend reads the chunk from the pool
+    splits: int = 0  # of each request, where results must not depend on the batch; 0 where they may
+
+
+def warm_up(layers: Iterable[LayerSpec], use: Use, device: torch.device, threads: int = 0) -> int:
+    """Run each kernel once for every distinct spec, on rows of this call's own. Returns the number of specs.
+
+    All results are compared with the reference: decode relies on how this version of Triton lays a tile over registers, which no
+    interpreter sees. The rows lie densely; a pool with another distance between rows compiles again. So do a soft cap and a window.
+
+    Args:
+        threads: that compile at a time; 0 is as many as there are processors for each GPU.
+
+    Raises:
+        KernelError: if a kernel differs from the reference.
+    """
+    distinct = dict.fromkeys(layers)
+    if device.type != "cuda":
+        threads = 1  # Triton's interpreter has global state
+    elif threads == 0:
+        threads = max(1, min(THREADS, len(os.sched_getaffinity(0)) // torch.cuda.device_count()))
+
+    def run(spec: LayerSpec) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread starts on the first GPU
+            _run(spec, use, device)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, distinct))
+    return len(distinct)
+
+
+def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
+    """Every kernel of one spec, compared."""
+    chunks = [1, -(-17 // use.group), -(-65 // use.group)]  # a tile holds 16, 64 or 128 query heads of one group
+    tokens = max(PREFIX, *use.batches) + max(chunks)
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, tokens, use.heads, use.head_dim, generator=generator).to(device, use.dtype)
+    query = torch.randn(tokens, use.heads * use.group, use.head_dim, generator=generator).to(device, use.dtype)
+    slots = torch.arange(tokens, dtype=torch.int64, device=device)
+    centres = Centres(
+        *(
+            torch.zeros(use.heads, use.head_dim, device=device) if side.centred else None
+            for side in (spec.key, spec.value)
+        )
+    )
+    rows = torch.zeros(tokens, spec.bytes_per_token(use.heads, use.head_dim), dtype=torch.uint8, device=device)
+
+    def compare(name: str, found: Tensor, expected: Tensor) -> None:
+        error = float((found.float() - expected.float()).norm() / expected.float().norm())
+        if not error < TOLERANCE:
+            raise KernelError(
+                f"{name} of {spec} with {use.heads} KV heads of {use.head_dim} is off by {error:.1e} from the reference on"
+                f" {device} (triton {triton.__version__}): do not serve with this combination; report it with these versions"
+            )
+
+    store(key, value, rows, slots, spec, centres)
+    stored = unpack_rows(rows, spec, use.heads, use.head_dim, centres, use.dtype)
+    gathered = gather(rows, slots, spec, use.heads, use.head_dim, centres, use.dtype)
+    for name, found, expected in zip(("keys", "values"), gathered, stored, strict=True):
+        compare(f"gather of {name}", found, expected)
+    for batch in use.batches:
+        ends = torch.linspace(0, tokens, batch + 1, device=device).to(torch.int32)
+        counts = torch.ones(batch, dtype=torch.int32, device=device) if use.splits else None
+        found = decode(
+            query[:batch], rows, spec, use.heads, ends, slots, centres=centres, num_kv_splits=counts,
+            max_kv_splits=use.splits,
+        )  # fmt: skip
+        last = slice(int(ends[-2]), None)
+        compare("decode", found[-1:], attend(query[batch - 1 : batch], rows[last], spec, use.heads, centres))
+    start = torch.tensor([0, 1], device=device)
+    for new in chunks:
+        ends = start * new  # int64, as SGLang's; only the prefix's are int32, where it is read apart from the chunk
+        if use.as_stored:
+            found = extend(
+                query[:new], None, None, rows, spec, use.heads, ends, start * PREFIX, slots, new,
+                centres=centres, batch_invariant=bool(use.splits),
+            )  # fmt: skip
+            seen = rows[:PREFIX]
+        else:
+            chunk_key, chunk_value = (side[:new].to(use.dtype) for side in stored)
+            found = extend(
+                query[:new], chunk_key, chunk_value, rows, spec, use.heads, ends, (start * PREFIX).int(), slots, new,
+                centres=centres,
+            )  # fmt: skip
+            seen = torch.cat([rows[:PREFIX], rows[:new]])
+        compare(f"extend by {new}", found, attend(query[:new], seen, spec, use.heads, centres))

@@ -1,0 +1,160 @@
+"""FlashInfer for prompts: what it is given, when it is not asked, and what happens where it does not work."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.reference import NO_CENTRES, attend, pack_rows, unpack_rows
+from kvtuner_search.serving.sglang import prefill as module
+from kvtuner_search.serving.sglang.pool import LayerStorage
+from kvtuner_search.serving.sglang.prefill import PrefillAttention, prefill_attention
+
+HEADS, KV_HEADS, DIM = 6, 2, 64
+SPEC = LayerSpec.parse("8-g64-asym/4-g64-asym")
+
+
+class Wrapper:
+    """FlashInfer's class as far as it is used, in plain torch."""
+
+    wrong = False
+    broken = ""
+
+    def __init__(self, workspace: Tensor, layout: str) -> None:
+        assert (workspace.dtype, layout) == (torch.uint8, "NHD")
+
+    def plan(self, queries: Tensor, keys: Tensor, heads: int, kv_heads: int, head_dim: int, **named: Any) -> None:
+        if self.broken:
+            raise RuntimeError(self.broken)
+        types = {"q_data_type": torch.float16, "kv_data_type": torch.float16}
+        assert named == {"causal": True, "sm_scale": DIM**-0.5, **types}
+        assert (heads, kv_heads, head_dim) == (HEADS, KV_HEADS, DIM)
+        assert queries.dtype == keys.dtype == torch.int32
+        self.queries, self.keys = queries.tolist(), keys.tolist()
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+        assert len(query) == len(out) == self.queries[-1]
+        assert len(key) == len(value) == self.keys[-1]
+        for request in range(len(self.queries) - 1):
+            new = slice(*self.queries[request : request + 2])
+            seen = slice(*self.keys[request : request + 2])
+            out[new] = plain(query[new], key[seen], value[seen]).flip(-1 if self.wrong else ())
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of the last tokens, by the reference over 16-bit rows."""
+    raw = LayerSpec()
+    return attend(query, pack_rows(key.half(), value.half(), raw, NO_CENTRES), raw, KV_HEADS).to(query.dtype)
+
+
+def stored_16bit(rows: Tensor, slots: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of the rows at ``slots``."""
+    key, value = unpack_rows(rows[slots], *more)
+    return key.half(), value.half()
+
+
+@pytest.fixture
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    stand_in = ModuleType("flashinfer")
+    stand_in.BatchPrefillWithRaggedKVCacheWrapper = type("Fresh", (Wrapper,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def torch_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own tests hold it to this."""
+
+    monkeypatch.setattr(module, "gather", stored_16bit)
+
+
+def make(capability: tuple[int, int] = (9, 0), **named: Any) -> PrefillAttention | None:
+    options = {"head_dim": DIM, "dtype": torch.float16} | named
+    return prefill_attention(HEADS, KV_HEADS, device=torch.device("cpu"), capability=capability, **options)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prefixes"), [([150, 60], [0, 0]), ([150], [40]), ([150, 3, 60], [40, 0, 7])], ids=str
+)
+def test_a_chunk_attends_to_its_own_prefix_as_stored_and_to_itself(
+    flashinfer: ModuleType, torch_gather: None, lengths: list[int], prefixes: list[int]
+) -> None:
+    prefill = make()
+    assert prefill is not None
+    assert prefill.plan(lengths, prefixes)
+    torch.manual_seed(0)
+    new, old, padding = sum(lengths), sum(prefixes), 5
+    query, key, value = (torch.randn(new + padding, n, DIM).half() for n in (HEADS, KV_HEADS, KV_HEADS))
+    stored = pack_rows(*torch.randn(2, 300, KV_HEADS, DIM).half(), SPEC, NO_CENTRES)
+    slots = torch.randperm(300)[: old + padding]  # SGLang's list may be longer than what is used
+    out = torch.full_like(query, torch.nan)
+    prefill.run(query, key, value, out, slots, LayerStorage(SPEC, NO_CENTRES, stored))
+    assert out[new:].isnan().all()
+    first = used = 0
+    for length, prefix in zip(lengths, prefixes, strict=True):
+        chunk = slice(first, first + length)
+        prefix_slots = slots[used : used + prefix]
+        old_key, old_value = stored_16bit(stored, prefix_slots, SPEC, KV_HEADS, DIM, NO_CENTRES, torch.float16)
+        expected = plain(query[chunk], torch.cat([old_key, key[chunk]]), torch.cat([old_value, value[chunk]]))
+        torch.testing.assert_close(out[chunk], expected)
+        first, used = first + length, used + prefix
+
+
+def test_short_chunks_of_many_requests_and_great_prefixes_are_left_to_the_packed_kernels(
+    flashinfer: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = make()
+    assert prefill is not None
+    assert not prefill.plan([127], [0])
+    assert not prefill.plan([], [])
+    prefill.multiprocessors = 132
+    assert prefill.plan([128], [100_000])  # the packed kernel would leave most of the chip idle
+    assert prefill.plan([16] * 64, [256] * 64)
+    assert not prefill.plan([16] * 70, [257] * 70)
+    monkeypatch.setattr(module, "LARGEST_COPY", 2 * (128 + 2 * 100) * KV_HEADS * DIM * 2)
+    assert prefill.plan([128], [100])
+    assert not prefill.plan([128], [101])
+
+
+def test_another_kind_of_layer_is_left_to_the_packed_kernels(flashinfer: ModuleType) -> None:
+    prefill = make()
+    assert prefill is not None
+    assert prefill.takes(DIM**-0.5, 0.0, -1)
+    assert prefill.takes(None, 0.0, -1)
+    assert not prefill.takes(0.5, 0.0, -1)
+    assert not prefill.takes(None, 30.0, -1)
+    assert not prefill.takes(None, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    "named", [{"capability": (8, 9)}, {"head_dim": 80}, {"dtype": torch.float32}], ids=lambda named: str(*named)
+)
+def test_it_is_asked_only_where_it_was_measured(flashinfer: ModuleType, named: dict[str, Any]) -> None:
+    assert make(**named) is None
+
+
+def test_without_flashinfer_nothing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    assert make() is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [({"wrong": True}, "its attention of 200 tokens over 0 is off by"), ({"broken": "no nvcc\nat all"}, "no nvcc")],
+)
+def test_what_does_not_work_is_logged_and_not_used(
+    flashinfer: ModuleType, caplog: pytest.LogCaptureFixture, fault: dict[str, Any], said: str
+) -> None:
+    for name, content in fault.items():
+        setattr(flashinfer.BatchPrefillWithRaggedKVCacheWrapper, name, content)
+    assert make() is None
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert said in record.getMessage()
+    assert "\n" not in record.getMessage()
