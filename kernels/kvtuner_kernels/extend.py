@@ -10,6 +10,7 @@ multiprocessors idle.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -374,6 +375,7 @@ def extend(
     return out
 
 
+@functools.cache
 def extend_constants(
     spec: LayerSpec, heads: int, group: int, head_dim: int, dtype: torch.dtype, row_stride: int, launch: ExtendLaunch
 ) -> dict[str, Any]:

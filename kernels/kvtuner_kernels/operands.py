@@ -10,6 +10,7 @@ The **plain body** computes codes with integer arithmetic; Triton's interpreter 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,7 @@ class Side:
     padded: int  # the power of two that holds `words`; at least 16, the depth of a matrix instruction
 
 
+@functools.cache  # a prompt asks for every layer, while the GPU waits
 def sides(spec: LayerSpec, heads: int, head_dim: int) -> tuple[Side, Side]:
     """The key side and the value side of a layer.
 

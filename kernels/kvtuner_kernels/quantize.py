@@ -6,6 +6,7 @@ The arithmetic is :func:`kvtuner_kernels.reference.quantize` step for step, so c
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -168,6 +169,7 @@ def store(
     )  # fmt: skip
 
 
+@functools.cache
 def store_constants(spec: LayerSpec, heads: int, head_dim: int) -> dict[str, Any]:
     """Compile-time constants of :func:`store_kernel`."""
     key_side, value_side = (
