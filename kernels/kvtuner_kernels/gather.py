@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""Dequantize rows by slot (offload, export, debugging) and move rows. Attention never needs either."""
+"""Dequantize rows by slot (what FlashInfer attends to, offload, export, debugging) and move rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Attention of prompts by FlashInfer, where it is there and pays.
 
 A prompt's own keys and values are in 16 bits still when its attention is computed. FlashInfer's kernel for Hopper does that
-arithmetic at more than twice the rate of a portable Triton kernel (docs/kernels.md), so the time to the first token is its. What a
+arithmetic at three times the rate of our portable Triton kernel (docs/log.md), so the time to the first token is its. What a
 prompt finds in the cache is dequantized for it, a layer at a time: it is read once for every query of the chunk, so that writing it out
 costs little beside the arithmetic of a long chunk, and nothing of it is kept.
 """
@@ -9,6 +9,7 @@ costs little beside the arithmetic of a long chunk, and nothing of it is kept.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from kvtuner_kernels.gather import gather
 from kvtuner_kernels.tuning import multiprocessors
+from kvtuner_search.errors import UsageError
 from kvtuner_search.serving.sglang.pool import LayerStorage
 
 WORKSPACE: Final = 128 * 2**20  # bytes; FlashInfer's own advice
+SWITCH: Final = "KVTUNER_PREFILL"  # environment variable: auto, or triton for the packed kernel alone
 HEAD_DIMS: Final = (64, 128, 256)
 CAPABILITY: Final = (9, 0)  # where it was measured
 TOLERANCE: Final = 0.02  # relative error against plain attention in fp32: several times what rounding costs
@@ -163,16 +166,23 @@ def prefill_attention(
     """FlashInfer's attention for prompts, checked; None where it is not there, not measured, or does not work.
 
     The Triton kernels do the same then. What is wrong with FlashInfer is logged.
+
+    Raises:
+        UsageError: if the environment variable SWITCH has an unknown value.
     """
-    if capability != CAPABILITY or head_dim not in HEAD_DIMS or dtype not in (torch.bfloat16, torch.float16):
+    choice = os.environ.get(SWITCH) or "auto"
+    if choice not in ("auto", "triton"):
+        raise UsageError(f"{SWITCH}={choice} is unknown: set it to auto or triton")
+    served = capability == CAPABILITY and head_dim in HEAD_DIMS and dtype in (torch.bfloat16, torch.float16)
+    if choice == "triton" or not served:
         return None
     try:
         found = PrefillAttention(heads, kv_heads, head_dim, dtype, device)
         logger.info("prompts: FlashInfer's kernel, which is compiled once a machine (a minute)")
         found.check()
-    except (ImportError, AttributeError):
+    except ModuleNotFoundError:
         return None
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
+    except (ImportError, AttributeError, RuntimeError, OSError, ValueError, TypeError) as error:
         reason: Any = str(error).splitlines()[0] if str(error) else type(error).__name__
         logger.warning("prompts: Triton, since FlashInfer does not work here: %s", reason)
         return None

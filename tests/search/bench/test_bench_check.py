@@ -163,3 +163,11 @@ def test_judging_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_the_records_of_the_documentation_are_of_the_seed_preset_and_possible(check: Run) -> None:
+    files = sorted(map(str, (ROOT / "docs" / "records").glob("*.json")))
+    assert len(files) == 2
+    code, out, err = check(*files)
+    assert (code, err) == (0, "")
+    assert out.count("judged: 30 cells of qwen2.5-7b-shape on 1 x NVIDIA H200") == 2

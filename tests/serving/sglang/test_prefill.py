@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from copy import copy
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.reference import NO_CENTRES, attend, pack_rows, unpack_rows
+from kvtuner_search.errors import UsageError
+from kvtuner_search.serving.sglang import attention
 from kvtuner_search.serving.sglang import prefill as module
 from kvtuner_search.serving.sglang.pool import LayerStorage
-from kvtuner_search.serving.sglang.prefill import PrefillAttention, prefill_attention
+from kvtuner_search.serving.sglang.prefill import SWITCH, PrefillAttention, prefill_attention
 
 HEADS, KV_HEADS, DIM = 6, 2, 64
 SPEC = LayerSpec.parse("8-g64-asym/4-g64-asym")
@@ -145,6 +149,22 @@ def test_without_flashinfer_nothing_is_said(monkeypatch: pytest.MonkeyPatch, cap
     assert not caplog.records
 
 
+def test_it_can_be_switched_off(flashinfer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "triton")
+    assert make() is None
+    monkeypatch.setenv(SWITCH, "auto")
+    assert make() is not None
+    monkeypatch.setenv(SWITCH, "off")
+    with pytest.raises(UsageError, match="KVTUNER_PREFILL=off is unknown: set it to auto or triton"):
+        make()
+
+
+def test_a_broken_flashinfer_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    assert make() is None
+    assert "cannot import name 'BatchPrefillWithRaggedKVCacheWrapper'" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [({"wrong": True}, "its attention of 200 tokens over 0 is off by"), ({"broken": "no nvcc\nat all"}, "no nvcc")],
@@ -158,3 +178,95 @@ def test_what_does_not_work_is_logged_and_not_used(
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert said in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+class Recorder:
+    """In the place of FlashInfer's attention and of the packed kernel: who was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.pays = True
+
+    def plan(self, lengths: list[int], prefixes: list[int]) -> bool:
+        return self.pays
+
+    def takes(self, *_: Any) -> bool:
+        return True
+
+    def run(self, *_: Any) -> None:
+        self.asked.append("flashinfer")
+
+    def extend(self, *_: Any, **__: Any) -> None:
+        self.asked.append("packed")
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> attention.PackedTritonBackend:
+    """One whose parent does nothing but call the function that attends."""
+
+    def forward_extend(
+        self: Any, q: Tensor, k: Tensor, v: Tensor, layer: Any, batch: Any, mask: Tensor | None
+    ) -> Tensor:
+        self._extend(q, k, v, q, q, q, None, None, None, mask, True, None, len(q))
+        return q
+
+    monkeypatch.setattr(attention.TritonAttnBackend, "init_forward_metadata", lambda *_: None)
+    monkeypatch.setattr(attention.TritonAttnBackend, "forward_extend", forward_extend)
+    made = attention.PackedTritonBackend.__new__(attention.PackedTritonBackend)
+    made._prefill = made.recorder = Recorder()
+    made._planned = None
+    made.token_to_kv_pool = SimpleNamespace(
+        head_num=KV_HEADS, storage=lambda _: LayerStorage(SPEC, NO_CENTRES, torch.empty(0))
+    )
+    monkeypatch.setattr(attention, "extend", made.recorder.extend)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a build for the CPU has none
+    return made
+
+
+def batch_of(mode: ForwardMode = ForwardMode.EXTEND) -> SimpleNamespace:
+    return SimpleNamespace(forward_mode=mode, extend_seq_lens_cpu=[150], extend_prefix_lens_cpu=[0])
+
+
+def ask(backend: attention.PackedTritonBackend, batch: SimpleNamespace, mask: Tensor | None = None) -> str:
+    """Who attends in one layer of a batch."""
+    x = torch.zeros(1)
+    layer = SimpleNamespace(
+        layer_id=0, is_cross_attention=False, attn_type=attention.AttentionType.DECODER, logit_cap=0.0
+    )
+    backend.forward_extend(x, x, x, layer, batch, mask)
+    found: str = backend.recorder.asked.pop()
+    return found
+
+
+def test_the_batch_that_was_planned_is_flashinfers_in_every_layer_and_as_a_graphs_copy(
+    backend: attention.PackedTritonBackend,
+) -> None:
+    batch = batch_of()
+    backend.init_forward_metadata(batch)
+    assert [ask(backend, batch), ask(backend, batch), ask(backend, copy(batch))] == ["flashinfer"] * 3
+    assert ask(backend, batch, mask=torch.ones(1)) == "packed"
+    assert ask(backend, batch_of()) == "packed"  # another batch, which happens to be as long
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.MIXED, ForwardMode.TARGET_VERIFY])
+def test_batches_of_other_kinds_are_the_packed_kernels(
+    backend: attention.PackedTritonBackend, mode: ForwardMode
+) -> None:
+    backend.init_forward_metadata(batch_of())
+    batch = batch_of(mode)
+    backend.init_forward_metadata(batch)
+    assert ask(backend, batch) == "packed"
+
+
+def test_what_does_not_pay_and_what_a_graph_records_is_the_packed_kernels(
+    backend: attention.PackedTritonBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_of()
+    backend.init_forward_metadata(batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert ask(backend, batch) == "packed"
+    assert ask(backend, batch) == "flashinfer"
+    backend.recorder.pays = False
+    backend.init_forward_metadata(batch)
+    assert ask(backend, batch) == "packed"

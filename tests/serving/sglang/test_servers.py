@@ -53,6 +53,7 @@ CASES = [
     Case("raw_profile", "float16", 2, 1, 1, "kill a rank"),
     Case("mixed_profile", "float32", 1, 2, 2, "kill the launcher"),
     Case("raw_profile", "float16", 1, 2, 2, "kill a rank"),
+    Case("mixed_profile", "float32", 2, 2, 2, "interrupt"),
 ]
 
 
