@@ -11,9 +11,10 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
+from torch_flashinfer import plain, stand_in
 
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_kernels.reference import NO_CENTRES, attend, pack_rows, unpack_rows
+from kvtuner_kernels.reference import NO_CENTRES, pack_rows, unpack_rows
 from kvtuner_search.errors import UsageError
 from kvtuner_search.serving.sglang import attention
 from kvtuner_search.serving.sglang import prefill as module
@@ -24,39 +25,6 @@ HEADS, KV_HEADS, DIM = 6, 2, 64
 SPEC = LayerSpec.parse("8-g64-asym/4-g64-asym")
 
 
-class Wrapper:
-    """FlashInfer's class as far as it is used, in plain torch."""
-
-    wrong = False
-    broken = ""
-
-    def __init__(self, workspace: Tensor, layout: str) -> None:
-        assert (workspace.dtype, layout) == (torch.uint8, "NHD")
-
-    def plan(self, queries: Tensor, keys: Tensor, heads: int, kv_heads: int, head_dim: int, **named: Any) -> None:
-        if self.broken:
-            raise RuntimeError(self.broken)
-        types = {"q_data_type": torch.float16, "kv_data_type": torch.float16}
-        assert named == {"causal": True, "sm_scale": DIM**-0.5, **types}
-        assert (heads, kv_heads, head_dim) == (HEADS, KV_HEADS, DIM)
-        assert queries.dtype == keys.dtype == torch.int32
-        self.queries, self.keys = queries.tolist(), keys.tolist()
-
-    def run(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-        assert len(query) == len(out) == self.queries[-1]
-        assert len(key) == len(value) == self.keys[-1]
-        for request in range(len(self.queries) - 1):
-            new = slice(*self.queries[request : request + 2])
-            seen = slice(*self.keys[request : request + 2])
-            out[new] = plain(query[new], key[seen], value[seen]).flip(-1 if self.wrong else ())
-
-
-def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of the last tokens, by the reference over 16-bit rows."""
-    raw = LayerSpec()
-    return attend(query, pack_rows(key.half(), value.half(), raw, NO_CENTRES), raw, KV_HEADS).to(query.dtype)
-
-
 def stored_16bit(rows: Tensor, slots: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of the rows at ``slots``."""
     key, value = unpack_rows(rows[slots], *more)
@@ -65,10 +33,9 @@ def stored_16bit(rows: Tensor, slots: Tensor, *more: Any) -> tuple[Tensor, Tenso
 
 @pytest.fixture
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    stand_in = ModuleType("flashinfer")
-    stand_in.BatchPrefillWithRaggedKVCacheWrapper = type("Fresh", (Wrapper,), {})  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
-    return stand_in
+    module = stand_in()
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    return module
 
 
 @pytest.fixture
