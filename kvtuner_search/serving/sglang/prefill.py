@@ -69,10 +69,10 @@ class PrefillAttention:
         short = old > LARGEST_SHARE * new and tiles >= self.multiprocessors
         if new < LEAST_TOKENS or copied > LARGEST_COPY or short:
             return False
-        self._plan(lengths, prefixes)
+        self.prepare(lengths, prefixes)
         return True
 
-    def _plan(self, lengths: Sequence[int], prefixes: Sequence[int]) -> None:
+    def prepare(self, lengths: Sequence[int], prefixes: Sequence[int]) -> None:
         """As :meth:`plan`, whether it pays or not."""
         ends = torch.tensor([[0, *lengths], [0, *prefixes]], dtype=torch.int32).cumsum(1, dtype=torch.int32)
         queries, keys = ends[0], ends.sum(0, dtype=torch.int32)
@@ -125,7 +125,7 @@ class PrefillAttention:
             for n, tokens in ((heads, 0), (kv_heads, sum(prefixes)), (kv_heads, sum(prefixes)))
         )
         out = torch.empty_like(query)
-        self._plan(lengths, prefixes)
+        self.prepare(lengths, prefixes)
         self._wrapper.run(query, key, value, out=out)
         first = keys = 0
         for length, prefix in zip(lengths, prefixes, strict=True):
