@@ -29,7 +29,7 @@ TOLERANCE: Final = 0.02  # relative error against plain attention in fp32: sever
 LEAST_TOKENS: Final = 128  # new ones of a batch; fewer were not measured
 LARGEST_SHARE: Final = 16  # tokens of prefixes for each new one, where the packed kernel has work for the whole chip
 TILE: Final = 128  # query heads of one group that a program of the packed kernel takes
-LARGEST_COPY: Final = 512 * 2**20  # bytes of dequantized keys and values; an MLP needs more at its peak
+LARGEST_COPY: Final = 512 * 2**20  # bytes of dequantized keys and values of one layer, out of what SGLang leaves free
 
 logger = logging.getLogger(__name__)
 
