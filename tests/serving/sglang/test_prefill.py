@@ -41,7 +41,6 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def torch_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's own tests hold it to this."""
-
     monkeypatch.setattr(module, "gather", stored_16bit)
 
 
