@@ -150,11 +150,11 @@ def write_entry_point(folder: Path) -> Path:
 
 
 def write_check_plugin(folder: Path) -> Path:
-    """The same for :mod:`serving_checks.stored_rows`, which no installation has."""
-    target = folder / "stored_rows-0.dist-info"
+    """The same for :mod:`serving_checks.plugin`, which no installation has."""
+    target = folder / "serving_checks-0.dist-info"
     target.mkdir(parents=True, exist_ok=True)
-    (target / "METADATA").write_text("Metadata-Version: 2.1\nName: stored-rows\nVersion: 0\n")
-    (target / "entry_points.txt").write_text(f"[{GROUP}]\nstored_rows = serving_checks.stored_rows:register\n")
+    (target / "METADATA").write_text("Metadata-Version: 2.1\nName: serving-checks\nVersion: 0\n")
+    (target / "entry_points.txt").write_text(f"[{GROUP}]\nchecks = serving_checks.plugin:register\n")
     return folder
 
 

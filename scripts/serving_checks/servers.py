@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from serving_checks import plugin
 
 STOP = 20.0  # seconds between SIGTERM and SIGKILL
 
@@ -38,11 +39,12 @@ class Config:
     profile: Path | None = None  # None: SGLang as it is
     tp: int = 1
     pp: int = 1
-    nodes: int = 1  # each with tp * pp / nodes GPUs of this machine
+    nodes: int = 1  # all on this machine
+    gpus: tuple[int, ...] = ()  # of each rank, stage by stage; none: SGLang's choice
     variables: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
-    def gpus(self) -> int:
+    def ranks(self) -> int:
         return self.tp * self.pp
 
 
@@ -76,11 +78,11 @@ class Server:
             ]  # fmt: skip
             if config.profile is not None:
                 command += ["--kvtuner-profile", str(config.profile)]
-            more = dict(config.variables)
+            each = config.ranks // config.nodes
+            gpus = ",".join(map(str, config.gpus[node * each : (node + 1) * each]))
+            more = config.variables | ({plugin.GPUS: gpus} if gpus else {})
             if config.nodes > 1:
                 command += ["--nnodes", str(config.nodes), "--node-rank", str(node), "--dist-init-addr", address]
-                each = config.gpus // config.nodes
-                more["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(node * each, (node + 1) * each)))
             with self.logs[node].open("wb") as log:
                 log.write((" ".join(command) + "\n").encode())
                 log.flush()
@@ -134,10 +136,10 @@ class Server:
         """Empty the prefix cache; a server that is still busy is waited for."""
         self.post("/flush_cache?timeout=60")
 
-    def generate(self, prompts: Any, count: int) -> Any:
-        """``count`` greedy tokens after one prompt of token ids, or after each of several at once."""
+    def generate(self, prompts: Any, count: int, **more: Any) -> Any:
+        """``count`` greedy tokens after one prompt of token ids, or after each of several at once; ``more`` is sent along."""
         sampling = {"temperature": 0, "max_new_tokens": count, "ignore_eos": True}
-        return json.loads(self.post("/generate", {"input_ids": prompts, "sampling_params": sampling}))
+        return json.loads(self.post("/generate", {"input_ids": prompts, "sampling_params": sampling, **more}))
 
     def metric(self, name: str) -> float:
         """The sum of a metric over all ranks (``--enable-metrics``)."""

@@ -1,15 +1,16 @@
-"""Do two arrangements of ranks store the same bits? A plugin of SGLang's that writes what each rank has stored, and the comparison.
+"""Do two arrangements of ranks store the same bits? The files in which each rank leaves its rows, and the comparison.
 
-The plugin is for checks alone: it is found through :func:`write_entry_point` and does nothing unless FOLDER is set.
+Two ranks add up what one product adds at once, so a model's own rounding differs from its second layer on. A model whose layers
+add nothing to the embedding (:func:`without_sums`) has no such sums, and all its rows must be the same in every bit.
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,34 +22,80 @@ TOKENS = "CHECK_STORED_ROWS_TOKENS"  # environment variable: how many slots, fro
 Stored = dict[tuple[int, int], NDArray[np.uint8]]  # (layer, KV head) of the whole model -> [tokens, bytes]
 
 
-def register() -> None:
-    """What SGLang calls in every process."""
-    if FOLDER in os.environ:
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+class Server(Protocol):
+    """A running server whose ranks have the plugin and FOLDER."""
 
-        HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _write, HookType.AFTER)
-
-
-def _write(result: Any, scheduler: Any, *_: Any) -> Any:
-    """Every rank is asked for its state when ``/server_info`` is."""
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    count = int(os.environ[TOKENS])
-    rows = {
-        f"{pool.start_layer + index}": layer.rows[1 : count + 1].cpu().numpy()
-        for index, layer in enumerate(pool.layers)
-    }
-    first = pool.start_layer, pool._heads.start
-    partial = Path(os.environ[FOLDER], f".{first[0]}-{first[1]}.npz")
-    np.savez(partial, heads=np.array([pool._heads.start, pool._heads.stop]), **rows)
-    partial.rename(partial.with_name(f"layer{first[0]}-head{first[1]}.npz"))
-    return result
+    def post(self, path: str, content: Any) -> bytes: ...
+    def info(self) -> dict[str, Any]: ...
+    def generate(self, prompts: Any, count: int) -> Any: ...
 
 
-def wait(folder: Path, ranks: int, seconds: float = 30.0) -> None:
-    """Until every rank has written; the first one answers before the others are done."""
-    deadline = time.monotonic() + seconds
-    while len(list(folder.glob("layer*.npz"))) < ranks and time.monotonic() < deadline:
-        time.sleep(0.1)
+def without_sums(model: Path, folder: Path) -> Path:
+    """A copy of a model with output projections of zero, which attention and MLP end with.
+
+    Args:
+        model: folder with safetensors.
+        folder: where the copy goes; one that is there already is used.
+
+    Returns:
+        ``folder``.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if not folder.exists():
+        partial = folder.with_name(f".{folder.name}")
+        shutil.copytree(model, partial, dirs_exist_ok=True)
+        for file in partial.glob("*.safetensors"):
+            tensors = load_file(file)
+            for name, tensor in tensors.items():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    tensor.zero_()
+            save_file(tensors, file, {"format": "pt"})
+        partial.rename(folder)
+    return folder
+
+
+def take(server: Server, folder: Path, ranks: int, prompt: Sequence[int], model: Path) -> Path:
+    """Have a model's rows of one prompt written: alone in an empty cache, its tokens have the first slots.
+
+    Args:
+        server: its weights are replaced by the model's.
+        folder: the server's FOLDER.
+        ranks: of the server.
+        prompt: token ids; the server's TOKENS is their number.
+        model: folder, of the same architecture.
+
+    Returns:
+        a folder within ``folder`` for :func:`read`.
+    """
+    server.post("/update_weights_from_disk", {"model_path": str(model)})
+    server.post("/flush_cache?timeout=60", {})
+    server.generate(list(prompt), 1)
+    for old in folder.glob("layer*.npz"):
+        old.unlink()
+    server.info()
+    deadline = time.monotonic() + 30
+    while len(files := list(folder.glob("layer*.npz"))) < ranks and time.monotonic() < deadline:
+        time.sleep(0.1)  # the first rank answers before the others have written
+    taken = folder / model.name
+    taken.mkdir(exist_ok=True)
+    for file in files:
+        file.rename(taken / file.name)
+    return taken
+
+
+def write(folder: Path, first_layer: int, heads: slice, rows: dict[str, NDArray[np.uint8]]) -> None:
+    """A rank's file.
+
+    Args:
+        folder: of all ranks.
+        first_layer: of the rank's stage.
+        heads: the rank's KV heads.
+        rows: by layer, [tokens, bytes].
+    """
+    name = f"layer{first_layer}-head{heads.start}.npz"
+    np.savez(folder / f".{name}", heads=np.array([heads.start, heads.stop]), **rows)
+    (folder / f".{name}").rename(folder / name)
 
 
 def read(folder: Path, layers: Sequence[LayerSpec], head_dim: int) -> Stored:

@@ -9,19 +9,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[3]
 sys.path.append(str(ROOT / "scripts"))
 
-from serving_checks import decode, greedy, stress  # noqa: E402
+from serving_checks import decode, greedy, plugin, ranks, servers, stored_rows, stress  # noqa: E402
 from serving_checks.load import Outcome, Request, judge  # noqa: E402
 from serving_checks.machine import GROUP, Machine, write_entry_point  # noqa: E402
 from serving_checks.parts import Measurement, Part, Task, gather  # noqa: E402
 from serving_checks.results import Run, at_least, at_most, check, failed  # noqa: E402
-from serving_checks.servers import Config  # noqa: E402
+from serving_checks.servers import Config, Server  # noqa: E402
 from serving_checks.speed import Sizes, Speed  # noqa: E402
 
+from kvtuner_kernels.layout import LayerSpec  # noqa: E402
+from kvtuner_search.models.reference_model import reference_model_path  # noqa: E402
 from kvtuner_search.serving.model import served_model  # noqa: E402
 
 
@@ -106,7 +110,7 @@ def test_any_other_answer_is_an_error(change: dict[str, Any]) -> None:
     assert not outcome.tokens
 
 
-OFFLINE = {"tokens": [[1, 2, 3], [4, 5, 6]], "margins": [[1.0, 0.02, 1.0], [1.0, 1.0, 1.0]], "tie": 0.05}
+EXPECTED = {"tokens": [[1, 2, 3], [4, 5, 6]], "margins": [[1.0, 0.02, 1.0], [1.0, 1.0, 1.0]]}
 
 
 @pytest.mark.parametrize(
@@ -119,12 +123,13 @@ OFFLINE = {"tokens": [[1, 2, 3], [4, 5, 6]], "margins": [[1.0, 0.02, 1.0], [1.0,
     ],
 )
 def test_only_ties_may_differ(found: list[list[int]], met: bool) -> None:
-    assert greedy.compare("p", "n", found, OFFLINE, OFFLINE["tokens"]).met is met  # type: ignore[arg-type]
+    assert greedy.compare("p", "n", {"tokens": found}, EXPECTED, 0.05).met is met
 
 
-def test_after_the_offline_answer_is_left_no_margin_is_known() -> None:
-    expected = [[1, 9, 9], [4, 5, 6]]  # left the offline answer at a tie
-    assert greedy.compare("p", "n", [[1, 9, 8], [4, 5, 6]], OFFLINE, expected).met is False
+def test_margins_are_read_from_the_servers_answer() -> None:
+    top = [[[-0.5, 7, None], [-2.0, 3, None]], [[-0.1, 8, None], [-0.4, 9, None]]]
+    found = greedy.tokens_and_margins([{"output_ids": [7, 8], "meta_info": {"output_top_logprobs": top}}])
+    assert found == {"tokens": [[7, 8]], "margins": [pytest.approx([1.5, 0.3])]}
 
 
 def test_noise_ends_where_the_answers_part() -> None:
@@ -133,8 +138,8 @@ def test_noise_ends_where_the_answers_part() -> None:
             self.tokens, self.margins = tokens, margins
 
     one = Answer([1, 2, 3], [0.5, 0.1, 9.0])
-    assert greedy.noise(one, Answer([1, 2, 3], [0.4, 0.1, 9.0])) == pytest.approx(0.1)
-    assert greedy.noise(one, Answer([1, 7, 3], [0.4, 0.2, 0.0])) == pytest.approx(0.3)
+    assert greedy.noise(one, Answer([1, 2, 3], [0.4, 0.1, 9.0])) == pytest.approx([0.1, 0, 0])
+    assert greedy.noise(one, Answer([1, 7, 3], [0.4, 0.2, 0.0])) == pytest.approx([0.1, 0.3])
 
 
 def test_mixed_requests_are_what_they_are_said_to_be() -> None:
@@ -200,6 +205,60 @@ def test_capacity_is_judged_by_effective_bits(machine: Machine) -> None:
         found = {names[0]: {"capacity": 1000}, names[1]: {"capacity": 990}, names[2]: {"capacity": tokens}}
         assert part.conclude(found)[-1].met is met
     assert part.conclude({names[2]: {"capacity": 5}}) == []  # without a baseline there is nothing to say
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4, 8])
+def test_ranks_of_a_group_are_on_different_gpus(gpus: int) -> None:
+    for tp, pp, _ in ranks.PARTS.values():
+        found = ranks.placed(tp, pp, gpus)
+        assert set(found) <= set(range(gpus))
+        assert len(set(found)) == min(gpus, tp * pp) or gpus == 3
+        stages = [found[stage * tp : (stage + 1) * tp] for stage in range(pp)]
+        assert all(len(set(group)) == len(group) for group in [*stages, *zip(*stages, strict=True)])
+    assert ranks.placed(2, 2, 2) == (0, 1, 1, 0)
+
+
+def test_each_node_knows_the_gpus_of_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(servers.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    for nodes in (1, 2):
+        Server(Config("c", "m", tp=2, pp=2, nodes=nodes, gpus=(0, 1, 1, 0)), [], {}, tmp_path)
+    Server(Config("c", "m"), [], {}, tmp_path)
+    assert [env.get(plugin.GPUS) for env in started] == ["0,1,1,0", "0,1", "1,0", None]
+    monkeypatch.setenv(plugin.GPUS, "1,0")
+    with plugin._placed(None, 0) as gpu:
+        assert gpu == 1
+
+
+def test_without_sums_only_the_output_projections_are_zero(tmp_path: Path) -> None:
+    model = reference_model_path()
+    copy = stored_rows.without_sums(model, tmp_path / "copy")
+    assert {file.name for file in copy.iterdir()} == {file.name for file in model.iterdir()}
+    changed = set()
+    for file in model.glob("*.safetensors"):
+        before, after = load_file(file), load_file(copy / file.name)
+        assert list(before) == list(after)
+        for name in before:
+            if not before[name].equal(after[name]):
+                assert not after[name].any()
+                changed.add(name.split(".", 3)[3])
+    assert changed == {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+
+
+def test_rows_that_are_missing_or_differ_are_found(tmp_path: Path) -> None:
+    layers, dim = [LayerSpec(), LayerSpec()], 4
+    one, two = (np.arange(3 * heads * 4 * dim, dtype=np.uint8).reshape(3, -1) for heads in (1, 2))
+    for first, heads in ((0, slice(0, 1)), (0, slice(1, 2)), (1, slice(0, 2))):
+        stored_rows.write(tmp_path, first, heads, {str(first): two if first else one})
+    rows = stored_rows.read(tmp_path, layers, dim)
+    assert set(rows) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert all(part.shape == (3, 4 * dim) for part in rows.values())
+    assert stored_rows.compare(rows, rows, 2, 2).all_equal
+    other = rows | {(1, 1): rows[1, 1] ^ 1}
+    same = stored_rows.compare(rows, other, 2, 2)
+    assert (same.complete, same.all_equal, same.equal) == (True, False, {0: 1.0, 1: 0.5})
+    missing = {key: part for key, part in rows.items() if key != (0, 1)}
+    assert not stored_rows.compare(rows, missing, 2, 2).all_equal
 
 
 def test_unknown_parts_are_refused() -> None:

@@ -18,6 +18,7 @@ from servers import Server, still_alive
 from serving_checks import stored_rows
 from serving_checks.machine import write_check_plugin
 
+from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.serving.capacity import heads_per_rank, stage_bytes
 from kvtuner_search.serving.partition import of_profile
@@ -43,7 +44,7 @@ class Case:
 
 
 ROOT = Path(__file__).parents[3]
-ONE_RANK: dict[str, stored_rows.Stored] = {}  # profile -> what one rank stored
+ONE_RANK: dict[tuple[str, Path], stored_rows.Stored] = {}  # profile, weights -> what one rank stored
 CASES = [
     Case("mixed_profile", "float32", 1, 1, 1, "kill the launcher"),
     Case("raw_profile", "float16", 1, 1, 1, "interrupt"),
@@ -129,24 +130,27 @@ def test_capacity_is_what_the_layout_gives(server: Server, case: Case, profile: 
 
 
 def test_every_arrangement_of_ranks_stores_the_same_bits(
-    server: Server, case: Case, profile: Path, prompts: Sequence[Sequence[int]]
+    server: Server,
+    case: Case,
+    profile: Path,
+    prompts: Sequence[Sequence[int]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     loaded = load(profile)
-    server.post("/flush_cache?timeout=60", {})
-    # One prompt: its tokens have the first slots, whatever is decoded after it.
-    server.generate([token for prompt in prompts for token in prompt], 1)
-    server.info()
-    folder = Path(server.variables[stored_rows.FOLDER])
-    stored_rows.wait(folder, case.tp * case.pp)
-    rows = stored_rows.read(folder, loaded.layer_specs(), loaded.model.head_dim)
-    single = ONE_RANK.setdefault(case.profile, rows)  # the first case of each profile
-    same = stored_rows.compare(rows, single, loaded.model.num_layers, loaded.model.num_kv_heads)
-    assert same.complete
-    if case.tp == 1:
-        assert same.all_equal
-    else:  # two ranks add what one product adds at once: later layers see numbers that were rounded otherwise
-        assert same.equal[0] == 1.0
-        assert case.dtype != "float32" or same.equal[1] > 0.999
+    folder, prompt = Path(server.variables[stored_rows.FOLDER]), [token for prompt in prompts for token in prompt]
+    model = reference_model_path()
+    zeroed = stored_rows.without_sums(model, tmp_path_factory.getbasetemp() / "without-sums")
+    for weights in (zeroed, model):
+        taken = stored_rows.take(server, folder, case.tp * case.pp, prompt, weights)
+        rows = stored_rows.read(taken, loaded.layer_specs(), loaded.model.head_dim)
+        single = ONE_RANK.setdefault((case.profile, weights), rows)  # the first case of each profile
+        same = stored_rows.compare(rows, single, loaded.model.num_layers, loaded.model.num_kv_heads)
+        assert same.complete
+        if case.tp == 1 or weights == zeroed:
+            assert same.all_equal
+        else:  # two ranks add what one product adds at once: later layers see numbers that were rounded otherwise
+            assert same.equal[0] == 1.0
+            assert case.dtype != "float32" or same.equal[1] > 0.999
 
 
 def test_killed_in_the_middle_of_a_request_it_leaves_no_process(
