@@ -144,9 +144,6 @@ def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
                 "interval-excludes-value",
                 f"{name} changed by {measure.delta:g}, outside its interval [{measure.ci_low:g}, {measure.ci_high:g}]",
             )
-    chosen = [str(spec) for spec in profile.layer_specs()]
-    if profile.pareto and all(point.layers != chosen for point in profile.pareto):
-        yield Remark("not-on-front", "the layers are no point of the profile's own front")
     if profile.transforms is not None and not any(
         e.centred for layer in profile.layers for e in (layer.key, layer.value)
     ):

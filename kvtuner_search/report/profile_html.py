@@ -182,7 +182,8 @@ def _front(profile: Profile) -> list[str]:
     ]
     label = "Loss over bytes per token"
     caption = "Loss in nats over bytes per token"
-    caption += "; the large point is this profile" if any(mine for *_, mine in spots) else ""
+    marked = any(mine for *_, mine in spots)
+    caption += "; the large point is this profile" if marked else "; this profile is none of these points"
     svg = f'<svg viewBox="0 0 {_WIDTH} {top + tall + 28}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     return ["<h2>Front</h2>", f"<figure>{svg}<figcaption>{caption}.</figcaption></figure>"]
 
