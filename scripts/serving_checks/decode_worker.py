@@ -29,7 +29,7 @@ def copy_bandwidth() -> float:
     """Bytes a second of a large copy on the GPU, read and written bytes counted."""
     source = torch.empty(1 << 30, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     times = []
     for _ in range(12):
         start.record()

@@ -22,8 +22,8 @@ CHUNK = 64  # tokens of a chunk of a prompt
 CONTEXT = 32768  # the reference model's positions are extended to this, for the stress test
 
 
-def prompts() -> list[list[int]]:
-    """Token ids: free text, code, sums, and codes to be recalled, from 2 to about 180 tokens."""
+def prompts(recalls: int = 7) -> list[list[int]]:
+    """Token ids: free text, code, sums, and ``recalls`` lists of codes to be recalled, from 2 to about 180 tokens."""
     from transformers import AutoTokenizer
 
     from kvtuner_search.data.tasks import recall, stream
@@ -37,7 +37,7 @@ def prompts() -> list[list[int]]:
         "The language reference describes",
         "Question: What is 12 + 30?\nAnswer: ",
     ]
-    for seed in range(7):
+    for seed in range(recalls):
         document = recall(stream("recall", "test", seed), pairs=10)
         texts.append(document.text[: document.answers[0][0]])
     return [list(tokenizer(text)["input_ids"]) for text in texts]
@@ -95,7 +95,8 @@ def plain_greedy() -> list[Any]:
 
     from kvtuner_search.models.reference_model import reference_model_path
 
-    model: Any = AutoModelForCausalLM.from_pretrained(reference_model_path(), dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(reference_model_path(), dtype=torch.float32)
+    model.eval()
     found = []
     for prompt in prompts():
         greedy = Greedy([], [])

@@ -94,7 +94,8 @@ def write(folder: Path, first_layer: int, heads: slice, rows: dict[str, NDArray[
         rows: by layer, [tokens, bytes].
     """
     name = f"layer{first_layer}-head{heads.start}.npz"
-    np.savez(folder / f".{name}", heads=np.array([heads.start, heads.stop]), **rows)
+    content: dict[str, Any] = {"heads": np.array([heads.start, heads.stop]), **rows}
+    np.savez(folder / f".{name}", **content)
     (folder / f".{name}").rename(folder / name)
 
 

@@ -7,30 +7,13 @@ from pathlib import Path
 
 import pytest
 from offline_packed import COUNT, Greedy, OfflinePacked
-
-PAIRS = 10  # codes in a recall prompt, about 180 tokens
+from serving_checks.greedy import prompts as make_prompts
 
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     """Token ids: free text, code, sums, and codes to be recalled, from 2 to about 180 tokens."""
-    from transformers import AutoTokenizer
-
-    from kvtuner_search.data.tasks import recall, stream
-    from kvtuner_search.models.reference_model import reference_model_path
-
-    tokenizer = AutoTokenizer.from_pretrained(reference_model_path())
-    texts = [
-        "Once upon a time",
-        "The quick brown fox",
-        "import os\n\ndef main(",
-        "The language reference describes",
-        "Question: What is 12 + 30?\nAnswer: ",
-    ]
-    for seed in range(4):
-        document = recall(stream("recall", "test", seed), pairs=PAIRS)
-        texts.append(document.text[: document.answers[0][0]])
-    return [tokenizer(text)["input_ids"] for text in texts]
+    return make_prompts(recalls=4)
 
 
 @pytest.fixture(scope="session")
