@@ -10,7 +10,7 @@ import click
 
 from kvtuner_search.bench.ablate.variants import FAMILIES
 from kvtuner_search.cli.interrupts import kill_as_interrupt
-from kvtuner_search.cli.options import json_option
+from kvtuner_search.cli.options import json_option, quiet_option, server_arguments, start_timeout_option, timeout_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading, model_options
 
 
@@ -71,14 +71,8 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 @click.option(
     "--requests", type=click.IntRange(1), default=16, show_envvar=True, help="Least requests of each of the two cells."
 )
-@click.option("--timeout", type=click.FloatRange(1), default=600.0, show_envvar=True, help="Seconds for one request.")
-@click.option(
-    "--start-timeout",
-    type=click.FloatRange(1),
-    default=900.0,
-    show_envvar=True,
-    help="Seconds until a server is ready.",
-)
+@timeout_option
+@start_timeout_option
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
@@ -95,8 +89,8 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     help="Also write the JSON to this file.",
 )
 @json_option
-@click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
-@click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- SGLANG OPTIONS]")
+@quiet_option
+@server_arguments
 def command(**options: Any) -> int:
     """Compare ways of storing the KV cache: bits, symmetric grids, group sizes, centring, per-channel keys, residual windows, published presets.
 

@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from kvtuner_search.cli.interrupts import kill_as_interrupt
-from kvtuner_search.cli.options import json_option
+from kvtuner_search.cli.options import (
+    json_option,
+    quiet_option,
+    server_arguments,
+    server_python_option,
+    start_timeout_option,
+    timeout_option,
+)
 from kvtuner_search.cli.run_options import CONTEXT
 
 
@@ -57,14 +64,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     show_default="this machine's",
     help="What the server runs on, for the floors.",
 )
-@click.option(
-    "--server-python",
-    default=sys.executable,
-    metavar="PATH",
-    show_default="this one",
-    show_envvar=True,
-    help="Python of the environment that has SGLang.",
-)
+@server_python_option
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
@@ -87,7 +87,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     help="Write an HTML report to this file.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_envvar=True, help="Seed of the prompts.")
-@click.option("--timeout", type=click.FloatRange(1), default=600.0, show_envvar=True, help="Seconds for one request.")
+@timeout_option
 @click.option(
     "--stall",
     type=click.FloatRange(1),
@@ -95,13 +95,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     show_envvar=True,
     help="Seconds without a byte until a request is given up.",
 )
-@click.option(
-    "--start-timeout",
-    type=click.FloatRange(1),
-    default=900.0,
-    show_envvar=True,
-    help="Seconds until the server is ready.",
-)
+@start_timeout_option
 @click.option(
     "--workers",
     type=click.IntRange(1, 64),
@@ -111,8 +105,8 @@ from kvtuner_search.cli.run_options import CONTEXT
 )
 @click.option("--cross-check", is_flag=True, help="Also send one throughput cell through SGLang's own bench_serving.")
 @json_option
-@click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
-@click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- SGLANG OPTIONS]")
+@quiet_option
+@server_arguments
 def command(**options: Any) -> int:
     """Measure what is served, on tokens that came back.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvtuner_search.cli.options import quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options, space_options
 from kvtuner_search.errors import UsageError
 
@@ -82,7 +83,7 @@ from kvtuner_search.errors import UsageError
     help="Processes that share the trials on this machine.",
 )
 @click.option("--join", is_flag=True, hidden=True, help="Work on the study's trials and write nothing.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
+@quiet_option
 def command(**options: Any) -> None:
     """Search per-layer key and value bit-widths, and write a profile for each budget, with a report.
 

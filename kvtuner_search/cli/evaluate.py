@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kvtuner_search.cli.options import json_option
+from kvtuner_search.cli.options import json_option, quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading, model_options
 
 
@@ -59,7 +59,7 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "--batch-size", type=click.IntRange(1), default=8, show_envvar=True, help="Prompts of a task in one pass."
 )
 @json_option
-@click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
+@quiet_option
 def command(
     profiles: tuple[Path, ...],
     uniforms: tuple[str, ...],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from kvtuner_search.profile.settings import parse_size
@@ -20,3 +22,23 @@ memory_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, envvar="KVTUNER_JSON", show_envvar=True, help="Print JSON."
 )
+quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
+timeout_option = click.option(
+    "--timeout", type=click.FloatRange(1), default=600.0, show_envvar=True, help="Seconds for one request."
+)
+start_timeout_option = click.option(
+    "--start-timeout",
+    type=click.FloatRange(1),
+    default=900.0,
+    show_envvar=True,
+    help="Seconds until a server is ready.",
+)
+server_python_option = click.option(
+    "--server-python",
+    default=sys.executable,
+    metavar="PATH",
+    show_default="this one",
+    show_envvar=True,
+    help="Python of the environment that has SGLang.",
+)
+server_arguments = click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- SGLANG OPTIONS]")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvtuner_search.cli.options import quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading, model_options, space_options
 
 
@@ -25,7 +26,7 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 @click.option(
     "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write everything that was measured as JSON."
 )
-@click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
+@quiet_option
 def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -> None:
     """Measure what each layer loses with each storage class; nothing is searched or chosen.
 

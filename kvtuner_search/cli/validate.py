@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 import click
 
 from kvtuner_search.cli.interrupts import kill_as_interrupt
-from kvtuner_search.cli.options import json_option
+from kvtuner_search.cli.options import (
+    json_option,
+    quiet_option,
+    server_arguments,
+    server_python_option,
+    start_timeout_option,
+    timeout_option,
+)
 from kvtuner_search.cli.run_options import CONTEXT
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,14 +64,7 @@ def _limit(name: str, default: str, text: str) -> Callable[[F], F]:
     "--url", show_envvar=True, help="Running server with the profile, http://host:port, instead of starting one."
 )
 @click.option("--baseline-url", show_envvar=True, help="Running stock server, instead of starting one.")
-@click.option(
-    "--server-python",
-    default=sys.executable,
-    metavar="PATH",
-    show_default="this one",
-    show_envvar=True,
-    help="Python of the environment that has SGLang.",
-)
+@server_python_option
 @click.option(
     "--data",
     "sources",
@@ -107,14 +107,8 @@ def _limit(name: str, default: str, text: str) -> Callable[[F], F]:
     "--batch-tokens", type=click.IntRange(1), default=4096, show_envvar=True, help="Of the offline evaluation."
 )
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=8, show_envvar=True, help="Requests in flight.")
-@click.option("--timeout", type=click.FloatRange(1), default=600.0, show_envvar=True, help="Seconds for one request.")
-@click.option(
-    "--start-timeout",
-    type=click.FloatRange(1),
-    default=900.0,
-    show_envvar=True,
-    help="Seconds until a server is ready.",
-)
+@timeout_option
+@start_timeout_option
 @click.option("--hardware", show_envvar=True, help="What servers that are pointed at run on, for the record.")
 @click.option(
     "--folder",
@@ -133,8 +127,8 @@ def _limit(name: str, default: str, text: str) -> Callable[[F], F]:
 )
 @click.option("--write", is_flag=True, help="Put the block into the profile, which gets a new digest.")
 @json_option
-@click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
-@click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- SGLANG OPTIONS]")
+@quiet_option
+@server_arguments
 def command(**options: Any) -> int:
     """Measure a profile on an SGLang server against a stock server, with the same prompts.
 
