@@ -28,7 +28,8 @@ SWITCH: Final = "KVTUNER_PREFILL"  # environment variable: auto, or triton for t
 HEAD_DIMS: Final = (64, 128, 256)
 CAPABILITY: Final = (9, 0)  # where it was measured
 TOLERANCE: Final = 0.02  # relative error against the reference: several times what rounding costs
-LEAST_TOKENS: Final = 128  # new ones of a batch; fewer were not measured
+LEAST_TOKENS: Final = 16  # new ones of a request in the mean; fewer were not measured
+ENOUGH_TOKENS: Final = 128  # new ones of a batch, whatever each request has
 LARGEST_SHARE: Final = 16  # tokens of prefixes for each new one, where the packed kernel has work for the whole chip
 TILE: Final = 128  # query heads of one group that a program of the packed kernel takes
 LARGEST_COPY: Final = 512 * 2**20  # bytes of dequantized keys and values of one layer, out of what SGLang leaves free
@@ -69,7 +70,8 @@ class PrefillAttention:
         tiles = kv_heads * sum(-(-length * heads // kv_heads // TILE) for length in lengths)
         # Short chunks of many requests: dequantizing would cost more than attending to the packed rows.
         short = old > LARGEST_SHARE * new and tiles >= self.multiprocessors
-        if new < LEAST_TOKENS or copied > LARGEST_COPY or short:
+        few = new < min(LEAST_TOKENS * max(1, len(lengths)), ENOUGH_TOKENS)
+        if few or copied > LARGEST_COPY or short:
             return False
         self.prepare(lengths, prefixes)
         return True

@@ -81,7 +81,10 @@ def test_short_chunks_of_many_requests_and_great_prefixes_are_left_to_the_packed
 ) -> None:
     prefill = make()
     assert prefill is not None
-    assert not prefill.plan([127], [0])
+    assert prefill.plan([16], [0])
+    assert not prefill.plan([15], [0])
+    assert not prefill.plan([20, 11], [0, 0])
+    assert prefill.plan([2] * 64, [0] * 64)
     assert not prefill.plan([], [])
     prefill.multiprocessors = 132
     assert prefill.plan([128], [100_000])  # the packed kernel would leave most of the chip idle
