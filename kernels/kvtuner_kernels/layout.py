@@ -8,28 +8,37 @@ A **row** holds everything that one layer stores for one token and all local KV 
   of 16-bit little-endian words: with ``b`` bits a segment takes ``W = L*b/16`` words, and word ``j`` holds the codes of
   channels ``j, j + W, j + 2*W, ...`` from its low bits to its high bits. So the words of a segment are the tile that a
   16-bit matrix instruction loads, each plane is that tile with one shift and one mask, and a plane lies within one group.
+* A **banded** side is stored in a fitted basis whose channels form :data:`BANDS` equal bands, each with bits of its own. A band's
+  ``U = head_dim / BANDS`` codes lie at one place of ``U`` consecutive 16-bit words, code ``j`` in word ``j``. Bands are put into words
+  first fit, in order (:meth:`LayerSpec.places`). Where keys and values are both banded they share the words of a head.
 * Metadata of a head is, for each group of ``group_size`` consecutive channels, one fp16 scale, followed for an asymmetric
-  spec by one fp16 minimum.
+  spec by one fp16 minimum. A banded side has one fp16 scale, whose sign bit marks a row that holds the first token of a sequence.
 * 16 bits means the model's own dtype, stored raw: two bytes a channel, no metadata.
 
-The order of bytes is part of ``LAYOUT_VERSION``: a profile made for another version is refused.
+The order of bytes is part of ``LAYOUT_VERSION``: a profile made for another version is refused. Version 2 added bands; everything
+else is stored as in version 1.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 BITS: Final = (2, 4, 8, 16)
 GROUP_SIZES: Final = (32, 64, 128)  # channels; a group may also span the whole head
 ROW_ALIGNMENT: Final = 4  # bytes
 METADATA_BYTES: Final = 2  # one fp16 number
 MIN_CLIP: Final = 0.3  # a narrower range would drop most of a group
+BANDS: Final = 8  # equal bands of a head in a fitted basis
+MAX_BAND_BITS: Final = 8
+WORD_BITS: Final = 16
 
+_BANDED = re.compile(rf"b(?P<bands>[0-{MAX_BAND_BITS}]{{{BANDS}}})", re.ASCII)
 _SPEC = re.compile(
     r"(?P<bits>[248])-g(?P<group>[1-9]\d{0,3})-(?P<sign>asym|sym)(?P<centred>-c)?(?P<rotated>-r)?(-x(?P<clip>0\.\d{1,2}))?",
     re.ASCII,
@@ -48,14 +57,20 @@ class TensorSpec:
         LayoutError: for a combination that cannot be stored.
     """
 
-    bits: int = 16  # 2, 4 or 8; 16 is the model's own dtype, stored raw, and takes none of the fields below
+    bits: int = (
+        16  # 2, 4 or 8; 16 is the model's own dtype, stored raw, and takes none of the fields below; 0 with bands
+    )
     group_size: int = 0  # channels that share one scale; 0 only for 16 bits
     symmetric: bool = False  # the grid is centred on zero and only the scale is stored; else scale and minimum
     centred: bool = False  # a fixed vector per KV head is subtracted before quantization
     rotated: bool = False  # a Hadamard transform along head_dim is applied before quantization
     clip: float = 1.0  # fraction of the group's range that the grid spans, in steps of 0.01
+    bands: tuple[int, ...] = ()  # a fitted basis: bits of each of BANDS bands; takes none of the fields above
 
     def __post_init__(self) -> None:
+        if self.bands or self.bits == 0:
+            self._check_bands()
+            return
         if self.bits not in BITS:
             raise LayoutError(f"bits={self.bits!r} cannot be stored: use one of {BITS}")
         if self.bits == 16:
@@ -77,14 +92,43 @@ class TensorSpec:
         if not (math.isfinite(self.clip) and MIN_CLIP <= self.clip <= 1.0 and round(self.clip, 2) == self.clip):
             raise LayoutError(f"clip={self.clip!r} is not a multiple of 0.01 in [{MIN_CLIP}, 1.0]")
 
+    def _check_bands(self) -> None:
+        others = (self.bits, self.group_size, self.symmetric, self.centred, self.rotated, self.clip)
+        if others != (0, 0, False, False, False, 1.0):
+            raise LayoutError("a banded side has bits=0: leave group_size, symmetric, centred, rotated and clip unset")
+        good = len(self.bands) == BANDS and all(type(b) is int and 0 <= b <= MAX_BAND_BITS for b in self.bands)
+        if not good or not any(self.bands):
+            raise LayoutError(
+                f"bands={self.bands!r} cannot be stored: give {BANDS} numbers of bits from 0 to {MAX_BAND_BITS}, not all 0"
+            )
+
     @property
     def raw(self) -> bool:
         """True for 16 bits: nothing is quantized."""
         return self.bits == 16
 
+    @property
+    def banded(self) -> bool:
+        """True if the side is stored in a fitted basis, in bands of channels with bits of their own."""
+        return bool(self.bands)
+
+    @property
+    def fitted(self) -> bool:
+        """True if the side needs a tensor of the transforms file: a centring vector, or a basis."""
+        return self.centred or self.banded
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, in the mean over the channels."""
+        return sum(self.bands) / BANDS if self.bands else float(self.bits)
+
     def check(self, head_dim: int) -> None:
         """Raise LayoutError if a head of ``head_dim`` channels cannot be stored this way."""
         if self.raw:
+            return
+        if self.banded:
+            if head_dim % BANDS:
+                raise LayoutError(f"head_dim={head_dim} does not split into {BANDS} bands: store it without bands")
             return
         if self.group_size not in (*GROUP_SIZES, head_dim):
             raise LayoutError(f"group_size={self.group_size} is neither one of {GROUP_SIZES} nor head_dim={head_dim}")
@@ -99,29 +143,38 @@ class TensorSpec:
 
     def groups(self, head_dim: int) -> int:
         """Number of groups (scales) in one head."""
+        if self.banded:
+            return 1
         return 0 if self.raw else head_dim // self.group_size
 
     def segment(self, head_dim: int) -> int:
-        """Channels that are packed together: the most groups (a power of two) for which a plane stays within one group."""
+        """Channels that are packed together: the most groups (a power of two) for which a plane stays within one group.
+
+        Not for a banded side.
+        """
         groups = self.groups(head_dim)
         return self.group_size * min(16 // self.bits, groups & -groups) if groups else head_dim
 
     def code_bytes(self, head_dim: int) -> int:
-        """Bytes of codes (or of raw channels) for one head of one token."""
+        """Bytes of codes (or of raw channels) for one head of one token; of a banded side's, if it has its words to itself."""
+        if self.banded:
+            return place_bands(self.bands)[1] * head_dim // BANDS * 2
         return head_dim * self.bits // 8
 
     def metadata_bytes(self, head_dim: int) -> int:
         """Bytes of scales and minima for one head of one token."""
-        return self.groups(head_dim) * METADATA_BYTES * (1 if self.symmetric else 2)
+        return self.groups(head_dim) * METADATA_BYTES * (1 if self.symmetric or self.banded else 2)
 
     def effective_bits(self, head_dim: int) -> float:
         """Bits per channel with the metadata counted; row padding is counted by LayerSpec."""
         return (self.code_bytes(head_dim) + self.metadata_bytes(head_dim)) * 8 / head_dim
 
     def __str__(self) -> str:
-        """A short name that :meth:`parse` reads back: ``16``, or for example ``4-g128-asym-c-r-x0.9``."""
+        """A short name that :meth:`parse` reads back: ``16``, ``b65443322`` (bits of each band), or ``4-g128-asym-c-r-x0.9``."""
         if self.raw:
             return "16"
+        if self.banded:
+            return "b" + "".join(map(str, self.bands))
         parts = [str(self.bits), f"g{self.group_size}", "sym" if self.symmetric else "asym"]
         parts += [flag for flag, on in (("c", self.centred), ("r", self.rotated)) if on]
         parts += [f"x{self.clip:g}"] if self.clip != 1.0 else []
@@ -136,10 +189,14 @@ class TensorSpec:
         """
         if text == "16":
             return cls()
+        banded = _BANDED.fullmatch(text)
+        if banded is not None:
+            return cls(bits=0, bands=tuple(map(int, banded["bands"])))
         match = _SPEC.fullmatch(text)
         if match is None:
             raise LayoutError(
-                f"{text!r} is no tensor spec: write 16, or BITS-gGROUP-asym|sym[-c][-r][-xCLIP], e.g. 4-g64-asym-c"
+                f"{text!r} is no tensor spec: write 16, BITS-gGROUP-asym|sym[-c][-r][-xCLIP], e.g. 4-g64-asym-c, or b and the bits of"
+                f" {BANDS} bands, e.g. b65443322"
             )
         return cls(
             bits=int(match["bits"]),
@@ -154,6 +211,46 @@ class TensorSpec:
 RAW: Final = TensorSpec()
 
 
+class Place(NamedTuple):
+    """Where a band's codes lie within the words of a head."""
+
+    word: int  # which run of U words
+    start: int  # lowest bit within each word
+    bits: int  # 0 is stored nowhere
+
+
+@functools.cache
+def place_bands(*sides: tuple[int, ...]) -> tuple[tuple[tuple[Place, ...], ...], int]:
+    """Put bands into 16-bit words: each into the first word that has room for it, side after side.
+
+    A side begins in the last word of the side before it, so that both lie in neighbouring words, which are read at once.
+
+    Args:
+        sides: bits of each band.
+
+    Returns:
+        the place of each side's bands, and the number of runs of words.
+
+    Example:
+        >>> place_bands((8, 8, 4, 0))
+        (((Place(word=0, start=0, bits=8), Place(word=0, start=8, bits=8), Place(word=1, start=0, bits=4), Place(word=0, start=0, bits=0)),), 2)
+    """
+    used: list[int] = []
+    placed = []
+    for side in sides:
+        places, begin = [], max(0, len(used) - 1)
+        for bits in side:
+            room = (w for w in range(begin, len(used)) if used[w] + bits <= WORD_BITS)
+            word = next(room, len(used)) if bits else 0
+            if bits and word == len(used):
+                used.append(0)
+            places.append(Place(word, used[word] if bits else 0, bits))
+            if bits:
+                used[word] += bits
+        placed.append(tuple(places))
+    return tuple(placed), len(used)
+
+
 @dataclass(frozen=True, order=True)
 class LayerSpec:
     """How one layer stores its keys and its values."""
@@ -163,8 +260,8 @@ class LayerSpec:
 
     @property
     def name(self) -> str:
-        """The bits alone, as in ``K8V4``."""
-        return f"K{self.key.bits}V{self.value.bits}"
+        """The bits alone, as in ``K8V4``, or ``K3.5V2.75`` where sides are banded."""
+        return f"K{self.key.mean_bits:g}V{self.value.mean_bits:g}"
 
     def __str__(self) -> str:
         """A short name that :meth:`parse` reads back: ``KEY/VALUE``."""
@@ -182,6 +279,18 @@ class LayerSpec:
             raise LayoutError(f"{text!r} is no layer spec: write KEY/VALUE, e.g. 8-g64-asym/4-g64-asym")
         return cls(TensorSpec.parse(key), TensorSpec.parse(value))
 
+    def places(self) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+        """The places of the bands of keys and of values; empty for a side that is not banded."""
+        (key, value), _ = place_bands(self.key.bands, self.value.bands)
+        if self.shares_words:
+            return key, value
+        return place_bands(self.key.bands)[0][0], place_bands(self.value.bands)[0][0]
+
+    @property
+    def shares_words(self) -> bool:
+        """Whether keys and values lie in the same words."""
+        return self.key.banded and self.value.banded
+
     def row(self, kv_heads: int, head_dim: int) -> RowLayout:
         """Where everything of one token lies.
 
@@ -190,13 +299,20 @@ class LayerSpec:
         """
         self.key.check(head_dim)
         self.value.check(head_dim)
-        value_codes = kv_heads * self.key.code_bytes(head_dim)
-        key_metadata = value_codes + kv_heads * self.value.code_bytes(head_dim)
+        if self.shares_words:
+            key_head = value_head = place_bands(self.key.bands, self.value.bands)[1] * head_dim // BANDS * 2
+            value_codes, key_metadata = 0, kv_heads * key_head
+        else:
+            key_head, value_head = self.key.code_bytes(head_dim), self.value.code_bytes(head_dim)
+            value_codes = kv_heads * key_head
+            key_metadata = value_codes + kv_heads * value_head
         value_metadata = key_metadata + kv_heads * self.key.metadata_bytes(head_dim)
         used = value_metadata + kv_heads * self.value.metadata_bytes(head_dim)
         return RowLayout(
             key_codes=0,
             value_codes=value_codes,
+            key_head=key_head,
+            value_head=value_head,
             key_metadata=key_metadata,
             value_metadata=value_metadata,
             nbytes=-(-used // ROW_ALIGNMENT) * ROW_ALIGNMENT,
@@ -216,7 +332,9 @@ class RowLayout:
     """Byte offsets of the parts of one row, and its length."""
 
     key_codes: int
-    value_codes: int
+    value_codes: int  # the same as key_codes where keys and values share words
+    key_head: int  # bytes from one head's codes to the next's
+    value_head: int
     key_metadata: int
     value_metadata: int
     nbytes: int

@@ -11,6 +11,8 @@ kernel with or without fused multiply-add produces the same codes, scales and mi
 
 A symmetric spec has ``scale = fp16(max|x| * (2 * clip / n))`` and the unrounded minimum ``-scale * n / 2``, so no code is wasted
 and zero is not on the grid. A group of equal values has scale 0 and is restored to fp16 precision from its minimum.
+
+A banded side is put on another grid: :mod:`kvtuner_kernels.bands`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,20 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from kvtuner_kernels.bands import (
+    FP16_MAX,
+    BandCodes,
+    basis,
+    check_basis,
+    dequantize_bands,
+    from_basis,
+    is_first,
+    pack_bands,
+    quantize_bands,
+    to_basis,
+    unpack_bands,
+)
 from kvtuner_kernels.layout import LayerSpec, LayoutError, TensorSpec
-
-FP16_MAX: Final = 65504.0
 
 
 class QuantizationError(ValueError):
@@ -84,13 +97,7 @@ def quantize(x: Tensor, spec: TensorSpec, centre: Tensor | None = None, *, check
         LayoutError: if D does not split into the spec's groups, or the centre is missing, superfluous or misshapen.
     """
     x = transform(x, spec, centre)
-    if check:
-        peak = x.abs().amax().item() if x.numel() else 0.0
-        if not peak <= FP16_MAX:  # NaN compares false
-            raise QuantizationError(
-                f"the tensor holds {peak} where at most {FP16_MAX} can be stored: look for NaN or overflow in the model,"
-                " or store this tensor with 16 bits"
-            )
+    _check_peak(x, check)
     groups = _split(x, spec.group_size)
     top = 2**spec.bits - 1
     if spec.symmetric:
@@ -106,6 +113,16 @@ def quantize(x: Tensor, spec: TensorSpec, centre: Tensor | None = None, *, check
     inverse = torch.where(wide > 0, 1 / wide, 0)
     codes = ((groups - offset.unsqueeze(-1)) * inverse.unsqueeze(-1)).round_().clamp_(0, top)
     return Quantized(codes.flatten(-2).to(torch.uint8), scale, minimum)
+
+
+def _check_peak(x: Tensor, check: bool) -> None:
+    if check:
+        peak = x.abs().amax().item() if x.numel() else 0.0
+        if not peak <= FP16_MAX:  # NaN compares false
+            raise QuantizationError(
+                f"the tensor holds {peak} where at most {FP16_MAX} can be stored: look for NaN or overflow in the model,"
+                " or store this tensor with 16 bits"
+            )
 
 
 def transform(x: Tensor, spec: TensorSpec, centre: Tensor | None) -> Tensor:
@@ -149,10 +166,23 @@ def on_grid(quantized: Quantized, spec: TensorSpec) -> Tensor:
     return (_split(quantized.codes, spec.group_size).float() * scale + offset).flatten(-2)
 
 
-def as_stored(x: Tensor, spec: TensorSpec, centre: Tensor | None = None, *, check: bool = False) -> Tensor:
-    """``x`` [..., H, D] as attention reads it back from the cache, in ``x``'s dtype."""
+def as_stored(
+    x: Tensor, spec: TensorSpec, centre: Tensor | None = None, *, check: bool = False, first: Tensor | None = None
+) -> Tensor:
+    """``x`` [..., H, D] as attention reads it back from the cache, in ``x``'s dtype.
+
+    Args:
+        first: bool [...], which tokens are the first of their sequence (banded specs alone look at it).
+    """
     if spec.raw:
         return x
+    if spec.banded:
+        check_basis(centre, *x.shape[-2:])
+        assert centre is not None  # as just checked
+        side = basis(centre)
+        y = to_basis(x, side, first)
+        _check_peak(y, check)
+        return from_basis(dequantize_bands(quantize_bands(y, spec.bands), spec.bands), side, first).to(x.dtype)
     return dequantize(quantize(x, spec, centre, check=check), spec, centre).to(x.dtype)
 
 
@@ -175,7 +205,10 @@ def unpack(packed: Tensor, bits: int, segment: int = 0) -> Tensor:
 
 
 class Centres(NamedTuple):
-    """The centring vectors of one layer, fp32 [H, D]; None where the spec is not centred."""
+    """What one layer needs from the transforms file; None for a side that is neither centred nor banded.
+
+    A centring vector is fp32 [H, D], a basis fp32 [H, D + 2, D] (:func:`kvtuner_kernels.bands.basis`).
+    """
 
     key: Tensor | None = None
     value: Tensor | None = None
@@ -184,8 +217,13 @@ class Centres(NamedTuple):
 NO_CENTRES: Final = Centres()
 
 
-def pack_rows(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres = NO_CENTRES) -> Tensor:
+def pack_rows(
+    key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres = NO_CENTRES, first: Tensor | None = None
+) -> Tensor:
     """Keys and values [N, H, D] of N tokens to uint8 rows [N, row bytes].
+
+    Args:
+        first: bool [N], which tokens are the first of their sequence; none if not given. Banded specs alone look at it.
 
     Raises:
         QuantizationError, LayoutError: as for :func:`quantize`.
@@ -193,14 +231,26 @@ def pack_rows(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres = NO
     tokens, heads, head_dim = key.shape
     row = spec.row(heads, head_dim)
     rows = torch.zeros(tokens, row.nbytes, dtype=torch.uint8, device=key.device)
+    banded: list[Tensor | None] = []
     for x, side, centre, codes_at, metadata_at in (
         (key, spec.key, centres.key, row.key_codes, row.key_metadata),
         (value, spec.value, centres.value, row.value_codes, row.value_metadata),
     ):
+        banded.append(None)
         if side.raw:
             if x.element_size() != 2:
                 raise LayoutError(f"{x.dtype} cannot be stored raw in 16 bits: convert it to bfloat16 or float16 first")
             codes = x.contiguous().view(torch.uint8).flatten(1)
+        elif side.banded:
+            check_basis(centre, heads, head_dim)
+            assert centre is not None  # as just checked
+            y = to_basis(x, basis(centre), first)
+            _check_peak(y, True)
+            found = quantize_bands(y, side.bands, first)
+            metadata = found.scale.contiguous().view(torch.uint8)
+            rows[:, metadata_at : metadata_at + metadata.shape[1]] = metadata
+            banded[-1] = found.codes
+            continue
         else:
             quantized = quantize(x, side, centre)
             codes = pack(quantized.codes, side.bits, side.segment(head_dim)).flatten(1)
@@ -210,6 +260,14 @@ def pack_rows(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres = NO
             metadata = grid.flatten(1).contiguous().view(torch.uint8)
             rows[:, metadata_at : metadata_at + metadata.shape[1]] = metadata
         rows[:, codes_at : codes_at + codes.shape[1]] = codes
+    for at, pair in (
+        [(0, tuple(banded))]
+        if spec.shares_words
+        else [(row.key_codes, (banded[0], None)), (row.value_codes, (None, banded[1]))]
+    ):
+        if any(side is not None for side in pair):
+            packed = pack_bands(spec, *pair).flatten(1)
+            rows[:, at : at + packed.shape[1]] = packed
     return rows
 
 
@@ -226,12 +284,11 @@ def unpack_rows(
     Quantized sides come back as fp32; a 16-bit side comes back in ``dtype``, which must be the dtype that was stored.
     """
     row = spec.row(heads, head_dim)
-    sides = []
-    for side, centre, codes_at, metadata_at in (
-        (spec.key, centres.key, row.key_codes, row.key_metadata),
-        (spec.value, centres.value, row.value_codes, row.value_metadata),
+    sides: list[Tensor] = []
+    for side, centre, codes_at, nbytes, metadata_at in (
+        (spec.key, centres.key, row.key_codes, row.key_head, row.key_metadata),
+        (spec.value, centres.value, row.value_codes, row.value_head, row.value_metadata),
     ):
-        nbytes = side.code_bytes(head_dim)
         codes = rows[:, codes_at : codes_at + heads * nbytes].reshape(len(rows), heads, nbytes)
         if side.raw:
             sides.append(codes.contiguous().view(dtype))
@@ -239,6 +296,14 @@ def unpack_rows(
         metadata = (
             rows[:, metadata_at : metadata_at + heads * side.metadata_bytes(head_dim)].contiguous().view(torch.float16)
         )
+        if side.banded:
+            check_basis(centre, heads, head_dim)
+            assert centre is not None  # as just checked
+            scale = metadata.view(len(rows), heads)
+            plain = unpack_bands(codes, spec, len(sides), head_dim)
+            y = dequantize_bands(BandCodes(plain, scale), side.bands)
+            sides.append(from_basis(y, basis(centre), is_first(scale)))
+            continue
         grid = metadata.view(len(rows), heads, side.groups(head_dim), 1 if side.symmetric else 2)
         minimum = None if side.symmetric else grid[..., 1]
         plain = unpack(codes, side.bits, side.segment(head_dim))
@@ -266,7 +331,7 @@ def attend(
         rows: uint8 [S, row bytes], S >= T.
         spec: how the rows are stored.
         heads: KV heads H; Hq is a multiple of H and query head ``h`` reads KV head ``h // (Hq // H)``.
-        centres: centring vectors of the layer.
+        centres: what the layer needs from the transforms file.
         softmax_scale: factor of the scores; ``D ** -0.5`` if not given.
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
         window: number of latest rows that a query sees, itself included; 0 is all.
