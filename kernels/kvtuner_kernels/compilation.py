@@ -16,9 +16,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvtuner_kernels.band_kernel import store_bands_constants, store_bands_kernel, store_bands_warps
+from kvtuner_kernels.basis_kernel import (
+    ALONE,
+    TRANSFORM_WARPS,
+    Overlap,
+    first_rows_constants,
+    first_rows_kernel,
+    transform_constants,
+    transform_kernel,
+)
 from kvtuner_kernels.decode import decode_constants, merge_constants, merge_kernel
 from kvtuner_kernels.decode_kernel import decode_kernel
-from kvtuner_kernels.extend import extend_constants, extend_kernel
+from kvtuner_kernels.extend import extend_constants
+from kvtuner_kernels.extend_kernel import extend_kernel
+from kvtuner_kernels.gather import gather_constants, gather_kernel
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.quantize import STORE_WARPS, store_constants, store_kernel
 from kvtuner_kernels.tuning import HOPPER_SHARED, decode_launch, extend_launch
@@ -27,9 +39,12 @@ CAPABILITIES: Final = (80, 89, 90, 100)  # A100; RTX 4090 and L40S; H100 and H20
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _POINTERS: Final = {
     "rows": "*u8", "slots": "*i64", "kv_indptr": "*i32", "kv_indices": "*i64", "qo_indptr": "*i32", "mask_indptr": "*i64",
-    "custom_mask": "*i1", "partial": "*fp32", "lse": "*fp32", "key_centre": "*fp32", "value_centre": "*fp32", "centre": "*fp32",
-    "split_counts": "*i32",
+    "custom_mask": "*i1", "split_counts": "*i32", "positions": "*i64", "indptr": "*i32",
 }  # fmt: skip
+_FP32: Final = (
+    "partial", "lse", "centre", "key_centre", "value_centre", "key_point", "value_point", "key_matrix", "key_mean",
+    "value_matrix", "value_mean", "matrix", "before", "after", "query_shift", "first_key", "first_value",
+)  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -39,6 +54,7 @@ class Variant(NamedTuple):
     kernel: Any  # a @triton.jit function
     constants: dict[str, Any]  # compile-time constants; pointers that are not given are None here
     options: dict[str, int]  # num_warps and the like
+    fp32: tuple[str, ...] = ()  # pointers to fp32, of those that otherwise have the model's type
 
 
 class Resources(NamedTuple):
@@ -64,27 +80,33 @@ def variants(
     """
     row = spec.bytes_per_token(heads, head_dim)
     launch = decode_launch(spec, heads, group, head_dim, shared)
+    banded = spec.key.banded or spec.value.banded
     centres = {f"{name}_centre": None for name, side in (("key", spec.key), ("value", spec.value)) if not side.centred}
-    result = [
-        Variant(
-            "store", store_kernel, {**store_constants(spec, heads, head_dim), **centres}, {"num_warps": STORE_WARPS}
-        ),
+    result = []
+    if not spec.shares_words:
+        constants = {**store_constants(spec, heads, head_dim), **centres}
+        result.append(Variant("store", store_kernel, constants, {"num_warps": STORE_WARPS}))
+    if banded:
+        result += _banded_variants(spec, heads, group, head_dim, dtype, overlap)
+    # Where the key is banded, queries come in its basis, as fp32.
+    turned = ("query",) if spec.key.banded else ()
+    decode = decode_constants(spec, heads, group, head_dim, dtype, row, launch, overlap=overlap)
+    result.append(
         Variant(
             "decode",
             decode_kernel,
-            {
-                **decode_constants(spec, heads, group, head_dim, dtype, row, launch, overlap=overlap),
-                "split_counts": None,
-                "query_shift": None,
-            },
+            {**decode, "split_counts": None, "query_shift": None},
             {"num_warps": launch.warps, **launch.options()},
-        ),
-    ]
+            turned,
+        )
+    )
     for batch, splits in ((64, 264), (1, 264)):
         constants = merge_constants(spec, batch, splits, group, head_dim, launch, overlap=overlap)
-        none = {"split_counts": None} | ({} if spec.value.centred else {"centre": None})
+        constants |= {"split_counts": None, "query_shift": None} | ({} if constants["CENTRED"] else {"centre": None})
+        constants |= {} if banded else {"query": None, "first_key": None, "first_value": None}
+        later = ("out",) if spec.value.banded else ()
         result.append(
-            Variant(f"merge {batch}", merge_kernel, {**constants, **none}, {"num_warps": 4 if batch == 1 else 1})
+            Variant(f"merge {batch}", merge_kernel, constants, {"num_warps": 4 if batch == 1 else 1}, turned + later)
         )
     for rows in (16, 64, 4096):
         tile = extend_launch(spec, head_dim, rows, shared)
@@ -92,8 +114,57 @@ def variants(
             **extend_constants(spec, heads, group, head_dim, dtype, row, tile),
             "CAP": 0.0, "WINDOW": 0, "CAUSAL": True, "AS_STORED": False, "SKIP_PREFIX_MASK": True,
             "custom_mask": None, "mask_indptr": None,
-        } | ({} if spec.key.centred else {"key_centre": None})  # fmt: skip
-        result.append(Variant(f"extend {rows}", extend_kernel, constants, {"num_warps": tile.warps}))
+        } | ({} if spec.key.fitted else {"key_centre": None}) | ({} if banded else {"first_key": None, "first_value": None})  # fmt: skip
+        fp32 = [
+            *(["prefix_query"] if spec.key.banded else []),
+            *(["out"] if spec.value.fitted or spec.value.rotated else []),
+        ]
+        result.append(Variant(f"extend {rows}", extend_kernel, constants, {"num_warps": tile.warps}, tuple(fp32)))
+    return result
+
+
+def _banded_variants(
+    spec: LayerSpec, heads: int, group: int, head_dim: int, dtype: torch.dtype, overlap: bool
+) -> list[Variant]:
+    """The kernels that a layer with a banded side takes besides."""
+    result = []
+    none = {
+        f"{name}_{part}": None
+        for name, side in (("key", spec.key), ("value", spec.value))
+        if not side.banded
+        for part in ("matrix", "mean", "point")
+    }
+    for tokens in (64, 8192):
+        constants = {**store_bands_constants(spec, heads, head_dim, tokens), **none}
+        name, warps = f"store bands of {tokens}", {"num_warps": store_bands_warps(head_dim, constants["TILE_ROWS"])}
+        result.append(Variant(name, store_bands_kernel, constants, warps))
+    constants = first_rows_constants(spec, heads, head_dim, dtype, overlap)
+    constants |= {name: None for name in ("key_point", "value_point") if name in none}
+    result.append(Variant("first rows", first_rows_kernel, constants, {}, ("key", "value")))
+    gathered = tuple(name for name, side in (("key", spec.key), ("value", spec.value)) if side.banded)
+    unfitted = {f"{n}_centre": None for n, side in (("key", spec.key), ("value", spec.value)) if not side.fitted}
+    result.append(
+        Variant("gather", gather_kernel, {**gather_constants(spec, heads, head_dim), **unfitted}, {}, gathered)
+    )
+    warps = {"num_warps": TRANSFORM_WARPS}
+    for pairs in (64, 65536):
+        query, chunk, back = (
+            {
+                **transform_constants(pairs, heads, group, head_dim, how),
+                **dict.fromkeys(absent),
+                "matrix_column_stride": 1,
+            }
+            for how, absent in (
+                (Overlap(leads=overlap, follows=overlap, reads=False), ("before", "after", "indptr")),
+                (ALONE, ("after", "indptr")),
+                (Overlap(follows=overlap), ("before",)),
+            )
+        )
+        result += [
+            Variant(f"query of {pairs}", transform_kernel, query, warps, ("out",)),
+            Variant(f"chunk of {pairs}", transform_kernel, chunk, warps),
+            Variant(f"result of {pairs}", transform_kernel, back, warps, ("x",)),
+        ]
     return result
 
 
@@ -104,11 +175,17 @@ def compile_variant(variant: Variant, capability: int, dtype: torch.dtype = torc
     for name in variant.kernel.arg_names:
         if name in variant.constants:
             signature[name] = "constexpr"
-        elif name in ("query", "prefix_query", "key", "value", "out"):
+        elif name in (*variant.fp32, *_FP32):
+            signature[name] = "*fp32"
+        elif name in ("query", "prefix_query", "key", "value", "out", "x"):
             signature[name] = model
         else:
             signature[name] = _POINTERS.get(name, "fp32" if name == "softmax_scale" else "i32")
-    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name.endswith("stride")]
+    aligned = [
+        i
+        for i, (name, kind) in enumerate(signature.items())
+        if kind[0] == "*" or (kind == "i32" and name.endswith("stride"))
+    ]
     source = ASTSource(variant.kernel, signature, variant.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
     with tempfile.TemporaryDirectory() as folder:

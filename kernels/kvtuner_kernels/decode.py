@@ -12,11 +12,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvtuner_kernels.decode_kernel import SPLIT_ALIGNMENT, decode_kernel
+from kvtuner_kernels.bands import basis
+from kvtuner_kernels.basis_kernel import Overlap, first_rows, transform_heads
+from kvtuner_kernels.decode_kernel import LOG2E, SPLIT_ALIGNMENT, bounds, decode_kernel
 from kvtuner_kernels.layout import LayerSpec, LayoutError
-from kvtuner_kernels.operands import ASSEMBLY, butterflies, check_centre, check_rows, rotation_shift, sides
+from kvtuner_kernels.operands import (
+    ASSEMBLY,
+    butterflies,
+    check_centre,
+    check_rows,
+    power_of_2,
+    rotation_shift,
+    sides,
+)
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
 from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors, overlaps, shared_memory
@@ -24,21 +34,22 @@ from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors,
 
 @triton.jit(do_not_specialize=["batch", "splits"])
 def merge_kernel(
-    partial, lse, kv_indptr, split_counts, centre, out, batch, splits, out_token_stride, out_head_stride,
+    partial, lse, kv_indptr, split_counts, centre, out, query, query_shift, first_key, first_value, batch, splits,
+    out_token_stride, out_head_stride, query_token_stride, query_head_stride, softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
     WINDOW: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    FIRST: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Softmax-weighted mean of a request's partial results; a request without tokens gives 0.
+    """Softmax-weighted mean of a request's partial results, and of its first token where that is apart (FIRST).
 
-    Grid: (batch, query heads, blocks of WIDTH channels); to rotate back, one block has all channels.
+    A request without tokens gives 0. Grid: (batch, query heads, blocks of WIDTH channels); to rotate back, one block has all channels.
     """
+    if OVERLAP and FIRST:
+        gdc_launch_dependents()
     request = tl.program_id(0)
     head = tl.program_id(1)
     query_heads = tl.num_programs(1)
-    low = tl.load(kv_indptr + request)
-    high = tl.load(kv_indptr + request + 1)
-    if WINDOW:
-        low = tl.maximum(low, high - WINDOW)
+    low, high = bounds(kv_indptr, request, WINDOW, FIRST)
     if split_counts is not None:
         count = tl.load(split_counts + request)
         length = tl.cdiv(tl.cdiv(high - low, count), SPLIT_ALIGNMENT) * SPLIT_ALIGNMENT
@@ -57,6 +68,25 @@ def merge_kernel(
     top = tl.full([1, 1], -1.0e30, tl.float32)
     total = tl.zeros([1, 1], tl.float32)
     acc = tl.zeros([1, WIDTH], tl.float32)
+    if FIRST:
+        begins = tl.load(kv_indptr + request)
+        seen = (begins < high) & ((WINDOW == 0) | (begins >= high - WINDOW))
+        every = tl.arange(0, power_of_2(HEAD_DIM))[None, :]
+        at = (request * (query_heads // GROUP) + head // GROUP) * HEAD_DIM
+        q = tl.load(
+            query + request * query_token_stride + head * query_head_stride + every, mask=every < HEAD_DIM, other=0.0
+        )
+        k = tl.load(first_key + at + every, mask=every < HEAD_DIM, other=0.0)
+        score = tl.sum(q.to(tl.float32) * k, 1, keep_dims=True)
+        if query_shift is not None:
+            score += tl.load(query_shift + request * query_heads + head)
+        score *= softmax_scale
+        if CAP != 0:
+            score = CAP * (1 - 2 / (1 + tl.exp2(score * (2 / CAP * LOG2E))))
+        top = tl.where(seen, score * LOG2E, top)
+        total = tl.where(seen, total + 1.0, total)
+        value = tl.load(first_value + at + channel, mask=channel < HEAD_DIM, other=0.0)
+        acc = tl.where(seen, value, acc)
     for block in tl.range(first * RUNS, last * RUNS, PARTS, num_stages=2):
         part = (block + tl.arange(0, PARTS))[:, None]
         live = part < last * RUNS
@@ -158,35 +188,60 @@ def decode(
     workspace = workspace or decode_workspace(
         batch, splits, query_heads, head_dim, launch, rows.device, bool(max_kv_splits)
     )
-    shift = None
+    shift, model = None, query.dtype
     if centres.key is not None and soft_cap:
-        shift = (query.float() * centres.key.repeat_interleave(group, 0)).sum(-1)
+        mean = basis(centres.key).mean if key_side.bands else centres.key
+        shift = (query.float() * mean.repeat_interleave(group, 0)).sum(-1)
     if key_side.rotated:
         query = rotate_heads(query, inverse=True, dtype=query.dtype)
-    overlap = overlaps(rows.device)
+    apart, overlap = _has_first(spec), overlaps(rows.device)
+    first_key = first_value = None
+    if apart:
+        first_key, first_value = first_rows(
+            rows, kv_indptr, kv_indices, spec, heads, head_dim, centres, model, leads=overlap
+        )
+    if key_side.bands and centres.key is not None:
+        # Neighbour of two kernels that lead: it must not end before the one before it has.
+        between = Overlap(leads=overlap, follows=overlap, reads=False)
+        query = transform_heads(query, basis(centres.key).dual, heads, overlap=between)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     programs = batch * splits if max_kv_splits else splits
     blocks = triton.cdiv(heads, launch.batch // launch.runs), triton.cdiv(group, launch.columns)
     decode_kernel[(programs, *blocks)](
         query, shift, rows, kv_indptr, kv_indices, num_kv_splits, workspace.partial, workspace.lse, batch, splits,
-        query.stride(0), query.stride(1), head_dim**-0.5 if softmax_scale is None else softmax_scale,
-        **decode_constants(spec, heads, group, head_dim, query.dtype, rows.stride(0), launch, soft_cap, window, overlap),
-        num_warps=launch.warps, **launch.options(),
+        query.stride(0), query.stride(1), scale,
+        **decode_constants(spec, heads, group, head_dim, model, rows.stride(0), launch, soft_cap, window, overlap),
+        num_warps=launch.warps, **launch.options(), **({"launch_pdl": True} if overlap and apart else {}),
     )  # fmt: skip
-    later = value_side.rotated and rotation_block(head_dim) < head_dim  # undone by a kernel of its own
+    rotated_later = value_side.rotated and rotation_block(head_dim) < head_dim
+    later = rotated_later or bool(value_side.bands)  # undone by a kernel of its own
     merged = torch.empty(query.shape, dtype=torch.float32, device=query.device) if later else out
     # With splits of a request's own, what merges them must not depend on the batch either.
-    constants = merge_constants(spec, 1 if max_kv_splits else batch, splits, group, head_dim, launch, window, overlap)
+    constants = merge_constants(
+        spec, 1 if max_kv_splits else batch, splits, group, head_dim, launch, window, overlap, soft_cap
+    )
     merge_kernel[(batch, query_heads, triton.cdiv(head_dim, constants["WIDTH"]))](
-        workspace.partial, workspace.lse, kv_indptr, num_kv_splits, centres.value, merged, batch, splits,
-        merged.stride(0), merged.stride(1), **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4,
+        workspace.partial, workspace.lse, kv_indptr, num_kv_splits, centres.value if constants["CENTRED"] else None, merged,
+        query if apart else None, shift if apart else None, first_key, first_value, batch, splits,
+        merged.stride(0), merged.stride(1), query.stride(0), query.stride(1), scale, **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4,
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
-    if later:
+    if value_side.bands and centres.value is not None:
+        side = basis(centres.value)
+        # A request without tokens attends to nothing, so that no mean value is owed.
+        behind = Overlap(follows=overlap)
+        transform_heads(merged, side.inverse, heads, after=side.mean, out=out, indptr=kv_indptr, overlap=behind)
+    elif later:
         centre = None if centres.value is None else centres.value.repeat_interleave(group, 0)
         turned = rotate_heads(merged, inverse=True, dtype=out.dtype, centre=centre)
         empty = kv_indptr[1:] == kv_indptr[:-1]  # attends to nothing, so that no mean value is owed
         out.copy_(turned.masked_fill_(empty[:, None, None], 0))
     return out
+
+
+def _has_first(spec: LayerSpec) -> bool:
+    """Whether a request's first token is left to the merge: banded sides keep it about a point of its own."""
+    return spec.key.banded or spec.value.banded
 
 
 def decode_workspace(
@@ -229,7 +284,7 @@ def decode_constants(
         "KEY": key_side, "VALUE": value_side, "ROW": row_stride, "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim,
         "CAP": soft_cap, "WINDOW": window, "KEY_DTYPE": key_dtype, "VALUE_DTYPE": value_dtype, "BATCH": launch.batch,
         "RUNS": launch.runs, "TOKENS": launch.tokens, "COLUMNS": launch.columns, "STAGES": launch.stages,
-        "OVERLAP": overlap,
+        "OVERLAP": overlap, "FIRST": _has_first(spec),
     }  # fmt: skip
 
 
@@ -242,6 +297,7 @@ def merge_constants(
     launch: DecodeLaunch,
     window: int = 0,
     overlap: bool = False,
+    soft_cap: float = 0.0,
 ) -> dict[str, Any]:
     """Compile-time constants of :func:`merge_kernel`.
 
@@ -254,4 +310,5 @@ def merge_constants(
         "GROUP": group, "HEAD_DIM": head_dim, "WIDTH": width, "ROTATED": rotated,
         "CENTRED": spec.value.centred and (rotated or not spec.value.rotated),
         "WINDOW": window, "RUNS": launch.runs, "TILE": launch.runs * launch.tokens, "PARTS": parts, "OVERLAP": overlap,
+        "FIRST": _has_first(spec), "CAP": soft_cap if _has_first(spec) else 0.0,
     }  # fmt: skip

@@ -9,23 +9,33 @@ from shared memory to registers in the layout of the matrix instruction and are 
 
 Scores are ``scale * (q . code) + minimum * sum(q)``; for values, scales are multiplied into the probabilities and minima
 are summed with them. Nothing is dequantized.
+
+A banded side is a symmetric one whose planes have bits, a place and a step of their own. Queries come, and results are left, in its
+basis. Its first token lies about another point than all others, so the loop leaves it out and the merge adds it.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvtuner_kernels.operands import (
     ASSEMBLY,
     approximate_log2,
     exponent,
     fill,
+    first_run,
     grid_of,
     inverse_power,
+    plane_bits,
+    plane_half,
+    plane_run,
+    plane_start,
+    plane_step,
     power_below,
     rounded,
+    runs,
     small,
 )
 
@@ -34,33 +44,62 @@ LOG2E = tl.constexpr(1.4426950408889634)
 ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
 
 
+@triton.constexpr_function
+def plane_exponent(side, plane, dtype, asm):
+    """Codes of this plane, as :func:`small` returns them, are numbers times two to this power."""
+    return exponent(plane_bits(side, plane), plane_start(side, plane), dtype, asm)
+
+
+@triton.constexpr_function
+def _base(side, dtype, asm):
+    """The least :func:`plane_exponent`: what all operands are brought to."""
+    return min(plane_exponent(side, plane, dtype, asm) for plane in range(side.count) if plane_bits(side, plane))
+
+
+@triton.jit
+def bounds(kv_indptr, request, WINDOW: tl.constexpr, FIRST: tl.constexpr):
+    """Where a request's visible tokens begin and end, without its first token if that is added apart (FIRST)."""
+    low = tl.load(kv_indptr + request)
+    high = tl.load(kv_indptr + request + 1)
+    start = low
+    if WINDOW:
+        start = tl.maximum(low, high - WINDOW)
+    if FIRST:
+        start = tl.minimum(tl.maximum(start, low + 1), high)
+    return start, high
+
+
 @triton.jit
 def _query_operands(query, columns, mask, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Per plane one [BATCH, words, N] operand, per group the sum of q [BATCH, 1, N], and the unit of scores [BATCH, 1, N].
+    """Per plane one [BATCH, words, N] operand, per group a sum of q [BATCH, 1, N], and the unit of scores [BATCH, 1, N].
 
     Operands and sums are in units of powers of two, so that a query of any magnitude is exact in fp16 and operands make up for
-    those of :func:`small`.
+    those of :func:`small`. Sums are what minima are multiplied with; for a symmetric side, what its codes are about, less.
     """
     word = tl.arange(0, SIDE.padded)[None, :, None]
     operands = ()
     sums = ()
-    PLANES: tl.constexpr = SIDE.segments * SIDE.planes
+    PLANES: tl.constexpr = SIDE.count
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
-    BASE: tl.constexpr = exponent(SIDE.bits, 0, DTYPE, ASSEMBLY_BODY)
+    BASE: tl.constexpr = _base(SIDE, DTYPE, ASSEMBLY_BODY)
     peak = tl.full([1, 1, 1], 0.0, tl.float32)
     for x in tl.static_range(PLANES):
         part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0)
-        peak = tl.maximum(peak, tl.max(tl.abs(part.to(tl.float32)), 1, keep_dims=True))
+        peak = tl.maximum(peak, tl.max(tl.abs(part.to(tl.float32)), 1, keep_dims=True) * plane_step(SIDE, x))
     unit = tl.maximum(power_below(peak), 2.0**-60) * 2.0**-14  # the largest channel becomes 2**14 or more
     for x in tl.static_range(PLANES):
         part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0)
-        factor = inverse_power(unit) * (2.0 ** (BASE - exponent(SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)))
+        factor = inverse_power(unit) * (
+            plane_step(SIDE, x) * 2.0 ** (BASE - plane_exponent(SIDE, x, DTYPE, ASSEMBLY_BODY))
+        )
         part = (part.to(tl.float32) * factor).to(DTYPE)
         if SIDE.bits < 16:
             # Summed by a product: a second use keeps the operand in registers, instead of bringing it there for every tile.
             ones = tl.full([part.shape[0], 16, SIDE.padded], 1.0, DTYPE)
             total = tl.max(tl.dot(ones, part), 1, keep_dims=True)  # all rows are alike
-            total *= 2.0 ** exponent(SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)
+            total *= 2.0 ** plane_exponent(SIDE, x, DTYPE, ASSEMBLY_BODY)
+            if SIDE.symmetric:
+                total *= -plane_half(SIDE, x)
             if x % PLANES_A_GROUP == 0:
                 group_sum = total
             else:
@@ -73,18 +112,49 @@ def _query_operands(query, columns, mask, SIDE: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def _load_words(
-    rows, slot, heads, word, SEGMENT: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr, CONTIGUOUS: tl.constexpr
+    rows, slot, heads, column, RUN: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr, CONTIGUOUS: tl.constexpr
 ):  # fmt: skip
-    """uint16 words of one segment; ``slot``, ``heads`` and ``word`` broadcast to the tile."""
+    """uint16 words from run RUN on, padded ones of each run one after the other; ``slot``, ``heads`` and ``column`` broadcast to the tile."""
     # Neighbouring tokens are declared contiguous, which is not true and has one effect: lanes are laid over tokens before
     # heads. A thread then has few tokens to address, one multiply-add each, and its heads lie at constant offsets from there.
     token = tl.max_contiguous(slot * (ROW // 2), CONTIGUOUS)
-    pointer = rows.to(tl.pointer_type(tl.uint16)) + (SIDE.codes // 2 + SEGMENT * SIDE.words) + word
-    pointer = (pointer + token) + heads * (SIDE.head_codes // 2)
+    pointer = rows.to(tl.pointer_type(tl.uint16)) + (SIDE.codes // 2 + RUN * SIDE.words)
     if SIDE.words == SIDE.padded:
-        return tl.load(pointer)
+        return tl.load(((pointer + column) + token) + heads * (SIDE.head_codes // 2))
     else:
-        return tl.load(pointer, mask=word < SIDE.words, other=0)
+        word = column % SIDE.padded
+        pointer = pointer + column // SIDE.padded * SIDE.words + word
+        return tl.load((pointer + token) + heads * (SIDE.head_codes // 2), mask=word < SIDE.words, other=0)
+
+
+@triton.jit
+def _tiles(rows, slot, heads, AXIS: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr, CONTIGUOUS: tl.constexpr):
+    """uint16 words of all runs that a side's planes lie in, a tile each; words lie along AXIS, 1 or 2.
+
+    Two runs are loaded at once and taken apart in registers: loads of 32 bytes a token and head reach half the rate of 64.
+    """
+    RUNS: tl.constexpr = runs(SIDE)
+    FIRST: tl.constexpr = first_run(SIDE)
+    P: tl.constexpr = SIDE.padded
+    tiles = ()
+    for pair in tl.static_range(RUNS // 2):
+        column = tl.arange(0, 2 * P)
+        if AXIS == 2:
+            both = _load_words(rows, slot, heads, column[None, None, :], FIRST + 2 * pair, SIDE, ROW, CONTIGUOUS)
+            both = both.reshape([both.shape[0], both.shape[1], 2, P]).permute(0, 1, 3, 2)
+        else:
+            both = _load_words(rows, slot, heads, column[None, :, None], FIRST + 2 * pair, SIDE, ROW, CONTIGUOUS)
+            both = both.reshape([both.shape[0], 2, P, both.shape[2]]).permute(0, 2, 3, 1)
+        left, right = tl.split(both)
+        tiles = tiles + (left, right)
+    if RUNS % 2:
+        column = tl.arange(0, P)
+        if AXIS == 2:
+            one = _load_words(rows, slot, heads, column[None, None, :], FIRST + RUNS - 1, SIDE, ROW, CONTIGUOUS)
+        else:
+            one = _load_words(rows, slot, heads, column[None, :, None], FIRST + RUNS - 1, SIDE, ROW, CONTIGUOUS)
+        tiles = tiles + (one,)
+    return tiles
 
 
 @triton.jit
@@ -93,20 +163,22 @@ def _scores(
     SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """q . k as [BATCH, TOKENS, N] in the query's unit; ``slot`` int64 [1 or BATCH, TOKENS], ``heads`` [BATCH, 1]."""
-    word = tl.arange(0, SIDE.padded)[None, None, :]
     slot3 = slot[:, :, None]
     heads3 = heads[:, :, None]
     GROUPS: tl.constexpr = SIDE.groups
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
+    FIRST: tl.constexpr = first_run(SIDE)
+    tiles = _tiles(rows, slot3, heads3, 2, SIDE, ROW, [1, 2, 1])
     for group in tl.static_range(GROUPS):
-        if SIDE.symmetric and SIDE.bits < 16:  # codes less n / 2, times the scale
-            part = tl.broadcast_to(sums[group] * (-(2**SIDE.bits - 1) / 2), SHAPE)
+        if SIDE.symmetric and SIDE.bits < 16:
+            part = tl.broadcast_to(sums[group], SHAPE)
         else:
             part = tl.full(SHAPE, 0.0, tl.float32)
         for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
-            if x % SIDE.planes == 0:
-                words = _load_words(rows, slot3, heads3, word, x // SIDE.planes, SIDE, ROW, [1, 2, 1])
-            part = tl.dot(small(words, SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY), operands[x], part)
+            if plane_bits(SIDE, x) > 0:
+                words = tiles[plane_run(SIDE, x) - FIRST]
+                codes = small(words, plane_bits(SIDE, x), plane_start(SIDE, x), DTYPE, ASSEMBLY_BODY)
+                part = tl.dot(codes, operands[x], part)
         if SIDE.bits < 16:
             scale, minimum = grid_of(rows, slot, heads, group, SIDE, ROW)
             part = part * scale[:, :, None]
@@ -165,11 +237,12 @@ def _add_values(
     """
     BATCH: tl.constexpr = p.shape[0]
     TOKENS: tl.constexpr = p.shape[1]
-    word = tl.arange(0, SIDE.padded)[None, :, None]
     slot3 = slot[:, None, :]
     heads3 = heads[:, :, None]
     GROUPS: tl.constexpr = SIDE.groups
     PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
+    FIRST: tl.constexpr = first_run(SIDE)
+    tiles = _tiles(rows, slot3, heads3, 1, SIDE, ROW, [1, 1, 2])
     new_acc = ()
     new_offsets = ()
     for group in tl.static_range(GROUPS):
@@ -186,10 +259,12 @@ def _add_values(
         else:
             new_offsets = new_offsets + (offsets[group] * decay + lane_sums(p * minima[group][:, :, None]),)
         for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
-            if x % SIDE.planes == 0:
-                words = _load_words(rows, slot3, heads3, word, x // SIDE.planes, SIDE, ROW, [1, 1, 2])
-            numbers = small(words, SIDE.bits, x % SIDE.planes, DTYPE, ASSEMBLY_BODY)
-            new_acc = new_acc + (tl.dot(numbers, weights, acc[x] * decay),)
+            if plane_bits(SIDE, x) > 0:
+                words = tiles[plane_run(SIDE, x) - FIRST]
+                numbers = small(words, plane_bits(SIDE, x), plane_start(SIDE, x), DTYPE, ASSEMBLY_BODY)
+                new_acc = new_acc + (tl.dot(numbers, weights, acc[x] * decay),)
+            else:
+                new_acc = new_acc + (acc[x],)
     return new_acc, new_offsets
 
 
@@ -206,7 +281,7 @@ def decode_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, ROW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
     KEY_DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr, BATCH: tl.constexpr, RUNS: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs, blocks of BATCH // RUNS KV heads, blocks of COLUMNS query heads of a group).
 
@@ -216,13 +291,15 @@ def decode_kernel(
     """
     TILE: tl.constexpr = RUNS * TOKENS
     QUERY_HEADS: tl.constexpr = HEADS * GROUP
-    PLANES: tl.constexpr = VALUE.segments * VALUE.planes
+    PLANES: tl.constexpr = VALUE.count
     WORDS: tl.constexpr = VALUE.padded
     GROUPS: tl.constexpr = VALUE.groups
     OFFSET_ROWS: tl.constexpr = 16 if VALUE.symmetric and VALUE.bits < 16 else 8
     BLOCKS: tl.constexpr = [BATCH, VALUE.padded // 16, 16, COLUMNS]
     if OVERLAP:
         gdc_launch_dependents()  # the merge may be scheduled once all programs have started; it waits for their end itself
+        if FIRST:
+            gdc_wait()  # for the queries in the basis
     program = tl.program_id(0)
     entry = tl.arange(0, BATCH)[:, None]
     heads = entry // RUNS
@@ -259,10 +336,7 @@ def decode_kernel(
         last = tl.minimum(last + 1, batch)
 
     for request in range(first, last):
-        low = tl.load(kv_indptr + request)
-        high = tl.load(kv_indptr + request + 1)
-        if WINDOW:
-            low = tl.maximum(low, high - WINDOW)
+        low, high = bounds(kv_indptr, request, WINDOW, FIRST)
         if split_counts is not None:
             count = tl.load(split_counts + request)
             length = tl.cdiv(tl.cdiv(high - low, count), SPLIT_ALIGNMENT) * SPLIT_ALIGNMENT
@@ -329,11 +403,11 @@ def decode_kernel(
         inverse = 1 / tl.where(total > 0, total, 1.0)
         word = tl.arange(0, WORDS)[None, :, None]
         for x in tl.static_range(PLANES):
-            out = acc[x] * 2.0 ** -exponent(VALUE.bits, x % VALUE.planes, VALUE_DTYPE, ASSEMBLY_BODY)
+            out = acc[x] * 2.0 ** -plane_exponent(VALUE, x, VALUE_DTYPE, ASSEMBLY_BODY)
             offset = offsets[x * GROUPS // PLANES]
             if VALUE.bits < 16 and VALUE.symmetric:
-                offset = tl.broadcast_to(offset[:, None, :, :] * (-(2**VALUE.bits - 1) / 2), BLOCKS)
-                out += offset.reshape([BATCH, WORDS, COLUMNS])
+                offset = tl.broadcast_to(offset[:, None, :, :] * -plane_half(VALUE, x), BLOCKS)
+                out = (out + offset.reshape([BATCH, WORDS, COLUMNS])) * plane_step(VALUE, x)
             elif VALUE.bits < 16:
                 out += tl.sum(offset, 1, keep_dims=True)
             tl.store(

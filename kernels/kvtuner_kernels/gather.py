@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtuner_kernels.basis_kernel import banded, bases, dequantized, transform_heads
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_kernels.operands import butterflies, check_centre, check_rows, rotation_shift, sides
+from kvtuner_kernels.operands import Side, butterflies, check_centre, check_rows, rotation_shift, sides
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
 
@@ -35,20 +38,9 @@ def _gather_side(
         words = tl.load(codes[:, None] + channel[None, :], mask=mask, other=0)
         tl.store(target.to(tl.pointer_type(tl.uint16)), words, mask=mask)
         return
-    SEGMENT: tl.constexpr = SIDE.planes * SIDE.words
-    plane = channel % SEGMENT // SIDE.words
-    place = channel // SEGMENT * SIDE.words + channel % SIDE.words
-    words = tl.load(codes[:, None] + place[None, :], mask=mask, other=0).to(tl.int32)
-    code = (words >> (plane * SIDE.bits)[None, :]) & (2**SIDE.bits - 1)
-    each: tl.constexpr = 1 if SIDE.symmetric else 2
-    metadata = (row + SIDE.metadata).to(tl.pointer_type(tl.float16)) + head * (SIDE.groups * each)
-    metadata = metadata[:, None] + (channel // (HEAD_DIM // SIDE.groups) * each)[None, :]
-    scale = tl.load(metadata, mask=mask, other=0.0).to(tl.float32)
-    if SIDE.symmetric:
-        minimum = scale * (-(2**SIDE.bits - 1) / 2)
-    else:
-        minimum = tl.load(metadata + 1, mask=mask, other=0.0).to(tl.float32)
-    values = code.to(tl.float32) * scale + minimum
+    values, marked = dequantized(row, head, channel, mask, SIDE, HEAD_DIM, tl.float16)  # raw sides have returned
+    if banded(SIDE):
+        values += tl.load(centre + head[:, None] * HEAD_DIM + channel[None, :], mask=mask & marked, other=0.0)
     if SIDE.rotated:
         values = butterflies(values, TILE_ROWS, WIDTH, HEAD_DIM, rotation_shift(HEAD_DIM, True))
     if SIDE.centred:
@@ -62,7 +54,10 @@ def gather_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of token-and-head pairs, 2); the second axis is keys, then values."""
+    """Grid: (tiles of token-and-head pairs, 2); the second axis is keys, then values.
+
+    Banded sides are left in their basis, and take the points of first tokens instead of centring vectors.
+    """
     if tl.program_id(1) == 0:
         _gather_side(key, key_centre, slots, rows, pairs, row_stride, KEY, HEADS, HEAD_DIM, WIDTH, TILE_ROWS)
     else:
@@ -89,29 +84,50 @@ def gather(
         LayoutError: for shapes, dtypes or strides that the kernel does not cover.
     """
     check_rows(rows, spec, heads, head_dim)
-    outputs = []
-    for side, centre in zip(sides(spec, heads, head_dim), centres, strict=True):
+    plain = sides(spec, heads, head_dim)
+    for side, centre in zip(plain, centres, strict=True):
         check_centre(side, centre, heads, head_dim)
-        later = side.rotated and rotation_block(head_dim) < head_dim  # undone by a second kernel
-        out_dtype = torch.float32 if later else dtype
+    found_bases = bases(spec, centres)
+    outputs, points = [], []
+    for side, centre, found in zip(plain, centres, found_bases, strict=True):
         if side.bits == 16 and dtype.itemsize != 2:
             raise TypeError(f"a 16-bit side cannot be read as {dtype}: give the dtype that was stored")
+        later = found is not None or _rotated_later(side, head_dim)  # turned back by a second kernel
+        out_dtype = torch.float32 if later else dtype
         out = torch.empty(len(slots), heads, head_dim, dtype=out_dtype, device=rows.device)
-        outputs.append((out, replace(side, centred=False, rotated=False) if later else side, later))
-    (key, key_side, _), (value, value_side, _) = outputs
+        outputs.append(out)
+        points.append(centre if found is None else found.first)
     pairs = len(slots) * heads
-    width = triton.next_power_of_2(head_dim)
-    tile_rows = max(1, TILE // width)
     if pairs:
-        gather_kernel[(triton.cdiv(pairs, tile_rows), 2)](
-            key, value, centres.key, centres.value, slots, rows, pairs, rows.stride(0),
-            KEY=key_side, VALUE=value_side, HEADS=heads, HEAD_DIM=head_dim, WIDTH=width, TILE_ROWS=tile_rows,
-        )  # fmt: skip
-    key, value = (
-        rotate_heads(out, inverse=True, dtype=dtype, centre=centre) if later else out
-        for (out, _, later), centre in zip(outputs, centres, strict=True)
+        constants = gather_constants(spec, heads, head_dim)
+        gather_kernel[(triton.cdiv(pairs, constants["TILE_ROWS"]), 2)](
+            *outputs, *points, slots, rows, pairs, rows.stride(0), **constants
+        )
+    for index, (side, centre, found) in enumerate(zip(plain, centres, found_bases, strict=True)):
+        if found is not None:
+            outputs[index] = transform_heads(outputs[index], found.inverse, heads, after=found.mean, dtype=dtype)
+        elif _rotated_later(side, head_dim):
+            outputs[index] = rotate_heads(outputs[index], inverse=True, dtype=dtype, centre=centre)
+    return outputs[0], outputs[1]
+
+
+@functools.cache
+def gather_constants(spec: LayerSpec, heads: int, head_dim: int) -> dict[str, Any]:
+    """Compile-time constants of :func:`gather_kernel`."""
+    key_side, value_side = (
+        replace(side, centred=False, rotated=False) if _rotated_later(side, head_dim) else side
+        for side in sides(spec, heads, head_dim)
     )
-    return key, value
+    width = triton.next_power_of_2(head_dim)
+    return {
+        "KEY": key_side, "VALUE": value_side, "HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": width,
+        "TILE_ROWS": max(1, TILE // width),
+    }  # fmt: skip
+
+
+def _rotated_later(side: Side, head_dim: int) -> bool:
+    """Whether a side is rotated back by a kernel of its own: Hadamard blocks that do not line up with a tile."""
+    return side.rotated and rotation_block(head_dim) < head_dim
 
 
 def move(rows: Tensor, target: Tensor, source: Tensor) -> None:

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvtuner_kernels.layout import LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.bands import EXTRA_ROWS, STEPS
+from kvtuner_kernels.layout import BANDS, LayerSpec, LayoutError, Place, TensorSpec
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # what the kernels are compiled and tested for
 ASSEMBLY = not triton.knobs.runtime.interpret  # Triton's interpreter has no inline assembly
@@ -41,6 +42,19 @@ class Side:
     planes_a_group: int
     words: int  # 16-bit words a segment
     padded: int  # the power of two that holds `words`; at least 16, the depth of a matrix instruction
+    bands: tuple[
+        Place, ...
+    ] = ()  # of a banded side: where each plane lies; it has one plane a band, one group, and no segments
+
+    @property
+    def quantized(self) -> bool:
+        """Whether rows hold codes with a scale, not raw numbers."""
+        return self.bits < 16
+
+    @property
+    def count(self) -> int:
+        """Planes of a head."""
+        return len(self.bands) or self.segments * self.planes
 
 
 @functools.cache  # a prompt asks for every layer, while the GPU waits
@@ -54,12 +68,33 @@ def sides(spec: LayerSpec, heads: int, head_dim: int) -> tuple[Side, Side]:
         raise LayoutError(f"the Triton kernels have no head_dim={head_dim}: use one of {HEAD_DIMS}, or the CPU path")
     row = spec.row(heads, head_dim)
     return (
-        _side(spec.key, head_dim, row.key_codes, row.key_metadata),
-        _side(spec.value, head_dim, row.value_codes, row.value_metadata),
+        _side(spec.key, head_dim, row.key_codes, row.key_head, row.key_metadata, spec.places()[0]),
+        _side(spec.value, head_dim, row.value_codes, row.value_head, row.value_metadata, spec.places()[1]),
     )
 
 
-def _side(spec: TensorSpec, head_dim: int, codes: int, metadata: int) -> Side:
+def _side(
+    spec: TensorSpec, head_dim: int, codes: int, head_codes: int, metadata: int, places: tuple[Place, ...]
+) -> Side:
+    if spec.banded:
+        unit = head_dim // BANDS
+        return Side(
+            bits=0,
+            groups=1,
+            symmetric=True,
+            centred=False,
+            rotated=False,
+            clip=1.0,
+            codes=codes,
+            head_codes=head_codes,
+            metadata=metadata,
+            segments=0,
+            planes=0,
+            planes_a_group=BANDS,
+            words=unit,
+            padded=max(16, triton.next_power_of_2(unit)),
+            bands=places,
+        )
     segment = spec.segment(head_dim)
     words = segment * spec.bits // 16
     return Side(
@@ -70,7 +105,7 @@ def _side(spec: TensorSpec, head_dim: int, codes: int, metadata: int) -> Side:
         rotated=spec.rotated,
         clip=spec.clip,
         codes=codes,
-        head_codes=spec.code_bytes(head_dim),
+        head_codes=head_codes,
         metadata=metadata,
         segments=head_dim // segment,
         planes=16 // spec.bits,
@@ -94,15 +129,57 @@ def check_rows(rows: torch.Tensor, spec: LayerSpec, heads: int, head_dim: int) -
 
 
 def check_centre(side: Side, centre: torch.Tensor | None, heads: int, head_dim: int) -> None:
-    """Raise LayoutError unless ``centre`` is dense fp32 [heads, head_dim] exactly where ``side`` is centred."""
-    if side.centred != (centre is not None):
-        raise LayoutError(f"{side.bits}-bit side: it needs {'a' if side.centred else 'no'} centring vector")
-    if centre is not None and not (
-        centre.shape == (heads, head_dim) and centre.dtype == torch.float32 and centre.is_contiguous()
-    ):
+    """Raise LayoutError unless ``centre`` is what ``side`` needs: dense fp32 [heads, head_dim], a basis, or nothing."""
+    if (side.centred or bool(side.bands)) != (centre is not None):
+        raise LayoutError(f"{side.bits}-bit side: it needs {'a' if centre is None else 'no'} centring vector or basis")
+    shape = (heads, head_dim + EXTRA_ROWS, head_dim) if side.bands else (heads, head_dim)
+    if centre is not None and not (centre.shape == shape and centre.dtype == torch.float32 and centre.is_contiguous()):
         raise LayoutError(
-            f"the centring vector is {centre.dtype} {list(centre.shape)}, expected dense float32 {[heads, head_dim]}"
+            f"the {'basis' if side.bands else 'centring vector'} is {centre.dtype} {list(centre.shape)}, expected dense float32 {list(shape)}"
         )
+
+
+@triton.constexpr_function
+def plane_bits(side, plane):
+    """Bits of a plane's codes."""
+    return side.bands[plane].bits if side.bands else side.bits
+
+
+@triton.constexpr_function
+def plane_run(side, plane):
+    """Which run of ``side.words`` words holds a plane: its segment, or its band's word."""
+    return side.bands[plane].word if side.bands else plane // side.planes
+
+
+@triton.constexpr_function
+def plane_start(side, plane):
+    """Lowest bit of a plane's codes within a word."""
+    return side.bands[plane].start if side.bands else plane % side.planes * side.bits
+
+
+@triton.constexpr_function
+def plane_step(side, plane):
+    """Distance of two levels, in scales."""
+    return STEPS[side.bands[plane].bits] if side.bands else 1.0
+
+
+@triton.constexpr_function
+def plane_half(side, plane):
+    """What a symmetric plane's codes are about: half of the largest code."""
+    return (2 ** plane_bits(side, plane) - 1) / 2
+
+
+@triton.constexpr_function
+def runs(side):
+    """Runs of words that a side's planes lie in, from :func:`first_run` on."""
+    used = [place.word for place in side.bands if place.bits]
+    return max(used) - min(used) + 1 if side.bands else side.segments
+
+
+@triton.constexpr_function
+def first_run(side):
+    """The first of :func:`runs`."""
+    return min(place.word for place in side.bands if place.bits) if side.bands else 0
 
 
 @triton.constexpr_function
@@ -149,10 +226,20 @@ def _assembly(bits, plane, piece, dtype):
 
 
 @triton.constexpr_function
-def _subnormal(bits, plane, dtype):
-    shift, start = _place(bits, plane, 0, dtype)
-    mask = ((2**bits - 1) << start) * 0x10001
+def _subnormal(bits, start):
+    shift, low = _window(bits, start)
+    mask = ((2**bits - 1) << low) * 0x10001
     return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; and.b32 $0, t, {mask}; }}" if shift else f"and.b32 $0, $1, {mask};"
+
+
+@triton.constexpr_function
+def _window(bits, start):
+    """Right shift that brings code bits into fp16's mantissa (10 bits), and where they then start in it.
+
+    Nearly all codes need no shift or one of 6, which brings the upper ten bits there, so that planes share it.
+    """
+    shift = 0 if start + bits <= 10 else min(start, 6)
+    return shift, start - shift
 
 
 @triton.constexpr_function
@@ -192,16 +279,16 @@ def operand(
 
 
 @triton.constexpr_function
-def exponent(bits, plane, dtype, asm):
+def exponent(bits, start, dtype, asm):
     """:func:`small` returns codes times two to this power."""
     if bits == 16 or not asm:
         return 0
-    return _place(bits, plane, 0, dtype)[1] - 24
+    return _window(bits, start)[1] - 24
 
 
 @triton.jit
-def small(words, BITS: tl.constexpr, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """One plane of uint16 ``words`` as numbers of DTYPE, codes times a power of two (:func:`exponent`), without a bias.
+def small(words, BITS: tl.constexpr, START: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Codes of BITS bits from bit START of uint16 ``words``, as numbers of DTYPE times a power of two (:func:`exponent`).
 
     In the assembly body DTYPE is fp16: code bits alone are a subnormal number, which matrix instructions multiply exactly.
     """
@@ -210,10 +297,10 @@ def small(words, BITS: tl.constexpr, PLANE: tl.constexpr, DTYPE: tl.constexpr, A
     elif ASM:
         tl.static_assert(DTYPE == tl.float16)
         return tl.inline_asm_elementwise(
-            _subnormal(BITS, PLANE, DTYPE), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+            _subnormal(BITS, START), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
-        return ((words >> (BITS * PLANE)) & (2**BITS - 1)).to(DTYPE)
+        return ((words >> START) & (2**BITS - 1)).to(DTYPE)
 
 
 @triton.jit
@@ -274,8 +361,10 @@ def grid_of(rows, slot, heads, GROUP: tl.constexpr, SIDE: tl.constexpr, ROW: tl.
     A symmetric side has its minimum at ``-scale * n / 2``.
     """
     if SIDE.symmetric:
-        pointer = rows.to(tl.pointer_type(tl.float16)) + SIDE.metadata // 2 + heads * SIDE.groups + GROUP
-        scale = tl.load(pointer + slot * (ROW // 2)).to(tl.float32)
+        # Two bytes cannot be copied asynchronously: load the four in which the scale lies, which a row holds whole.
+        place = SIDE.metadata // 2 + heads * SIDE.groups + GROUP
+        pair = tl.load(rows.to(tl.pointer_type(tl.uint32)) + place // 2 + slot * (ROW // 4))
+        scale = (pair >> (place % 2 * 16).to(tl.uint32)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return scale, scale * (-(2**SIDE.bits - 1) / 2)
     elif SIDE.metadata % 4 == 0:  # scale and minimum in one load
         pointer = rows.to(tl.pointer_type(tl.uint32)) + SIDE.metadata // 4 + heads * SIDE.groups + GROUP

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Quantize and store: one launch writes the keys and values of a layer's new tokens into their rows.
 
-The arithmetic is :func:`kvtuner_kernels.reference.quantize` step for step, so codes, scales and minima are the same bits.
+The arithmetic is :func:`kvtuner_kernels.reference.quantize` step for step, so codes, scales and minima are the same bits. Banded sides
+have a launch of their own (:mod:`kvtuner_kernels.band_kernel`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtuner_kernels.band_kernel import store_bands
 from kvtuner_kernels.layout import LayerSpec, LayoutError
 from kvtuner_kernels.operands import Side, butterflies, check_centre, check_rows, power_of_2, rotation_shift, sides
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
@@ -115,8 +118,8 @@ def store_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of token-and-head pairs, 2); the second axis is keys, then values."""
-    if tl.program_id(1) == 0:
+    """Grid: (tiles of token-and-head pairs, sides); the second axis is keys, then values, without a side that is None."""
+    if VALUE is None or (KEY is not None and tl.program_id(1) == 0):
         _store_side(
             key, key_centre, slots, rows, pairs, key_token_stride, key_head_stride, row_stride,
             KEY, HEADS, HEAD_DIM, TILE_ROWS,
@@ -129,7 +132,13 @@ def store_kernel(
 
 
 def store(
-    key: Tensor, value: Tensor, rows: Tensor, slots: Tensor, spec: LayerSpec, centres: Centres = NO_CENTRES
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    spec: LayerSpec,
+    centres: Centres = NO_CENTRES,
+    positions: Tensor | None = None,
 ) -> None:
     """Quantize ``key`` and ``value`` and write each token's row.
 
@@ -138,13 +147,17 @@ def store(
         rows: the pool, uint8 [R, row bytes].
         slots: int64 [N], the row of each token; no slot occurs twice. Not checked.
         spec: how the layer is stored.
-        centres: centring vectors, given exactly where the spec asks for them.
+        centres: centring vectors and basis tensors, given exactly where the spec asks for them.
+        positions: int64 [N], of each token in its sequence; where it is 0, banded sides are stored as first tokens are. None is
+            first if not given.
 
     Raises:
         LayoutError: for shapes, dtypes or strides that the kernel does not cover.
     """
     tokens, heads, head_dim = key.shape
     check_rows(rows, spec, heads, head_dim)
+    if positions is not None and (positions.shape != (tokens,) or positions.dtype != torch.int64):
+        raise LayoutError(f"positions are {positions.dtype} {list(positions.shape)}, expected int64 {[tokens]}")
     inputs = []
     for name, x, side, centre in zip(
         ("key", "value"), (key, value), sides(spec, heads, head_dim), centres, strict=True
@@ -161,9 +174,14 @@ def store(
         )
     if tokens == 0:
         return
+    if spec.key.banded or spec.value.banded:
+        store_bands(key, value, rows, slots, spec, centres, positions)
+    if spec.shares_words:
+        return
     key, value = inputs
     constants = store_constants(spec, heads, head_dim)
-    store_kernel[(triton.cdiv(tokens * heads, constants["TILE_ROWS"]), 2)](
+    count = 2 - (spec.key.banded or spec.value.banded)
+    store_kernel[(triton.cdiv(tokens * heads, constants["TILE_ROWS"]), count)](
         key, value, centres.key, centres.value, slots, rows, tokens * heads, rows.stride(0),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), **constants, num_warps=STORE_WARPS,
     )  # fmt: skip
@@ -171,9 +189,9 @@ def store(
 
 @functools.cache
 def store_constants(spec: LayerSpec, heads: int, head_dim: int) -> dict[str, Any]:
-    """Compile-time constants of :func:`store_kernel`."""
+    """Compile-time constants of :func:`store_kernel`; a banded side is None, for it has a kernel of its own."""
     key_side, value_side = (
-        replace(side, centred=False, rotated=False) if _goes_first(side, head_dim) else side
+        None if side.bands else replace(side, centred=False, rotated=False) if _goes_first(side, head_dim) else side
         for side in sides(spec, heads, head_dim)
     )
     tile_rows = max(1, TILE // triton.next_power_of_2(head_dim))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.layout import BITS, LayerSpec, TensorSpec
 
 HOPPER_SHARED = 232448  # bytes of shared memory that a program may take on sm_90 and sm_100
 LONG = 4096  # rows of a request for which extend takes its largest tile
@@ -51,15 +51,18 @@ def decode_launch(
     runs = max(1, batch // (1 << (heads - 1).bit_length()))
     columns = 8 if group <= 8 or head_dim > 128 else 16
     plain = _plain(spec, head_dim)
+    wide = max(_width(spec.key), _width(spec.value))
     tokens = 64 if head_dim <= 128 and columns == 8 and plain else 32 if head_dim * columns <= 2048 and plain else 16
-    if head_dim == 128 and tokens == 64 and max(spec.key.bits, spec.value.bits) == 2:
+    if head_dim == 128 and tokens == 64 and wide == 2:
         tokens = 128
     # Deeper pipelines pay where rows are short; with bytes they cost occupancy.
-    stages = 5 if tokens == 64 and max(spec.key.bits, spec.value.bits) == 4 else 4
+    stages = 5 if tokens == 64 and wide == 4 else 4
     if shared < HOPPER_SHARED:
         tokens, stages = min(tokens, 32), 4
+    if head_dim == 128 and tokens == 64 and (spec.key.banded or spec.value.banded):
+        return DecodeLaunch(batch, runs, tokens, columns, 4, 4, 3, 168)  # bound by shared memory (docs/log.md, 30)
     # Left to itself, the compiler for sm_100 takes 168 registers here and spills.
-    registers = 184 if {spec.key.bits, spec.value.bits} == {2, 8} and tokens == 64 else 0
+    registers = 184 if {_width(spec.key), _width(spec.value)} == {2, 8} and tokens == 64 else 0
     return DecodeLaunch(batch, runs, tokens, columns, stages, 4, 2, registers)
 
 
@@ -87,6 +90,11 @@ def extend_launch(spec: LayerSpec, head_dim: int, rows: int, shared: int = HOPPE
     if rows <= 16:
         return ExtendLaunch(16, 32, 3, 4) if head_dim & (head_dim - 1) else ExtendLaunch(16, 64, 3, 8)
     return ExtendLaunch(128, 64, 3, 8) if rows > 64 else ExtendLaunch(64, 32, 3, 4)
+
+
+def _width(side: TensorSpec) -> int:
+    """Bits of the uniform codes that a side's rows are about as long as."""
+    return next(bits for bits in BITS if side.mean_bits <= bits)
 
 
 def _plain(spec: LayerSpec, head_dim: int) -> bool:

@@ -16,12 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
+from kvtuner_kernels.bands import join_basis
 from kvtuner_kernels.decode import decode
 from kvtuner_kernels.extend import extend
 from kvtuner_kernels.gather import gather
-from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_kernels.quantize import store
-from kvtuner_kernels.reference import Centres, attend, unpack_rows
+from kvtuner_kernels.reference import Centres, attend, rotate, unpack_rows
 
 TOLERANCE: Final = 0.02  # several times what rounding costs, far below what a wrong order of tokens does
 PREFIX: Final = 96  # tokens, more than a chunk has
@@ -80,12 +81,7 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
     key, value = torch.randn(2, tokens, use.heads, use.head_dim, generator=generator).to(device, use.dtype)
     query = torch.randn(tokens, use.heads * use.group, use.head_dim, generator=generator).to(device, use.dtype)
     slots = torch.arange(tokens, dtype=torch.int64, device=device)
-    centres = Centres(
-        *(
-            torch.zeros(use.heads, use.head_dim, device=device) if side.centred else None
-            for side in (spec.key, spec.value)
-        )
-    )
+    centres = example_centres(spec, use.heads, use.head_dim, device)
     rows = torch.zeros(tokens, spec.bytes_per_token(use.heads, use.head_dim), dtype=torch.uint8, device=device)
 
     def compare(name: str, found: Tensor, expected: Tensor) -> None:
@@ -96,13 +92,22 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
                 f" {device} (triton {triton.__version__}): do not serve with this combination; report it with these versions"
             )
 
-    store(key, value, rows, slots, spec, centres)
+    banded = spec.key.banded or spec.value.banded
+
+    def write(begin: int) -> None:
+        """Store all tokens, as those of a prompt whose first token is in row ``begin``."""
+        store(key, value, rows, slots, spec, centres, slots - begin if banded else None)
+
+    if banded:  # another variant: as decode stores, which says nothing of positions
+        store(key, value, rows, slots, spec, centres, None)
+    write(0)
     stored = unpack_rows(rows, spec, use.heads, use.head_dim, centres, use.dtype)
     gathered = gather(rows, slots, spec, use.heads, use.head_dim, centres, use.dtype)
     for name, found, expected in zip(("keys", "values"), gathered, stored, strict=True):
         compare(f"gather of {name}", found, expected)
     for batch in use.batches:
         ends = torch.linspace(0, tokens, batch + 1, device=device).to(torch.int32)
+        write(int(ends[-2]))  # the last request is compared
         counts = torch.ones(batch, dtype=torch.int32, device=device) if use.splits else None
         found = decode(
             query[:batch], rows, spec, use.heads, ends, slots, centres=centres, num_kv_splits=counts,
@@ -110,6 +115,7 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
         )  # fmt: skip
         last = slice(int(ends[-2]), None)
         compare("decode", found[-1:], attend(query[batch - 1 : batch], rows[last], spec, use.heads, centres))
+    write(0)
     start = torch.tensor([0, 1], device=device)
     for new in chunks:
         ends = start * new  # int64, as SGLang's; only the prefix's are int32, where it is read apart from the chunk
@@ -127,3 +133,23 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
             )  # fmt: skip
             seen = torch.cat([rows[:PREFIX], rows[:new]])
         compare(f"extend by {new}", found, attend(query[:new], seen, spec, use.heads, centres))
+
+
+def example_centres(spec: LayerSpec, heads: int, head_dim: int, device: torch.device) -> Centres:
+    """Vectors and bases of the shapes that a layer needs, the same numbers each time; no model's.
+
+    A basis turns and stretches the channels, and first tokens lie apart from all others, so that no part of it can be left out unnoticed.
+    """
+    return Centres(*(_example(side, heads, head_dim, device) for side in (spec.key, spec.value)))
+
+
+def _example(side: TensorSpec, heads: int, head_dim: int, device: torch.device) -> Tensor | None:
+    if side.centred:
+        return torch.zeros(heads, head_dim, device=device)
+    if not side.banded:
+        return None
+    generator = torch.Generator().manual_seed(1)
+    turn = rotate(torch.eye(head_dim))
+    matrix = (turn * torch.linspace(0.5, 2, head_dim).unsqueeze(1)).flip(-1) @ turn.T
+    mean, first = torch.randn(2, heads, head_dim, generator=generator)
+    return join_basis(matrix.expand(heads, -1, -1), mean, 3 * first).to(device)

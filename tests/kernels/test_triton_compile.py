@@ -48,3 +48,23 @@ def test_every_pair(capability: int, dtype: torch.dtype, key: int, value: int) -
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_every_head_dim(head_dim: int, heads: int) -> None:
     check(f"8-g{head_dim}-asym-c-r/4-g{head_dim}-asym-c-r", (heads, 8, head_dim), 90, torch.bfloat16)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_bands(capability: int) -> None:
+    check("b65443322/b54433221", QWEN, capability, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", ["b65443322/b54433221", "b88888888/b88888888", "16/b44332211"])
+def test_bands_of_other_widths(capability: int, dtype: torch.dtype, spec: str) -> None:
+    check(spec, QWEN, capability, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_bands_of_every_head_dim(head_dim: int, heads: int) -> None:
+    check("b65443322/b54433221", (heads, 8, head_dim), 90, torch.bfloat16)

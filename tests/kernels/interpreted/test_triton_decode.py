@@ -6,8 +6,9 @@ import torch
 from kvtuner_kernels import decode as decode_module
 from kvtuner_kernels.decode import decode, decode_workspace, merge_constants
 from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
-from kvtuner_kernels.reference import Centres, attend, pack_rows
+from kvtuner_kernels.reference import attend, pack_rows
 from kvtuner_kernels.tuning import DecodeLaunch
+from tests.kernels.fitted import made_up
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
 SMALL = DecodeLaunch(batch=4, runs=1, tokens=16, columns=8, stages=3, warps=4, programs=1)
@@ -27,15 +28,18 @@ def check(
 ) -> None:
     torch.manual_seed(sum(lengths))
     tokens = sum(lengths)
-    centres = Centres(*(torch.randn(heads, head_dim) if s.centred else None for s in (spec.key, spec.value)))
+    centres = made_up(spec, heads, head_dim)
     # 0xFF is NaN as a scale, a minimum or a raw number.
     pool = torch.full((tokens + 20, spec.bytes_per_token(heads, head_dim)), 0xFF, dtype=torch.uint8)
     slots = torch.randperm(tokens + 20)[:tokens]
     key, value = (torch.randn(2, tokens, heads, head_dim) + 0.5).half()
-    if tokens:
-        pool[slots] = pack_rows(key, value, spec, centres)
-    query = torch.randn(len(lengths), heads * group, head_dim).to(dtype)
     indptr = torch.tensor([0, *lengths]).cumsum(0).int()
+    # Every other request begins with the first token of a sequence; the others, as behind a window, do not.
+    first = torch.zeros(tokens + 1, dtype=torch.bool)
+    first[indptr[:-1:2].long()] = True
+    if tokens:
+        pool[slots] = pack_rows(key, value, spec, centres, first[:tokens])
+    query = torch.randn(len(lengths), heads * group, head_dim).to(dtype)
     out = torch.full_like(query, torch.nan)
     splits = {}
     if num_kv_splits is not None:
@@ -100,6 +104,45 @@ def test_every_head_dim_with_its_own_launch(head_dim: int) -> None:
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (1, 8), (1, 20), (2, 1), (3, 4), (4, 7), (8, 3)])
 def test_every_ratio_of_heads(heads: int, group: int) -> None:
     check(LayerSpec(TensorSpec(4, 64), TensorSpec(4, 64)), [9, 50], heads=heads, group=group, launch=None)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "b65443322/b54433221",  # words of keys, of values, and shared
+        "b88888888/b11111111",
+        "b30000000/b00000004",
+        "b76543210/4-g64-asym-c-r",
+        "8-g32-sym/b43332222",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bands(spec: str, dtype: torch.dtype) -> None:
+    check(LayerSpec.parse(spec), [40, 0, 1, 1, 63, 2], dtype=dtype)
+
+
+@pytest.mark.parametrize("spec", ["16/b54433222", "b54433222/16"])
+def test_bands_beside_sixteen_bits(spec: str) -> None:
+    check(LayerSpec.parse(spec), [40, 0, 1, 1, 63, 2], dtype=torch.float16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_bands_of_every_head_dim_with_its_own_launch(head_dim: int) -> None:
+    check(LayerSpec.parse("b65443322/b54433221"), [70, 0, 3], head_dim=head_dim, launch=None)
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (3, 4), (4, 7)])
+def test_bands_of_every_ratio_of_heads(heads: int, group: int) -> None:
+    check(LayerSpec.parse("b54433221/b65443322"), [9, 50], heads=heads, group=group, launch=None)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 20.0])
+@pytest.mark.parametrize("window", [0, 1, 40])
+def test_bands_with_window_soft_cap_and_splits(soft_cap: float, window: int) -> None:
+    lengths = [90, 39, 40, 0, 41, 3]
+    splits = [5, 1, 2, 1, 3, 1]
+    for counts in (None, splits):
+        check(LayerSpec.parse("b65443322/b54433221"), lengths, soft_cap=soft_cap, window=window, num_kv_splits=counts)
 
 
 @pytest.mark.parametrize("runs", [1, 2, 4])

@@ -8,8 +8,9 @@ import torch
 from kvtuner_kernels import extend as extend_module
 from kvtuner_kernels.extend import extend
 from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
-from kvtuner_kernels.reference import Centres, pack_rows, unpack_rows
+from kvtuner_kernels.reference import pack_rows, unpack_rows
 from kvtuner_kernels.tuning import extend_launch
+from tests.kernels.fitted import made_up
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
 PLAIN = LayerSpec(TensorSpec(4, 64), TensorSpec(4, 64))
@@ -30,15 +31,18 @@ def check(
     window: int = 0,
 ) -> None:
     torch.manual_seed(sum(prefixes))
-    centres = Centres(*(torch.randn(heads, head_dim) if s.centred else None for s in (spec.key, spec.value)))
+    centres = made_up(spec, heads, head_dim)
     stored = [p + n for p, n in zip(prefixes, new, strict=True)] if as_stored else prefixes
     total = sum(stored)
     pool = torch.full((total + 20, spec.bytes_per_token(heads, head_dim)), 0xFF, dtype=torch.uint8)
     slots = torch.randperm(total + 20)[:total]
-    if total:
-        pool[slots] = pack_rows(*(torch.randn(2, total, heads, head_dim) + 0.5).half(), spec, centres)
     starts = torch.tensor([0, *new]).cumsum(0).int()
     indptr = torch.tensor([0, *stored]).cumsum(0).int()
+    # Every other request begins with the first token of a sequence; the others, as behind a window, do not.
+    first = torch.zeros(total + 1, dtype=torch.bool)
+    first[indptr[:-1:2].long()] = True
+    if total:
+        pool[slots] = pack_rows(*(torch.randn(2, total, heads, head_dim) + 0.5).half(), spec, centres, first[:total])
     query = torch.randn(sum(new), heads * group, head_dim).to(dtype)
     key, value = torch.randn(2, sum(new), heads, head_dim).to(dtype)
     masks = [torch.rand(n, p + n) < 0.5 for p, n in zip(prefixes, new, strict=True)]
@@ -61,7 +65,9 @@ def check(
             continue
         rows = pool[slots[indptr[request] : indptr[request + 1]]]
         chunk = slice(int(starts[request]), int(starts[request + 1]))
-        keys, values = (x.double() for x in unpack_rows(rows, spec, heads, head_dim, centres, torch.float16))
+        keys = values = torch.zeros(0, heads, head_dim, dtype=torch.float64)
+        if len(rows):
+            keys, values = (x.double() for x in unpack_rows(rows, spec, heads, head_dim, centres, torch.float16))
         if not as_stored:
             keys, values = torch.cat((keys, key[chunk].double())), torch.cat((values, value[chunk].double()))
         folded = query[chunk].double().unflatten(1, (heads, group))
@@ -110,6 +116,49 @@ def test_transforms(rotated: bool, centred: bool, as_stored: bool) -> None:
 def test_every_head_dim(head_dim: int) -> None:
     spec = LayerSpec(TensorSpec(4, head_dim), TensorSpec(8, head_dim, centred=True, rotated=True))
     check(spec, [35, 0], [3, 2], head_dim=head_dim)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "b65443322/b54433221",  # words of keys, of values, and shared
+        "b88888888/b11111111",
+        "b30000000/b00000004",
+        "b76543210/4-g32-asym-c-r",
+        "8-g32-sym/b43332222",
+    ],
+)
+@pytest.mark.parametrize("as_stored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bands(spec: str, as_stored: bool, dtype: torch.dtype) -> None:
+    check(LayerSpec.parse(spec), [70, 40, 1, 0, 0], [5, 9, 2, 3, 0], as_stored=as_stored, dtype=dtype)
+
+
+@pytest.mark.parametrize("spec", ["16/b54433222", "b54433222/16"])
+@pytest.mark.parametrize("as_stored", [False, True])
+def test_bands_beside_sixteen_bits(spec: str, as_stored: bool) -> None:
+    check(LayerSpec.parse(spec), [33, 1, 0], [3, 40, 2], dtype=torch.float16, as_stored=as_stored)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_bands_of_every_head_dim(head_dim: int) -> None:
+    check(LayerSpec.parse("b65443322/b54433221"), [35, 0], [3, 2], head_dim=head_dim)
+
+
+@pytest.mark.parametrize("mask", ["", "chunk", "all"])
+@pytest.mark.parametrize("as_stored", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 30])
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_bands_with_mask_window_and_soft_cap(mask: str, as_stored: bool, window: int, soft_cap: float) -> None:
+    if as_stored and mask == "chunk":  # the stored rows include the chunk, so the whole mask applies
+        mask = "all"
+    spec = LayerSpec.parse("b65443322/b54433221")
+    check(spec, [40, 26, 0], [6, 9, 33], heads=2, as_stored=as_stored, mask=mask, window=window, soft_cap=soft_cap)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bands_in_tiles_of_every_size(causal: bool) -> None:
+    check(LayerSpec.parse("b54433221/b65443322"), [65, 3], [65, 1], heads=3, group=2, causal=causal)
 
 
 @pytest.mark.parametrize(("heads", "group", "new"), [(1, 20, 7), (3, 1, 65), (2, 7, 19)])

@@ -10,17 +10,28 @@ from torch import Tensor
 
 from kvtuner_kernels import warm_up as module
 from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
+from kvtuner_kernels.quantize import store
 from kvtuner_kernels.warm_up import KernelError, Use, warm_up
 
 PLAIN = LayerSpec.parse("4-g64-asym/4-g64-asym")
+BANDED = LayerSpec.parse("b65443322/b54433221")
 USE = Use(heads=1, group=2, head_dim=64, dtype=torch.float16, batches=(1, 3))
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("use", [USE, replace(USE, as_stored=True), replace(USE, as_stored=True, splits=8)], ids=str)
-def test_every_distinct_layer_is_run(use: Use) -> None:
-    layers = [PLAIN, PLAIN, LayerSpec(RAW, TensorSpec(2, 64, centred=True))]
-    assert warm_up(layers, use, CPU) == 2
+def test_every_distinct_layer_is_run_as_serving_does(monkeypatch: pytest.MonkeyPatch, use: Use) -> None:
+    """Bands are stored with positions, as prompts are, and without, as decoded tokens are: two variants of the kernel."""
+    asked = set()
+
+    def watched(*arguments, **options):  # type: ignore[no-untyped-def]
+        asked.add((arguments[4], arguments[6] is None))
+        return store(*arguments, **options)
+
+    monkeypatch.setattr(module, "store", watched)
+    other = LayerSpec(RAW, TensorSpec(2, 64, centred=True))
+    assert warm_up([PLAIN, PLAIN, other, BANDED], use, CPU) == 3
+    assert asked == {(PLAIN, True), (other, True), (BANDED, True), (BANDED, False)}
 
 
 @pytest.mark.parametrize(
@@ -39,3 +50,19 @@ def test_a_kernel_that_differs_from_the_reference_is_refused(
     monkeypatch.setattr(module, name, swapped)
     with pytest.raises(KernelError, match=rf"{said} of 4-g64-asym/4-g64-asym with 1 KV heads of 64 is off by"):
         warm_up([PLAIN], replace(USE, as_stored=as_stored), CPU)
+
+
+@pytest.mark.parametrize("name", ["decode", "extend", "gather"])
+def test_a_kernel_that_takes_a_first_token_for_any_other_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Or does so with one of its two sides."""
+    kernel = getattr(module, name)
+
+    def unmarked(*arguments, **options):  # type: ignore[no-untyped-def]
+        at = next(i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.uint8)
+        rows = arguments[at].clone()
+        rows[:, BANDED.row(1, 64).value_metadata + 1] &= 127  # the sign of the value's scale
+        return kernel(*arguments[:at], rows, *arguments[at + 1 :], **options)
+
+    monkeypatch.setattr(module, name, unmarked)
+    with pytest.raises(KernelError, match=f"{name} .*is off by"):
+        warm_up([BANDED], USE, CPU)
