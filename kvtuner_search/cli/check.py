@@ -9,19 +9,20 @@ import click
 
 from kvtuner_search.cli.options import json_option
 from kvtuner_search.errors import ExitCode, KVTunerError
-from kvtuner_search.profile.canonical import canonical_json, loads, read_limited
+from kvtuner_search.files import write_atomic
+from kvtuner_search.profile.canonical import canonical_json, dumps, loads, read_limited
 from kvtuner_search.profile.checks import check_model, check_transforms, strict_remarks
 from kvtuner_search.profile.model_config import read_config
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.profile.text import printable
 
-_GRAVEST_FIRST = (ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCode.GATE_FAILED, ExitCode.OK)
+_GRAVEST_FIRST = (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCode.GATE_FAILED, ExitCode.OK)
 
 
 @click.command(
     "check",
-    epilog="Exit codes: 0 all sound, 1 a remark with --strict, 2 usage, 3 unreadable or invalid, 4 for another model."
-    " With several profiles the gravest wins: 3, then 4, then 1.",
+    epilog="Exit codes: 0 all sound, 1 a remark with --strict, 2 usage, or not to be written, 3 unreadable or invalid, 4 for another model."
+    " With several profiles the gravest wins: 2, then 3, then 4, then 1.",
 )
 @click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
@@ -29,11 +30,15 @@ _GRAVEST_FIRST = (ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCode.GATE_FAILED, 
     help="Folder of the model, or its config.json: the profile must belong to it.",
 )  # fmt: skip
 @click.option("--strict", is_flag=True, show_envvar=True, help="Fail on remarks too, e.g. nothing was measured.")
+@click.option(
+    "--rewrite", is_flag=True, show_envvar=True,
+    help="Write each sound profile again that is of an older schema version, or not in canonical form. Its content stays.",
+)  # fmt: skip
 @json_option
-def command(profiles: tuple[Path, ...], model: Path | None, strict: bool, as_json: bool) -> int:
+def command(profiles: tuple[Path, ...], model: Path | None, strict: bool, rewrite: bool, as_json: bool) -> int:
     """Check each of PROFILES: schema, digest, bytes, effective bits, front, and the transforms file beside it."""
     info = None if model is None else read_config(model)
-    results = [_check(path, info, str(model), strict) for path in profiles]
+    results = [_check(path, info, str(model), strict, rewrite) for path in profiles]
     code = next(code for code in _GRAVEST_FIRST if any(result["exit_code"] == code for result in results))
     for result in results:
         if result["error"]:
@@ -49,12 +54,15 @@ def _print(results: list[dict[str, Any]], strict: bool) -> None:
     for result in results:
         figures = f"{result['effective_bits']:.3f} effective bits, {result['bytes_per_token']} bytes per token"
         click.echo(f"{printable(result['path'])}: sound, {figures}")
+        if result["rewritten"]:
+            click.echo(f"  rewritten, its digest is {result['digest']}")
         for remark in result["remarks"]:
             click.echo(f"  {'error' if strict else 'remark'} {remark['id']}: {remark['message']}")
 
 
-def _check(path: Path, model: ModelInfo | None, model_name: str, strict: bool) -> dict[str, Any]:
-    result: dict[str, Any] = {"path": str(path).encode(errors="replace").decode(), "error": None, "remarks": []}
+def _check(path: Path, model: ModelInfo | None, model_name: str, strict: bool, rewrite: bool) -> dict[str, Any]:
+    shown = str(path).encode(errors="replace").decode()
+    result: dict[str, Any] = {"path": shown, "error": None, "rewritten": False, "remarks": []}
     try:
         data = read_limited(path)
         profile = loads(data, str(path))
@@ -67,6 +75,11 @@ def _check(path: Path, model: ModelInfo | None, model_name: str, strict: bool) -
         check_transforms(profile, path.parent)
         if model is not None:
             check_model(profile, model, model_name)
+        text = dumps(profile).encode()
+        if rewrite and text != data:
+            write_atomic(path.resolve(), text)  # what a link names, not the link
+            data = text
+            result["rewritten"] = True
     except KVTunerError as error:
         return result | {"error": printable(error), "exit_code": int(error.exit_code)}
     remarks = [{"id": remark.id, "message": printable(remark.message)} for remark in strict_remarks(profile, data)]

@@ -35,6 +35,8 @@ def command(profile: str, memory: int | None, html: Path | None, as_json: bool) 
                     "spec": str(spec),
                     "bytes_per_token": spec.bytes_per_token(model.num_kv_heads, model.head_dim),
                     "effective_bits": spec.effective_bits(model.num_kv_heads, model.head_dim),
+                    "mean_bits": {"key": spec.key.mean_bits, "value": spec.value.mean_bits},
+                    "bands": {"key": spec.key.bands or None, "value": spec.value.bands or None},
                 }
                 for spec in loaded.layer_specs()
             ],

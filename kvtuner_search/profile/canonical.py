@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from kvtuner_kernels.layout import LAYOUT_VERSION
 from kvtuner_search import __version__
 from kvtuner_search.errors import ProfileError
 from kvtuner_search.files import write_atomic
+from kvtuner_search.profile.digest import digest_of as digest_of
 from kvtuner_search.profile.migrations import migrate
 from kvtuner_search.profile.schema import SCHEMA_VERSION, Profile
 
@@ -30,16 +30,6 @@ _SURROGATE: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0
 def canonical_json(content: Any) -> str:
     """One byte sequence for one content: sorted keys, two-space indent, no NaN, final newline."""
     return json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def digest_of(content: dict[str, Any]) -> str:
-    """``sha256:...`` of a profile's content without its digest field, as JSON with sorted keys and no white space.
-
-    Not of the file's own form: Python indents JSON slowly, and every load computes this.
-    """
-    body = {key: value for key, value in content.items() if key != "digest"}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_without_validation(profile: Profile) -> str:
@@ -230,7 +220,7 @@ def first_error(error: ValidationError, what: str = "profile") -> str:
 
 
 def json_schema() -> str:
-    """The text of ``profiles/schema/v1.json``: JSON Schema 2020-12 of a profile."""
+    """The text of ``profiles/schema/v2.json``: JSON Schema 2020-12 of a profile of the current version."""
     schema = Profile.model_json_schema()
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kvtuner-search profile"}
     return canonical_json({**schema, **head})

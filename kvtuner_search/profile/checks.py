@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+import sys
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,12 @@ from typing import Any, Final, TypeGuard
 
 from kvtuner_search.errors import NotComparableError, ProfileError
 from kvtuner_search.profile.canonical import dumps, parse_json, read_limited
-from kvtuner_search.profile.schema import ModelInfo, Profile
+from kvtuner_search.profile.schema import SCHEMA_VERSION, ModelInfo, Profile
 from kvtuner_search.profile.validation_text import is_stale
 
 MAX_HEADER: Final = 2**20  # bytes; a 128-layer transforms file has a header of about 25 KB
+MAX_PAYLOAD: Final = 2**30  # bytes; 80 layers of 8 heads of 128 channels, all of them banded, take 85 MB
+EXTRA_ROWS: Final = 2  # of a basis tensor, below the matrix: the mean, and the mean of first tokens
 _FLOAT32: Final = 4  # bytes
 
 
@@ -43,11 +47,26 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
             )
 
 
-def check_transforms(profile: Profile, folder: Path) -> bytes | None:
-    """Check the transforms file beside a profile: its digest, and one float32 vector a KV head for each centred tensor.
+def transform_shapes(profile: Profile) -> dict[str, list[int]]:
+    """Name -> shape of every tensor that the transforms file of a profile has.
 
-    Tensors are called ``layers.I.key`` and ``layers.I.value`` and have the shape [num_kv_heads, head_dim]; there is one for
-    every centred tensor and none besides. Only the header is interpreted, so torch is not needed.
+    Tensors are called ``layers.I.key`` and ``layers.I.value``: a centring vector [num_kv_heads, head_dim] for each centred one, a
+    basis [num_kv_heads, head_dim + 2, head_dim] for each banded one.
+    """
+    heads, dim = profile.model.num_kv_heads, profile.model.head_dim
+    return {
+        f"layers.{index}.{part}": [heads, dim] if entry.bands is None else [heads, dim + EXTRA_ROWS, dim]
+        for index, layer in enumerate(profile.layers)
+        for part, entry in (("key", layer.key), ("value", layer.value))
+        if entry.fitted
+    }
+
+
+def check_transforms(profile: Profile, folder: Path) -> bytes | None:
+    """Check the transforms file beside a profile: its digest, and that it has the float32 tensors of :func:`transform_shapes` and none besides.
+
+    Every number must be finite, and no matrix of a basis may have a row of zeros or the same row twice. Whether it can be inverted
+    in all other ways takes torch: :func:`kvtuner_kernels.bands.basis` refuses it where the file is used.
 
     Returns:
         the file's bytes; None if the profile names none.
@@ -58,14 +77,13 @@ def check_transforms(profile: Profile, folder: Path) -> bytes | None:
     if profile.transforms is None:
         return None
     path = folder / profile.transforms.file
-    shape = [profile.model.num_kv_heads, profile.model.head_dim]
-    names = [
-        f"layers.{index}.{part}"
-        for index, layer in enumerate(profile.layers)
-        for part, entry in (("key", layer.key), ("value", layer.value))
-        if entry.centred
-    ]
-    payload = len(names) * shape[0] * shape[1] * _FLOAT32
+    shapes = transform_shapes(profile)
+    payload = sum(map(math.prod, shapes.values())) * _FLOAT32
+    if payload > MAX_PAYLOAD:
+        raise ProfileError(
+            f"the transforms of {profile.name} would take {payload} bytes, more than {MAX_PAYLOAD}: no model here needs as many;"
+            " check the profile's layers, KV heads and head_dim"
+        )
     data = read_limited(path, f"the transforms of {profile.name}", 8 + MAX_HEADER + payload)
     actual = "sha256:" + hashlib.sha256(data).hexdigest()
     if actual != profile.transforms.digest:
@@ -73,23 +91,52 @@ def check_transforms(profile: Profile, folder: Path) -> bytes | None:
             f"{path} has digest {actual[:19]}…, {profile.name} names {profile.transforms.digest[:19]}…:"
             " restore the file that was written with the profile"
         )
-    tensors = _safetensors_header(data, path)
-    if sorted(tensors) != sorted(names):
-        odd = sorted(set(tensors) ^ set(names))
+    tensors, start = _safetensors_header(data, path)
+    if sorted(tensors) != sorted(shapes):
+        odd = sorted(set(tensors) ^ set(shapes))
         raise ProfileError(
-            f"{path} and the centred tensors of {profile.name} differ in {', '.join(odd[:3])}"
+            f"{path} and the centred or banded tensors of {profile.name} differ in {', '.join(odd[:3])}"
             f"{' and more' if len(odd) > 3 else ''}: restore the file that was written with the profile"
         )
     for name, entry in tensors.items():
+        shape = shapes[name]
         if entry.get("dtype") != "F32" or entry.get("shape") != shape:
             raise ProfileError(
                 f"{path}: {name} is {entry.get('dtype')} {entry.get('shape')}, not F32 {shape}: restore the file"
             )
+        first, last = entry["data_offsets"]
+        _check_numbers(memoryview(data)[start + first : start + last], shape, f"{path}: {name}")
     return data
 
 
-def _safetensors_header(data: bytes, path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a safetensors file, whose offsets must tile the rest of the file.
+def _check_numbers(data: memoryview, shape: list[int], name: str) -> None:
+    """Refuse numbers that are not finite, and bases that plainly cannot be inverted.
+
+    Raises:
+        ProfileError: with the tensor's name.
+    """
+    numbers = array("f")
+    numbers.frombytes(data)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    # In a double, finite float32 numbers never add up to infinity, and nothing makes up for NaN or infinity: 30 ms for 15 MB.
+    if not math.isfinite(sum(numbers)):
+        raise ProfileError(f"{name} has a number that is not finite: calibrate again")
+    if len(shape) == 3:
+        heads, rows, dim = shape
+        width = dim * _FLOAT32
+        for head in range(heads):
+            at = head * rows * width
+            found = {bytes(data[at + row * width : at + (row + 1) * width]) for row in range(dim)}
+            if len(found) < dim or bytes(width) in found:
+                raise ProfileError(
+                    f"{name}: the basis of head {head} has a row of zeros, or the same row twice, and cannot be inverted:"
+                    " calibrate again"
+                )
+
+
+def _safetensors_header(data: bytes, path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The entries of a safetensors file, whose offsets must tile the rest of the file, and where that starts.
 
     Raises:
         ProfileError: if it is no safetensors file.
@@ -114,7 +161,7 @@ def _safetensors_header(data: bytes, path: Path) -> dict[str, dict[str, Any]]:
         end = stop
     if end != len(data) - 8 - length:
         raise ProfileError(f"{path} is no safetensors file of float32 tensors: its offsets do not fit; restore it")
-    return header
+    return header, 8 + length
 
 
 def _sizes(value: Any) -> TypeGuard[list[int]]:
@@ -127,9 +174,7 @@ def _sizes(value: Any) -> TypeGuard[list[int]]:
 def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
     """What is allowed but not what a reviewed profile should look like; ``data`` is the file."""
     if data != dumps(profile).encode():
-        yield Remark(
-            "not-canonical", "the file is not in canonical form: it was edited; write it again with kvtuner-search"
-        )
+        yield _form(data)
     if profile.model.config_digest is None:
         yield Remark(
             "model-unverified", "no config digest: only the model's shape can be checked; import it with --model"
@@ -144,12 +189,19 @@ def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
                 "interval-excludes-value",
                 f"{name} changed by {measure.delta:g}, outside its interval [{measure.ci_low:g}, {measure.ci_high:g}]",
             )
-    if profile.transforms is not None and not any(
-        e.centred for layer in profile.layers for e in (layer.key, layer.value)
-    ):
-        yield Remark("unused-transforms", f"{profile.transforms.file} is named, but no tensor is centred")
+    if profile.transforms is not None and not transform_shapes(profile):
+        yield Remark("unused-transforms", f"{profile.transforms.file} is named, but no tensor is centred or banded")
     if is_stale(profile):
         yield Remark("validation-stale", "the validation block is of another profile: run validate again")
     elif profile.validation is not None and profile.validation.verdict == "fail":
         failed = ", ".join(check.name for check in profile.validation.checks if not check.passed)
         yield Remark("validation-failed", f"the validation failed: {failed}")
+
+
+def _form(data: bytes) -> Remark:
+    """Why a sound profile's file is not what would be written today."""
+    version = parse_json(data, "the profile")["schema_version"]
+    if version < SCHEMA_VERSION:
+        message = f"the file has schema version {version}, the current one is {SCHEMA_VERSION}: check --rewrite brings it up to date"
+        return Remark("older-schema", message)
+    return Remark("not-canonical", "the file is not in canonical form: it was edited; check --rewrite writes it again")

@@ -127,24 +127,47 @@ def _layers(old: Profile, new: Profile) -> Iterator[LayerChange]:
         )
 
 
+def basis_changed(old: Profile, new: Profile) -> bool:
+    """True if all specs are the same and some are banded, but the transforms differ: the same bits, of other numbers."""
+    banded = any(entry.bands is not None for layer in new.layers for entry in (layer.key, layer.value))
+    return banded and old.layers == new.layers and stored_differently(old, new)
+
+
+def _layer_rules(layer: LayerChange) -> Iterator[str]:
+    """Ids of the rules that a layer's change of spec fires."""
+    sides = [(layer.old.key, layer.new.key), (layer.old.value, layer.new.value)]
+    pairs = [(before.mean_bits, after.mean_bits) for before, after in sides]
+    lowered = any(after < before for before, after in pairs)
+    raised = any(after > before for before, after in pairs)
+    banding = any(before.banded != after.banded for before, after in sides)
+    narrowed = any(
+        before.banded and after.banded and min(after.bands) < min(before.bands) and after.mean_bits >= before.mean_bits
+        for before, after in sides
+    )
+    if lowered or raised:
+        yield "layer-bits-lowered" if lowered else "layer-bits-raised"
+    if narrowed:
+        yield "layer-band-narrowed"
+    if banding:
+        yield "layer-banding-changed"
+    if not (lowered or raised or narrowed or banding):
+        yield "layer-scheme-changed"
+
+
 def _storage(comparison: Comparison) -> Iterator[Finding]:
     old, new = comparison.old, comparison.new
     for layer in comparison.layers:
-        if not layer.changed:
-            continue
-        pairs = [(layer.old.key.bits, layer.new.key.bits), (layer.old.value.bits, layer.new.value.bits)]
-        if any(after < before for before, after in pairs):
-            rule = "layer-bits-lowered"
-        elif any(after > before for before, after in pairs):
-            rule = "layer-bits-raised"
-        else:
-            rule = "layer-scheme-changed"
-        message = f"layer {layer.index}: {layer.old} becomes {layer.new}"
-        yield make_finding(rule, new, f"layers.{layer.index}", message, layer.old, layer.new)
+        if layer.changed:
+            message = f"layer {layer.index}: {layer.old} becomes {layer.new}"
+            for rule in _layer_rules(layer):
+                yield make_finding(rule, new, f"layers.{layer.index}", message, layer.old, layer.new)
     digests = [profile.transforms.digest if profile.transforms else None for profile in (old, new)]
     if digests[0] != digests[1]:
-        message = f"the centring vectors are {short(digests[1])}, they were {short(digests[0])}"
-        yield make_finding("transforms-changed", new, "transforms", message, *digests)
+        rule, what = "transforms-changed", "the centring vectors or bases are"
+        if basis_changed(old, new):
+            rule, what = "basis-changed", "all specs are the same, but their bases are"
+        message = f"{what} {short(digests[1])}, they were {short(digests[0])}"
+        yield make_finding(rule, new, "transforms", message, *digests)
     before, after = old.storage.bytes_per_token, new.storage.bytes_per_token
     if before != after:
         rule = "bytes-per-token-increased" if after > before else "bytes-per-token-decreased"

@@ -2,7 +2,7 @@
 
 The figures are from KVTuner (Li et al., ICML 2025), released calibration presets, commit babe775. Its per-token scheme is
 asymmetric with one scale and minimum over the whole head_dim and no residual window, which is ``BITS-gHEAD_DIM-asym`` here.
-Its KIVI presets are left out: they need per-channel keys and a residual window, which layout version 1 does not store.
+Its KIVI presets are left out: they need per-channel keys and a residual window, which no layout version stores.
 """
 
 from __future__ import annotations

@@ -67,9 +67,20 @@ def capacity(memory: int, profile: Profile) -> int:
 
 
 def grouped(findings: list[Finding]) -> list[tuple[Finding, list[Finding]]]:
-    """Findings of one rule that say the same of several layers, together under the first of them."""
-    groups = runs([(f.rule, f.old, f.new) if f.where.startswith("layers.") else (f.rule, f.where) for f in findings])
+    """Findings of one rule that say the same of several layers, together under the first of them.
+
+    Nearly every layer has bands of its own, so those of one rule count as the same.
+    """
+    groups = runs([_group(finding) for finding in findings])
     return [(findings[indices[0]], [findings[i] for i in indices]) for indices, _ in groups]
+
+
+def _group(finding: Finding) -> tuple[str, ...]:
+    if not finding.where.startswith("layers."):
+        return finding.rule, finding.where
+    sides = f"{finding.old}/{finding.new}".split("/")
+    banded = any(side.startswith("b") for side in sides)
+    return (finding.rule, "banded") if banded else (finding.rule, finding.old, finding.new)
 
 
 def group_message(group: list[Finding]) -> str:
@@ -78,7 +89,11 @@ def group_message(group: list[Finding]) -> str:
     if len(group) == 1:
         return printable(first.message)
     layers = ranges([int(finding.where.partition(".")[2]) for finding in group])
-    return f"layers {layers}: {first.old} becomes {first.new}"
+    if all((finding.old, finding.new) == (first.old, first.new) for finding in group):
+        return f"layers {layers}: {first.old} becomes {first.new}"
+    return (
+        f"layers {layers}: each its own bands, first {first.old} becomes {first.new}; the table of layers has them all"
+    )
 
 
 def group_fingerprint(group: list[Finding]) -> str:

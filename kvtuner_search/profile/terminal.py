@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvtuner_kernels.layout import LayerSpec
-from kvtuner_search.profile.compare import Comparison
+from kvtuner_kernels.layout import BANDS, LayerSpec, TensorSpec
+from kvtuner_search.profile.compare import Comparison, basis_changed
 from kvtuner_search.profile.report import Report, capacity, group_fingerprint, group_message, grouped, quality_tables
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.profile.text import percent, printable, ranges, runs, signed, size, specs_by_layer
+from kvtuner_search.profile.text import banded_sides, percent, printable, ranges, runs, signed, size, specs_by_layer
 from kvtuner_search.profile.validation import Validation
 from kvtuner_search.profile.validation_text import (
     CHECK_HEADS,
@@ -29,8 +29,6 @@ from kvtuner_search.profile.validation_text import (
 _SEVERITY_STYLE: Final = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _VERDICT_STYLE: Final = {"pass": "bold green", "fail": "bold red", "not-comparable": "bold red"}
 _QUALITY_STYLE: Final = {"regressed": "red", "improved": "green", "inconclusive": "yellow", "incomparable": "yellow"}
-_BITS_STYLE: Final = {2: "red", 4: "yellow", 8: "green", 16: "blue"}
-_BITS_MARK: Final = {2: "2", 4: "4", 8: "8", 16: "F"}
 _STRIP: Final = 64  # layers in one line of the strip
 _WIDTH: Final = 120  # columns where the output is no terminal
 
@@ -106,7 +104,10 @@ def print_card(profile: Profile, memory: int | None) -> None:
     )
     if memory is not None:
         table.add_row(f"tokens in {size(memory)}", Text(f"{capacity(memory, profile):,}", "bold"))
+    banded = banded_sides(profile.layer_specs())
     out.print(table)
+    if banded:
+        out.print(f"in bands of a fitted basis: {banded}")
     out.print()
     _strip(out, profile.layer_specs())
     _specs(out, profile)
@@ -148,7 +149,8 @@ def _totals(out: Console, report: Report) -> None:
 
 def _changed_layers(out: Console, comparison: Comparison) -> None:
     if not any(layer.changed for layer in comparison.layers):
-        out.print("all layers are stored alike\n")
+        other = basis_changed(comparison.old, comparison.new)
+        out.print("all layers have the same specs, in other bases\n" if other else "all layers are stored alike\n")
         return
     table = _table("layers", "old", "new", "effective bits", "bytes per token", right=(3, 4))
     for indices, (old, new) in runs([(layer.old, layer.new) for layer in comparison.layers]):
@@ -177,16 +179,40 @@ def _findings(out: Console, report: Report) -> None:
         out.print()
 
 
+def bits_style(bits: float) -> str:
+    """The colour of so many bits: red up to 2, yellow up to 4, green up to 8, else blue."""
+    return next((colour for limit, colour in ((2, "red"), (4, "yellow"), (8, "green")) if bits <= limit), "blue")
+
+
 def _strip(out: Console, layers: list[LayerSpec]) -> None:
-    """One character a layer: its bits, F for 16."""
+    """One character a layer: its bits, F for 16. A side that is banded somewhere has a line for each band."""
+    banded = False
     for start in range(0, len(layers), _STRIP):
         part = layers[start : start + _STRIP]
-        for name, bits in (("keys", [x.key.bits for x in part]), ("values", [x.value.bits for x in part])):
-            line = Text(f"{name:8}{start:4}  ")
-            for width in bits:
-                line.append(_BITS_MARK[width], _BITS_STYLE[width])
-            out.print(line)
-    out.print("bits of each layer from the first to the last, F is 16\n", style="dim")
+        for name, sides in (("keys", [x.key for x in part]), ("values", [x.value for x in part])):
+            lines = BANDS if any(spec.banded for spec in sides) else 1
+            banded |= lines > 1
+            for band in range(lines):
+                head = f"{name}{start:{12 - len(name)}}  " if band == 0 else " " * 14
+                line = Text(head + (f"{band + 1}  " if lines > 1 else ""))
+                for spec in sides:
+                    line.append(*_mark(spec, band))
+                out.print(line)
+    out.print("bits of each layer from the first to the last, F is 16", style="dim")
+    if banded:
+        out.print(
+            "of eight bands of channels where there are lines 1 to 8, the worthiest in 1; dots: stored without bands",
+            style="dim",
+        )
+    out.print()
+
+
+def _mark(spec: TensorSpec, band: int) -> tuple[str, str]:
+    """What stands for a side in the line of a band, and its style."""
+    if not spec.banded and band > 0:
+        return "·", "dim"
+    bits = spec.bands[band] if spec.banded else spec.bits
+    return "F" if bits == 16 else str(bits), bits_style(bits)
 
 
 def _specs(out: Console, profile: Profile) -> None:
@@ -242,7 +268,7 @@ def _provenance(out: Console, profile: Profile) -> None:
         ("data", f"{d.name} {d.split}: {d.samples:,} x, {d.tokens:,} tokens, {d.digest[:19]}") for d in origin.data
     ]
     if profile.transforms:
-        rows.append(("centring", f"{profile.transforms.file} {profile.transforms.digest[:19]}"))
+        rows.append(("transforms", f"{profile.transforms.file} {profile.transforms.digest[:19]}"))
     if profile.validation is None:
         rows.append(("validation", "none: not validated on a server"))
     rows += [("note", note) for note in origin.notes]

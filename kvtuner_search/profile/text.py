@@ -68,3 +68,12 @@ def runs(items: Sequence[Any]) -> list[tuple[list[int], Any]]:
 def specs_by_layer(layers: Sequence[LayerSpec]) -> list[tuple[str, LayerSpec]]:
     """Each distinct spec with the layers that have it, e.g. ``("0-3, 7", spec)``."""
     return [(ranges(indices), spec) for indices, spec in runs(layers)]
+
+
+def banded_sides(layers: Sequence[LayerSpec]) -> str:
+    """``keys of layers 0-3, values of layers 1`` for what is stored in bands; empty if nothing is."""
+    sides = {
+        "keys": [index for index, layer in enumerate(layers) if layer.key.banded],
+        "values": [index for index, layer in enumerate(layers) if layer.value.banded],
+    }
+    return ", ".join(f"{name} of layers {ranges(found)}" for name, found in sides.items() if found)

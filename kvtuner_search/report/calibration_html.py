@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from kvtuner_search.profile.text import printable, ranges
 from kvtuner_search.report import reading
+from kvtuner_search.report.band_figures import bits_by_band, head_figure, worth_figure
 from kvtuner_search.report.layer_figures import VARIANTS, bits_figure, heat_map, output_error
 from kvtuner_search.report.page import figure, figures, fold, legend, page, table
 from kvtuner_search.report.reading import Json, change, number
@@ -18,7 +19,15 @@ GLOSSARY: Final = (
         "effective bits",
         "Everything stored for a token (codes, scales, minima, padding), divided by the cached numbers.",
     ),
-    ("K4V2", "Keys in 4-bit codes, values in 2-bit codes."),
+    ("K4V2", "Keys in 4-bit codes, values in 2-bit codes; K3.5V2.75: that many bits in the mean over the bands."),
+    (
+        "b65443322",
+        "Stored in a fitted basis whose channels form eight equal bands; a digit is the bits of a band, the worthiest channels first.",
+    ),
+    (
+        "worth of a band",
+        "Expected loss, in nats a token, if the band were stored in no bits: the sum of its eigenvalues.",
+    ),
     ("4a64, 4s64", "4-bit codes, asymmetric (scale and minimum) or symmetric (scale), one group per 64 channels."),
     ("-c, -r, -x0.9", "Centred, rotated by a Hadamard transform, and the grid clipped to 0.9 of the group's range."),
     (
@@ -39,6 +48,7 @@ GLOSSARY: Final = (
         "proxy",
         "Sum of layer-alone KLs; its exact optimum at every size is found by dynamic programming. Refined: the same with weights learnt from finished trials.",
     ),
+    ("fisher", "Bits handed out by what bands are worth, from one backward pass and without a trial."),
     ("interval", "Percentile bootstrap over samples; differences are paired, on the same samples."),
     ("undecided", "The interval of the difference includes zero: more samples might decide."),
     ("hypervolume", "Area between a front and the corner, in effective bits times decades of loss. Larger is better."),
@@ -55,6 +65,7 @@ def render(record: dict[str, Any]) -> str:
         ("chosen", "What was chosen", _chosen(record)),
         ("bits", "Bits per layer", _bits(record)),
         ("why", "Why: the sensitivity of each layer", _why(record)),
+        *([("worth", "What bands of channels are worth", _worth(record))] if _has_worth(record) else []),
         ("front", "Front", _front(record)),
         ("comparison", "Comparison on the test split", _comparison(record)),
         ("history", "Search history", _history(record)),
@@ -110,13 +121,23 @@ def _bits(record: Json) -> Iterator[str]:
     swatches = [
         (f'<span class="key b{bits}"></span>', f"{bits}{' (raw)' if bits == 16 else ''}") for bits in (2, 4, 8, 16)
     ]
-    yield legend("bits of the codes", swatches)
+    banded = any(reading.has_bands(target["chosen"]) for target in record["targets"])
+    yield legend("bits of the codes", [*swatches, ('<span class="key bb"></span>', "in bands")] if banded else swatches)
     for target in record["targets"]:
         row = target["chosen"]
         yield f"<h3>{escaped(target['label'])}</h3>"
         yield figure(bits_figure(record, row), "")
+        if reading.has_bands(row):
+            yield figure(
+                bits_by_band(reading.specs(row)),
+                "Bits of each band of channels, the worthiest in band 1; a block in one colour is stored without bands.",
+            )
         yield fold("Every layer, with its errors", _layers(record, row))
-    yield "<p class=dim>A bar's height is the effective bits on a logarithmic scale; figures on the bars are the bits of the codes.</p>"
+    mean = ", of bands in the mean" if banded else ""
+    yield (
+        "<p class=dim>A bar's height is the effective bits on a logarithmic scale; figures on the bars are the bits of the"
+        f" codes{mean}.</p>"
+    )
 
 
 def _layers(record: Json, row: Json) -> str:
@@ -143,12 +164,20 @@ def _layers(record: Json, row: Json) -> str:
     return table(heads, rows, right=range(3, 10))
 
 
+def _smallest(record: Json) -> Json:
+    """The target whose chosen setting has the fewest effective bits."""
+    return min(record["targets"], key=lambda target: float(target["chosen"]["effective_bits"]))
+
+
 def _why(record: Json) -> Iterator[str]:
-    shown = min(record["targets"], key=lambda target: float(target["chosen"]["effective_bits"]))
+    shown = _smallest(record)
+    kept = (
+        "keeps 16 bits there, or has bands of its own" if reading.has_bands(shown["chosen"]) else "keeps 16 bits there"
+    )
     yield figure(
         heat_map(record, shown),
         f"KL of the model's output when only that side of that layer is stored in that class. A dot marks what the profile for"
-        f" {escaped(shown['label'])} stores; a layer without a dot keeps 16 bits there.",
+        f" {escaped(shown['label'])} stores; a layer without a dot {kept}.",
     )
     drawn = output_error(record)
     if drawn:
@@ -159,6 +188,30 @@ def _why(record: Json) -> Iterator[str]:
         yield figure(
             drawn, "Values at 16 bits. Where the lines lie apart, that transform is what makes few bits possible."
         )
+
+
+def _has_worth(record: Json) -> bool:
+    return any(rows for side in ("keys", "values") for rows in reading.band_worth(record, side))
+
+
+def _worth(record: Json) -> Iterator[str]:
+    shown = _smallest(record)
+    digits = (
+        f" Digits are the bits that the profile for {escaped(shown['label'])} gives."
+        if reading.has_bands(shown["chosen"])
+        else ""
+    )
+    yield figure(
+        worth_figure(record, shown),
+        "What the loss would be expected to rise by, in nats a token, if a band were stored in no bits: the spectrum of each layer,"
+        f" summed by band.{digits}",
+    )
+    drawn = head_figure(record)
+    if drawn:
+        lines = figure(
+            drawn, "A line for each KV head, from band 1 to band 8, on the same logarithmic scale in every panel."
+        )
+        yield fold("Head by head", lines)
 
 
 def _front(record: Json) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
@@ -65,6 +65,31 @@ class Columns:
             yield label(self.middle(layer), y, layer, "middle")
 
 
+class Scale:
+    """A logarithmic scale of strengths in [0, 1] for positive values; what is zero or less has none.
+
+    Args:
+        values: what must have room.
+        decades: how much of it is shown below the largest value; all of it if not given.
+    """
+
+    def __init__(self, values: Sequence[float], decades: float = math.inf) -> None:
+        self.low, self.high = log_range(values, pad=1.0)
+        self.low = max(self.low, self.high / 10.0 ** min(decades, 300.0))
+        self.span = math.log(self.high / self.low) or 1.0
+
+    def share(self, value: float) -> float:
+        """Where a value lies between the ends."""
+        return math.log(max(value, self.low) / self.low) / self.span if value > 0 else 0.0
+
+
+def side_bits(spec: TensorSpec, head_dim: int) -> float:
+    """Bits per channel of one side with its metadata; of bands without the room that their words leave, which keys and values share."""
+    return (
+        spec.mean_bits + 8 * spec.metadata_bytes(head_dim) / head_dim if spec.banded else spec.effective_bits(head_dim)
+    )
+
+
 def bits_figure(record: Json, row: Json) -> str:
     """Stored bits of keys (up) and values (down), and below them the effective bits of each layer."""
     model, layers = record["model"], specs(row)
@@ -73,7 +98,7 @@ def bits_figure(record: Json, row: Json) -> str:
     stored = [
         spec for target in record["targets"] for layer in specs(target["chosen"]) for spec in (layer.key, layer.value)
     ]
-    most = max(spec.effective_bits(head_dim) for spec in stored)
+    most = max(2.0, *(side_bits(spec, head_dim) for spec in stored))
     middle = LANE + 2
     parts = [
         label(LEFT - 8, middle - LANE / 2 + 4, "keys", "end"),
@@ -82,14 +107,17 @@ def bits_figure(record: Json, row: Json) -> str:
     for index, layer in enumerate(layers):
         x = columns.left(index) + gap / 2
         for spec, up, side in ((layer.key, True, "keys"), (layer.value, False, "values")):
-            tall = LANE * math.log2(spec.effective_bits(head_dim)) / math.log2(most)
+            bits = side_bits(spec, head_dim)
+            tall = max(2.0, LANE * math.log2(bits) / math.log2(most))
             y = middle - tall if up else middle + 4
-            what = f"layer {index} {side}: {spec}, {spec.effective_bits(head_dim):.3f} effective bits"
-            parts.append(rect(x, y, columns.step - gap, tall, f"b{spec.bits}", what))
-            if columns.step >= (7 if spec.bits < 10 else 12):
+            what = f"layer {index} {side}: {spec}, "
+            what += f"{spec.mean_bits:g} bits in the mean" if spec.banded else f"{bits:.3f} effective bits"
+            parts.append(rect(x, y, columns.step - gap, tall, "bb" if spec.banded else f"b{spec.bits}", what))
+            text = f"{spec.mean_bits:.3g}" if spec.banded else str(spec.bits)
+            if columns.step >= 2 + 5 * len(text) and tall >= 12:
                 size = f"font-size: {min(12.0, columns.step + 1):g}px"
                 at = y + tall - 5 if up else y + 11
-                parts.append(label(columns.middle(index), at, spec.bits, "middle", "onbar", style=size))
+                parts.append(label(columns.middle(index), at, text, "middle", "onbar", style=size))
     top = middle + LANE + 16
     parts += _effective(layers, heads, head_dim, columns, top, row["effective_bits"])
     parts += columns.labels(top + 44)
@@ -126,8 +154,7 @@ def heat_map(record: Json, shown: Json) -> str:
     columns = Columns(len(record["sensitivity"]))
     names = {side: storage_classes(record, side) for side in ("keys", "values")}
     table = {(side, name): alone_losses(record, side, name) for side in names for name in names[side]}
-    low, high = log_range((x for row in table.values() for x in row), pad=1.0)
-    span = math.log(high / low) or 1.0
+    scale = Scale([x for row in table.values() for x in row if x is not None])
     picked = {
         (target["label"], side): chosen_class(record, target["chosen"], side)
         for target in record["targets"]
@@ -139,11 +166,13 @@ def heat_map(record: Json, shown: Json) -> str:
         for name in classes:
             parts.append(label(LEFT - 8, y + ROW / 2 + 4, name, "end"))
             for layer, loss in enumerate(table[side, name]):
+                if loss is None:
+                    continue
                 users = [t["label"] for t in record["targets"] if picked[t["label"], side][layer] == name]
                 spec = record["sensitivity"][layer][side][name][0]
                 what = f"layer {layer} {side} as {name} ({spec}): KL {number(loss)} nats"
                 what += f"; chosen for {', '.join(users)}" if users else ""
-                strength = math.log(loss / low) / span if loss > 0 else 0.0
+                strength = scale.share(loss)
                 opacity = round(0.06 + 0.94 * strength, 3)
                 parts.append(rect(columns.left(layer), y, columns.step - 1, ROW - 1, "heat", what, opacity))
                 strong = "onheat" if strength > 0.66 else "ink"
@@ -157,25 +186,24 @@ def heat_map(record: Json, shown: Json) -> str:
             y += ROW
         y += 22
     parts += columns.labels(y - 8)
-    parts += _heat_legend(y + 18, low, high)
+    parts += heat_legend(y + 18, scale, "KL, nats")
     return svg(WIDTH, y + 44, "Layer-alone KL by layer and storage class", parts)
 
 
 def _short(loss: float) -> str:
-    return f"{loss:.0e}".replace("e-0", "e-")
+    return f"{loss:.0e}".replace("e+00", "").replace("e+0", "e+").replace("e-0", "e-")
 
 
-def _heat_legend(y: float, low: float, high: float) -> Iterator[str]:
+def heat_legend(y: float, scale: Scale, name: str) -> Iterator[str]:
     """A stepped ramp with its decades."""
     wide, steps = 320.0, 32
-    span = math.log(high / low) or 1.0
-    yield label(LEFT - 8, y + 10, "KL, nats", "end")
+    yield label(LEFT - 8, y + 10, name, "end")
     for i in range(steps):
         yield rect(
             LEFT + i * wide / steps, y, wide / steps, 10, "heat", opacity=round(0.06 + 0.94 * (i + 0.5) / steps, 3)
         )
-    for tick in log_ticks(low, high):
-        yield label(LEFT + wide * math.log(tick / low) / span, y + 23, _short(tick), "middle")
+    for tick in log_ticks(scale.low, scale.high):
+        yield label(LEFT + wide * scale.share(tick), y + 23, _short(tick), "middle")
 
 
 def output_error(record: Json) -> str:
@@ -211,6 +239,8 @@ def _key_errors(rows: list[list[Any]]) -> dict[tuple[int, bool, bool], float]:
         if value != "16" or key == "16":
             continue
         spec = TensorSpec.parse(key)
+        if spec.banded:  # neither of 2 nor of 4 bits
+            continue
         rank = (not spec.symmetric, spec.group_size, float(error))
         where = (spec.bits, spec.centred, spec.rotated)
         best[where] = max(best.get(where, rank), rank, key=lambda r: r[:2])

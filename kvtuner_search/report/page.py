@@ -9,12 +9,12 @@ from kvtuner_search.report.svg import escaped
 
 STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1c2430; --dim: #5d6b7c; --line: #d8dee6; --page: #fbfcfd; --card: #fff; --onbar: #fff;
-  --b2: #c23b4e; --b4: #b97510; --b8: #2f8a63; --b16: #3f74b8; --accent: #2f6fb5; --heat: #b5381c;
-  --searched: #2f6fb5; --refined: #7a3fb0; --uniform: #2f8a63; --proxy: #b97510; --preset: #0f8a94; --plain: #5d6b7c;
+  --b2: #c23b4e; --b4: #b97510; --b8: #2f8a63; --b16: #3f74b8; --band: #6a4fb3; --accent: #2f6fb5; --heat: #b5381c;
+  --searched: #2f6fb5; --refined: #7a3fb0; --uniform: #2f8a63; --proxy: #b97510; --preset: #0f8a94; --plain: #5d6b7c; --fisher: #a8378c;
   --random: #9aa5b1; --chosen: #c2274a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e9f0; --dim: #98a5b5; --line: #2f3945; --page: #12171d; --card: #1a2129;
-  --onbar: #12171d; --b2: #ec7c8b; --b4: #e8b454; --b8: #5fc496; --b16: #7badea; --accent: #7fb2ec; --heat: #ff9a66;
-  --searched: #7fb2ec; --refined: #c39af0; --uniform: #5fc496; --proxy: #e8b454; --preset: #5fcad3; --plain: #98a5b5;
+  --onbar: #12171d; --b2: #ec7c8b; --b4: #e8b454; --b8: #5fc496; --b16: #7badea; --band: #b8a3f5; --accent: #7fb2ec; --heat: #ff9a66;
+  --searched: #7fb2ec; --refined: #c39af0; --uniform: #5fc496; --proxy: #e8b454; --preset: #5fcad3; --plain: #98a5b5; --fisher: #ef93d5;
   --random: #7d8a98; --chosen: #ff7a95; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 72rem; background: var(--page); color: var(--ink);
@@ -38,10 +38,10 @@ figure { margin: .4rem 0; } figure svg { display: block; width: 100%; min-width:
 .warn { border-left: 4px solid var(--b4); padding: .4rem .8rem; background: var(--card); margin: .8rem 0; }
 svg text { fill: var(--dim); font: 11px system-ui, sans-serif; } svg text.ink { fill: var(--ink); } svg text.small { font-size: 10px; }
 svg text.strong { fill: var(--ink); font-weight: 650; } svg text.onbar { fill: var(--onbar); font-weight: 650; } svg text.onheat { fill: var(--page); }
-.axis { stroke: var(--dim); } .grid { stroke: var(--line); } .cover { fill: transparent; } .heat { fill: var(--heat); }
+.axis { stroke: var(--dim); } .grid { stroke: var(--line); } .cover { fill: transparent; } .frame { stroke: var(--line); } .heat { fill: var(--heat); } .band { fill: var(--band); }
 .dot.ink { fill: var(--ink); } .dot.onheat { fill: var(--page); }
 .line { fill: none; stroke-width: 1.5; } .stroke { fill: none; stroke-width: 1.7; }
-.line.accent { stroke: var(--accent); } .line.front { stroke-width: 1.8; stroke-opacity: .75; }
+.line.accent { stroke: var(--accent); } .line.head { stroke-width: 1.1; stroke-opacity: .7; } .line.front { stroke-width: 1.8; stroke-opacity: .75; }
 .line.searched { stroke: var(--searched); } .line.random { stroke: var(--random); stroke-dasharray: 6 4; }
 .line.predicted { stroke: var(--proxy); stroke-dasharray: 1.5 4; stroke-linecap: round; stroke-width: 2; }
 .rule.searched { border-color: var(--searched); } .rule.random { border-color: var(--random); border-top-style: dashed; }
@@ -49,7 +49,11 @@ svg text.strong { fill: var(--ink); font-weight: 650; } svg text.onbar { fill: v
 """
 _FILLS: Final = {
     **{f"b{bits}": f"b{bits}" for bits in (2, 4, 8, 16)},
-    **{f"o-{o}": o for o in ("searched", "refined", "uniform", "proxy", "preset", "plain", "random", "chosen")},
+    "bb": "band",
+    **{
+        f"o-{o}": o
+        for o in ("searched", "refined", "uniform", "proxy", "fisher", "preset", "plain", "random", "chosen")
+    },
     "v0": "b2",
     "v1": "b4",
     "v2": "b16",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 
+from kvtuner_kernels.layout import TensorSpec
 from kvtuner_search.profile.report import capacity
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.profile.text import percent, printable, signed, size, specs_by_layer
+from kvtuner_search.profile.text import banded_sides, percent, printable, signed, size, specs_by_layer
 from kvtuner_search.profile.validation_text import (
     CHECK_HEADS,
     MEASURE_HEADS,
@@ -16,12 +18,13 @@ from kvtuner_search.profile.validation_text import (
     measure_rows,
     verdict,
 )
+from kvtuner_search.report.band_figures import bits_by_band
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --dim: #5d6b7c; --line: #d8dee6; --page: #fbfcfd; --card: #fff;
-  --b2: #d1495b; --b4: #e0a030; --b8: #3f9b73; --b16: #4a7fc1; --accent: #2f6fb5; }
+  --b2: #d1495b; --b4: #e0a030; --b8: #3f9b73; --b16: #4a7fc1; --band: #6a4fb3; --accent: #2f6fb5; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e9f0; --dim: #98a5b5; --line: #2f3945; --page: #12171d; --card: #1a2129;
-  --b2: #e0697a; --b4: #e8b454; --b8: #57b88d; --b16: #6d9fdb; --accent: #7fb2ec; } }
+  --b2: #e0697a; --b4: #e8b454; --b8: #57b88d; --b16: #6d9fdb; --band: #b8a3f5; --accent: #7fb2ec; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 62rem; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -34,7 +37,8 @@ p { margin: .2rem 0; } .dim, figcaption, th { color: var(--dim); } code { font: 
 th { font-weight: 500; text-align: left; } th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .pairs td:first-child { white-space: nowrap; } td.n, th.n { text-align: right; white-space: nowrap; } figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--dim); font: 11px system-ui, sans-serif; } .axis { stroke: var(--line); }
-.b2 { fill: var(--b2); } .b4 { fill: var(--b4); } .b8 { fill: var(--b8); } .b16 { fill: var(--b16); }
+.b2 { fill: var(--b2); } .b4 { fill: var(--b4); } .b8 { fill: var(--b8); } .b16 { fill: var(--b16); } .band { fill: var(--band); }
+svg text.ink, svg text.strong { fill: var(--ink); } svg text.onheat { fill: var(--page); } svg text.small { font-size: 10px; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin: 0 .3em 0 .9em; }
 .warn { border-left: 4px solid var(--b4); padding: .4rem .8rem; background: var(--card); margin: 1rem 0; }
 """
@@ -63,6 +67,7 @@ def profile_html(profile: Profile, memory: int | None = None) -> str:
         *_warnings(profile),
         "<h2>Bits per layer</h2>",
         _bits_svg(profile),
+        *_bands(profile),
         _specs(profile),
         *_quality(profile),
         *_front(profile),
@@ -98,12 +103,14 @@ def _bits_svg(profile: Profile) -> str:
     bars, gap = [], min(2.0, step / 6)
     for index, layer in enumerate(layers):
         x = 50 + index * step
-        for bits, up in ((layer.key.bits, True), (layer.value.bits, False)):
-            tall = 16 * bits.bit_length() - 16
+        for spec, up in ((layer.key, True), (layer.value, False)):
+            tall = _tall(spec)
             y = middle - tall if up else middle + 6
-            what = f"layer {index} {'keys' if up else 'values'}: {layer.key if up else layer.value}"
+            what = f"layer {index} {'keys' if up else 'values'}: {spec}"
+            what += f", {spec.mean_bits:g} bits in the mean" if spec.banded else ""
+            kind = "band" if spec.banded else f"b{spec.bits}"
             bars.append(
-                f'<rect class="b{bits}" x="{x:.2f}" y="{y}" width="{step - gap:.2f}" height="{tall}"><title>{what}</title></rect>'
+                f'<rect class="{kind}" x="{x:.2f}" y="{y:g}" width="{step - gap:.2f}" height="{tall:g}"><title>{what}</title></rect>'
             )
         if index % max(1, -(-len(layers) // 16)) == 0:
             bars.append(f'<text x="{x + step / 2:.2f}" y="{height - 8}" text-anchor="middle">{index}</text>')
@@ -112,11 +119,30 @@ def _bits_svg(profile: Profile) -> str:
         f'<span class="key" style="background: var(--b{bits})"></span>{bits}{" (raw)" if bits == 16 else ""}'
         for bits in (2, 4, 8, 16)
     )
+    if banded_sides(layers):
+        legend += '<span class="key" style="background: var(--band)"></span>in bands, in the mean'
     label = "Bits of keys and values in each layer"
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{"".join(bars)}</svg>'
         f"<figcaption>Bits of the codes in each layer:{legend}</figcaption></figure>"
     )
+
+
+def _tall(spec: TensorSpec) -> float:
+    """Height of a column: 16 for 2 bits and for each doubling."""
+    return max(3.0, round(16 * math.log2(spec.mean_bits), 2))
+
+
+def _bands(profile: Profile) -> list[str]:
+    """What is stored in bands, and the bits of each band; nothing if nothing is."""
+    sides = banded_sides(profile.layer_specs())
+    if not sides:
+        return []
+    caption = f"In bands of a fitted basis: {sides}. Band 1 has the worthiest channels; a block in one colour is stored without bands."
+    return [
+        "<h2>Bits by band of channels</h2>",
+        f"<figure>{bits_by_band(profile.layer_specs())}<figcaption>{caption}</figcaption></figure>",
+    ]
 
 
 def _specs(profile: Profile) -> str:
@@ -201,7 +227,7 @@ def _provenance(profile: Profile) -> str:
         for d in origin.data
     ]
     if profile.transforms:
-        rows.append(("centring", f"{profile.transforms.file}, {profile.transforms.digest}"))
+        rows.append(("transforms", f"{profile.transforms.file}, {profile.transforms.digest}"))
     rows += [("note", note) for note in origin.notes]
     return _table(("", ""), [(name, str(value)) for name, value in rows if value])
 

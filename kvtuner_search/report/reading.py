@@ -16,6 +16,7 @@ REFERENCE_LABEL: Final = (
 )
 OFFLINE_LABEL: Final = "Quality was measured offline, with attention reading every key and value as stored. No server was started; speed was not measured."
 RIVALS: Final = {  # origin -> how a sentence calls it; anything else was found by the search itself
+    "fisher": "best allocation by worth alone",
     "proxy": "proxy's optimum",
     "uniform": "best uniform setting",
     "random": "random search",
@@ -169,7 +170,7 @@ def findings(record: Json, target: Json) -> list[str]:
         said = [f"The search found the chosen setting ({who})."]
     else:
         said = [f"The search did not beat the {RIVALS[chosen['origin']]}: that is the chosen setting ({who})."]
-    for origin in ("proxy", "uniform", "random", "preset"):
+    for origin in ("fisher", "proxy", "uniform", "random", "preset"):
         rival = best_rival(record, target, origin)
         if origin == chosen["origin"]:
             continue
@@ -184,8 +185,10 @@ def findings(record: Json, target: Json) -> list[str]:
 
 
 def uniform(row: Json) -> bool:
-    """Whether all layers have the same bits, group sizes and signs; transforms and clips may differ."""
-    sides = [[(side.bits, side.group_size, side.symmetric) for side in (s.key, s.value)] for s in specs(row)]
+    """Whether all layers have the same bits, group sizes, signs and bands; transforms and clips may differ."""
+    sides = [
+        [(side.bits, side.group_size, side.symmetric, side.bands) for side in (s.key, s.value)] for s in specs(row)
+    ]
     return all(side == sides[0] for side in sides)
 
 
@@ -271,16 +274,35 @@ def cost(record: Json) -> str:
 
 
 def storage_classes(record: Json, side: str) -> list[str]:
-    """Names of the storage classes that were measured for ``keys`` or ``values``, dearest first, without 16 bits."""
+    """Names of the storage classes that were measured for ``keys`` or ``values`` in some layer, dearest first, without 16 bits."""
     head_dim = record["model"]["head_dim"]
-    found = record["sensitivity"][0][side]
-    cost = {name: TensorSpec.parse(spec).effective_bits(head_dim) for name, (spec, _) in found.items()}
+    cost: dict[str, float] = {}
+    for layer in record["sensitivity"]:
+        for name, (spec, _) in layer[side].items():
+            if name not in cost:
+                cost[name] = TensorSpec.parse(spec).effective_bits(head_dim)
     return sorted((name for name in cost if cost[name] != 16), key=lambda name: (-cost[name], name))
 
 
-def alone_losses(record: Json, side: str, name: str) -> list[float]:
-    """Layer-alone KL (nats) of a storage class by layer."""
-    return [float(layer[side][name][1]) for layer in record["sensitivity"]]
+def alone_losses(record: Json, side: str, name: str) -> list[float | None]:
+    """Layer-alone KL (nats) of a storage class by layer; None where it was not measured."""
+    found = [layer[side].get(name) for layer in record["sensitivity"]]
+    return [None if entry is None else float(entry[1]) for entry in found]
+
+
+def band_worth(record: Json, side: str) -> list[list[float] | None]:
+    """By layer: nats a token that each band of ``keys`` or ``values`` would cost if it were stored in no bits; None if not recorded."""
+    return [(layer.get("worth") or {}).get(side) for layer in record["sensitivity"]]
+
+
+def head_worth(record: Json, side: str) -> list[list[list[float]] | None]:
+    """The same for each KV head."""
+    return [(layer.get("worth_by_head") or {}).get(side) for layer in record["sensitivity"]]
+
+
+def has_bands(row: Json) -> bool:
+    """Whether a compared setting stores anything in bands."""
+    return any(side.banded for spec in specs(row) for side in (spec.key, spec.value))
 
 
 def chosen_class(record: Json, row: Json, side: str) -> list[str | None]:

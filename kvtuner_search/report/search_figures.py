@@ -19,6 +19,7 @@ from kvtuner_search.report.svg import Panel, label, linear_range, linear_ticks, 
 SHAPES: Final = {  # origin -> mark; the CSS class of the same name gives the colour
     "uniform": "square",
     "proxy": "diamond",
+    "fisher": "diamond",
     "preset": "triangle",
     "plain": "plus",
     "random": "cross",

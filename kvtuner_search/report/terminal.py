@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvtuner_kernels.layout import TensorSpec
+from kvtuner_search.profile.terminal import bits_style
 from kvtuner_search.profile.text import printable
 from kvtuner_search.report import reading
 from kvtuner_search.report.reading import Json, change, number
 
-_BITS_STYLE: Final = {2: "red", 4: "yellow", 8: "green", 16: "blue"}
-_BITS_MARK: Final = {2: "2", 4: "4", 8: "8", 16: "F"}
 _VERDICT_STYLE: Final = {"better": "green", "worse": "red", "inconclusive": "yellow"}
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 _STRIP: Final = 64  # layers in one line
@@ -132,22 +132,21 @@ def _layers(console: Console, record: Json, row: Json) -> None:
     for side in ("keys", "values"):
         name = reading.storage_classes(record, side)[-1]
         sides[side] = (name, reading.alone_losses(record, side, name))
-    known = [x for _, losses in sides.values() for x in losses if x > 0]
+    known = [x for _, losses in sides.values() for x in losses if x is not None and x > 0]
     low, high = (min(known), max(known)) if known else (1.0, 1.0)
     for start in range(0, len(layers), _STRIP):
         part = range(start, min(start + _STRIP, len(layers)))
         console.print(Text("layer".ljust(16) + _ruler(part), "dim"))
         for side, (name, losses) in sides.items():
-            bits = [layers[i].key.bits if side == "keys" else layers[i].value.bits for i in part]
             line = Text(f"{side} bits".ljust(16))
-            for width in bits:
-                line.append(_BITS_MARK[width], _BITS_STYLE[width])
+            for i in part:
+                line.append(*_mark(layers[i].key if side == "keys" else layers[i].value))
             console.print(line)
             levels = "".join(_level(losses[i], low, high) for i in part)
             console.print(Text(f"  KL at {name}".ljust(16) + levels, "dim"))
     console.print(
         Text(
-            f"F is 16 bits. KL: of the model's output with that side of that layer alone stored so, on a log scale from"
+            f"F is 16 bits{', of bands the rounded mean stands' if reading.has_bands(row) else ''}. KL: of the model's output with that side of that layer alone stored so, on a log scale from"
             f" {number(low)} ({_LEVELS[0]}) to {number(high)} ({_LEVELS[-1]}) nats.",
             "dim",
         )
@@ -163,7 +162,14 @@ def _ruler(part: range) -> str:
     return "".join(line).rstrip()
 
 
-def _level(loss: float, low: float, high: float) -> str:
+def _mark(spec: TensorSpec) -> tuple[str, str]:
+    """One character for a side's bits, and its style."""
+    return "F" if spec.raw else f"{spec.mean_bits:.0f}", bits_style(spec.mean_bits)
+
+
+def _level(loss: float | None, low: float, high: float) -> str:
+    if loss is None:
+        return " "
     if loss <= low or high <= low:
         return _LEVELS[0]
     return _LEVELS[min(len(_LEVELS) - 1, int(len(_LEVELS) * math.log(loss / low) / math.log(high / low)))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvtuner_search.profile.canonical import digest_without_validation, save, se
 from kvtuner_search.profile.schema import LayerEntry, Profile, storage_of
 
 KV_HEADS, HEAD_DIM = 2, 64
+BANDED = "b65443322/b44333222"
 
 
 def digest(text: str) -> str:
@@ -155,15 +157,57 @@ def front(*points: tuple[str, float], count: int = 4) -> list[dict[str, Any]]:
     ]
 
 
-def safetensors(tensors: dict[str, list[int]], dtype: str = "F32") -> bytes:
-    """A safetensors file of zeros with the given shapes."""
+def safetensors(
+    tensors: dict[str, list[int]], dtype: str = "F32", numbers: dict[str, dict[int, float]] | None = None
+) -> bytes:
+    """A safetensors file with the given shapes: unit matrices above rows of zeros in tensors [H, D + 2, D], else zeros.
+
+    Args:
+        numbers: by tensor, index in the flat tensor -> another number.
+    """
     header: dict[str, Any] = {}
-    end = 0
+    payload = b""
     for name, shape in tensors.items():
-        size = 4
+        size = 1
         for length in shape:
             size *= length
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
+        flat = array("f", bytes(4 * size))
+        if len(shape) == 3:
+            heads, rows, dim = shape
+            for head in range(heads):
+                for row in range(min(rows, dim)):
+                    flat[(head * rows + row) * dim + row] = 1.0
+        for index, number in (numbers or {}).get(name, {}).items():
+            flat[index] = number
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(payload), len(payload) + 4 * size]}
+        payload += flat.tobytes()
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(end)
+    return struct.pack("<Q", len(text)) + text + payload
+
+
+def transforms(layers: list[str], heads: int = KV_HEADS, dim: int = HEAD_DIM) -> dict[str, list[int]]:
+    """Shapes of the tensors that layers with these specs need."""
+    return {
+        f"layers.{index}.{part}": [heads, dim + 2, dim] if spec.banded else [heads, dim]
+        for index, text in enumerate(layers)
+        for part, spec in zip(("key", "value"), (LayerSpec.parse(text).key, LayerSpec.parse(text).value), strict=True)
+        if spec.fitted
+    }
+
+
+def fitted(layers: list[str], data: bytes | None = None, file: str = "t.safetensors", **more: Any) -> Profile:
+    """A profile with centred or banded layers, whose transforms file is ``data``, or else one with unit matrices."""
+    return profile(layers, transforms=named(safetensors(transforms(layers)) if data is None else data, file), **more)
+
+
+def named(data: bytes, file: str = "t.safetensors") -> dict[str, str]:
+    """What a profile says of its transforms file."""
+    return {"file": file, "digest": "sha256:" + hashlib.sha256(data).hexdigest()}
+
+
+def write_fitted(path: Path, layers: list[str], **more: Any) -> Path:
+    """The same as :func:`fitted` on disk, with its transforms file."""
+    data = safetensors(transforms(layers))
+    path.with_suffix(".safetensors").write_bytes(data)
+    save(fitted(layers, data, path.with_suffix(".safetensors").name, **more), path)
+    return path

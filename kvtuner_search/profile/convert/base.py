@@ -135,8 +135,13 @@ def tensor(bits: int, group_size: int, head_dim: int, source: str, *, symmetric:
 
 
 def changes(profile: Profile, layers: Sequence[LayerSpec]) -> list[str]:
-    """What becomes of a profile's tensors, one line for each kind of change, without tensors that stay."""
+    """What becomes of a profile's tensors, one line for each kind of change, without tensors that stay; first what no other format has."""
     lines = []
+    banded = sum(layer.key.banded or layer.value.banded for layer in profile.layer_specs())
+    if banded:
+        lines.append(
+            f"fitted basis and bands of {banded} layer{'s' if banded > 1 else ''}, and what their first tokens are stored about"
+        )
     for part in ("key", "value"):
         before: list[TensorSpec] = [getattr(layer, part) for layer in profile.layer_specs()]
         after: list[TensorSpec] = [getattr(layer, part) for layer in layers]
@@ -146,13 +151,20 @@ def changes(profile: Profile, layers: Sequence[LayerSpec]) -> list[str]:
     return lines
 
 
+def widest(spec: TensorSpec) -> int:
+    """The fewest bits that can be stored without a basis and are fewer for no channel."""
+    return round_bits(max(spec.bands, default=spec.bits))
+
+
 def one_for_all(profile: Profile, make: Callable[[int, int], TensorSpec]) -> TensorSpec:
     """The single spec that stands in for all tensors of a profile: the widest bits below 16 and the finest groups in use.
 
-    Widening costs memory, narrowing would cost quality; 16 bits are narrowed only because the format has no room for them.
+    Widening costs memory, narrowing would cost quality; 16 bits are narrowed only because the format has no room for them. A
+    banded tensor counts as one of its widest band's bits, with one group of all channels.
     """
     specs = [spec for layer in profile.layer_specs() for spec in (layer.key, layer.value)]
     quantized = [spec for spec in specs if not spec.raw]
     if not quantized:
         return TensorSpec()
-    return make(max(spec.bits for spec in quantized), min(spec.group_size for spec in quantized))
+    groups = [profile.model.head_dim if spec.banded else spec.group_size for spec in quantized]
+    return make(max(map(widest, quantized)), min(groups))

@@ -147,10 +147,8 @@ def write_sglang(profile: Profile) -> Exported:
     """YAML for SGLang's ``--config``: FP8 is the nearest that it has without this project's plugin."""
     if all(spec == LayerSpec() for spec in profile.layer_specs()):
         return Exported("kv-cache-dtype: auto\n")
-    lost = [
-        f"{line.partition(' becomes ')[0]} becomes FP8 (e4m3)"
-        for line in changes(profile, [_NOTHING] * len(profile.layers))
-    ]
+    found = [line.partition(" becomes ") for line in changes(profile, [_NOTHING] * len(profile.layers))]
+    lost = [f"{what} becomes FP8 (e4m3)" if becomes else what for what, becomes, _ in found]
     lost.append("scales for each token become one fixed scale a layer, which is 1.0 unless the checkpoint has another")
     note = "the plugin of kvtuner-search serves the profile itself, without loss"
     return Exported("kv-cache-dtype: fp8_e4m3\n", lost, [note])

@@ -23,6 +23,7 @@ from kvtuner_search.profile.convert.base import (
     mapping,
     round_bits,
     tensor,
+    widest,
 )
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import ranges, runs
@@ -107,7 +108,7 @@ def _bits(entry: Any, part: str, index: int, source: Source, result: Imported) -
 def write(profile: Profile) -> Exported:
     """A preset for the per-token scheme."""
     dim = profile.model.head_dim
-    layers = [LayerSpec(*(TensorSpec(min(t.bits, 8), dim) for t in (x.key, x.value))) for x in profile.layer_specs()]
+    layers = [LayerSpec(*(TensorSpec(min(widest(t), 8), dim) for t in (x.key, x.value))) for x in profile.layer_specs()]
     lines = [f"{i}:\n  nbits_key: {x.key.bits}\n  nbits_value: {x.value.bits}\n" for i, x in enumerate(layers)]
     note = "the preset needs axis_key=0, axis_value=0, q_group_size=-1, residual_length=0, asym=True, which it does not carry"
     return Exported("".join(lines), changes(profile, layers), [note])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_kernels.layout import LAYOUT_VERSION
 from kvtuner_search.cli.main import run
 from kvtuner_search.profile.canonical import canonical_json, digest_of, load
 from kvtuner_search.profile.rules import RULES
@@ -123,7 +124,7 @@ def test_exit_4(command: Run, files: tuple[Path, Path], tmp_path: Path) -> None:
     assert code == 4
     assert "incomparable-model" in out
     assert "verdict: not-comparable" in out
-    body = profile(K8V8).model_dump(mode="json") | {"layout_version": 2}
+    body = profile(K8V8).model_dump(mode="json") | {"layout_version": LAYOUT_VERSION + 1}
     (tmp_path / "layout.json").write_text(canonical_json(body | {"digest": digest_of(body)}))
     assert command("diff", files[0], "layout.json")[0] == 4
     assert command("check", "layout.json")[0] == 3, "what these kernels cannot serve is not sound"
@@ -276,7 +277,13 @@ def test_show(command: Run, files: tuple[Path, Path], tmp_path: Path) -> None:
     assert "986,895" in out
     data = json.loads(command("show", files[0], "--json", "--memory", "1GiB")[1])
     assert data["derived"]["capacity_tokens"] == 986895
-    assert data["derived"]["layers"][0] == {"spec": K8V8, "bytes_per_token": 272, "effective_bits": 8.5}
+    assert data["derived"]["layers"][0] == {
+        "spec": K8V8,
+        "bytes_per_token": 272,
+        "effective_bits": 8.5,
+        "mean_bits": {"key": 8.0, "value": 8.0},
+        "bands": {"key": None, "value": None},
+    }
     code, out, err = command("show", files[0], "--html", tmp_path / "new" / "x.html")
     assert (code, out) == (0, "")
     assert "wrote" in err

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import os
@@ -23,9 +22,19 @@ from hypothesis import strategies as st
 
 from kvtuner_search.cli.main import run
 from kvtuner_search.profile.canonical import canonical_json, digest_of
-from tests.search.profile_factory import digest, front, measure, profile, safetensors, validation, write
+from tests.search.profile_factory import (
+    digest,
+    fitted,
+    front,
+    measure,
+    profile,
+    safetensors,
+    transforms,
+    validation,
+    write,
+)
 
-BYTES, STRUCTURES, SEALED, IMPORTS, CONFIGS, TRANSFORMS = 5500, 1200, 2000, 900, 300, 200
+BYTES, STRUCTURES, SEALED, OLD, IMPORTS, CONFIGS, TRANSFORMS = 5500, 1200, 2000, 600, 900, 300, 400
 ALLOWED: Final = {0, 1, 2, 3, 4}
 NASTY: Final = [
     b"NaN", b"Infinity", b"1e999", b"-0", b"9" * 400, b"9" * 5000, b"[" * 60, b"{" * 60, b'{"a":' * 40, b"]", b"}", b'"', b"\\ud800",
@@ -33,11 +42,14 @@ NASTY: Final = [
     b"!!python/name:os.system", b"<<: x\n", b"\t", b"\r", b"\x1b[31m", "\u202e😀".encode(), b"%0A::error::", b'"name": "x", "name": "y",',
 ]  # fmt: skip
 
-RICH: Final = profile(
-    ["8-g64-asym/4-g64-asym", "16/16", "4-g32-sym-r-x0.9/2-g64-asym", "8-g64-asym/8-g64-asym"],
-    quality=[measure(), measure("accuracy", 0.8, 0.03, 0.83)],
-    pareto=front(("4-g64-asym/4-g64-asym", 0.1), ("8-g64-asym/8-g64-asym", 0.01)),
-    validation=validation(digest("another profile")),
+PLAIN: Final = ["8-g64-asym/4-g64-asym", "16/16", "4-g32-sym-r-x0.9/2-g64-asym", "8-g64-asym/8-g64-asym"]
+BANDED: Final = [*PLAIN[:3], "b65443322/b44333222"]
+PARTS: Final[dict[str, Any]] = {
+    "quality": [measure(), measure("accuracy", 0.8, 0.03, 0.83)],
+    "validation": validation(digest("another profile")),
+}
+RICH: Final = fitted(
+    BANDED, pareto=front(("b44333222/b33222110", 0.1), ("8-g64-asym/8-g64-asym", 0.01)), **PARTS
 ).model_dump(mode="json")
 COMMANDS: Final = (
     ["check", "x.json"],
@@ -54,6 +66,7 @@ ALL_COMMANDS: Final = (
     ["diff", "good.json", "x.json", "--format", "junit"],
     ["show", "x.json", "--memory", "1GiB"],
     ["show", "x.json", "--html", "x.html"],
+    ["check", "x.json", "--rewrite"],
     *(
         ["export", "x.json", "--to", name, "--allow-lossy"]
         for name in ("transformers", "vllm", "sglang", "compressed-tensors")
@@ -66,6 +79,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A folder with a sound profile to compare with; the variables of a CI service do not reach the commands."""
     folder = tmp_path_factory.mktemp("fuzz")
     write(folder / "good.json")
+    (folder / "t.safetensors").write_bytes(safetensors(transforms(BANDED)))
     before, environment = Path.cwd(), dict(os.environ)
     for name in [name for name in os.environ if name.startswith(("KVTUNER_", "GITHUB_"))]:
         del os.environ[name]
@@ -122,7 +136,7 @@ def fuzz(
 
 
 def test_the_counts_add_up() -> None:
-    assert BYTES + STRUCTURES + SEALED + IMPORTS + CONFIGS + TRANSFORMS >= 10_000
+    assert BYTES + STRUCTURES + SEALED + OLD + IMPORTS + CONFIGS + TRANSFORMS >= 10_000
 
 
 def test_bytes_of_a_real_profile() -> None:
@@ -153,7 +167,15 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from paths(item, (*prefix, key))
 
 
-PATHS: Final = [path for path in paths(RICH) if path != ("digest",)]
+def version_1() -> dict[str, Any]:
+    """A profile as schema version 1 had it, with a validation block of its own."""
+    body = profile(PLAIN, pareto=front(("4-g64-asym/4-g64-asym", 0.1)), **PARTS).model_dump(mode="json")
+    for layer in body["layers"]:
+        for entry in layer.values():
+            del entry["bands"]
+    body |= {"schema_version": 1, "layout_version": 1}
+    body["validation"]["profile_digest"] = digest_of(body | {"validation": None})
+    return body
 
 
 def plausible(old: Any) -> st.SearchStrategy[Any]:
@@ -173,16 +195,18 @@ def plausible(old: Any) -> st.SearchStrategy[Any]:
     return near | near | JSON
 
 
-def test_profiles_with_odd_values_and_a_digest_that_fits() -> None:
+def odd_values(seed: dict[str, Any], count: int) -> Counter[int]:
+    """How often each exit code came up over profiles with one or two odd values and a digest that fits."""
     codes: Counter[int] = Counter()
+    places = [path for path in paths(seed) if path != ("digest",)]
 
-    @settings(FUZZ, max_examples=SEALED)
+    @settings(FUZZ, max_examples=count)
     @given(data=st.data(), which=st.integers(0, len(ALL_COMMANDS) - 1))
     def one(data: st.DataObject, which: int) -> None:
-        body = copy.deepcopy(RICH)
+        body = copy.deepcopy(seed)
         for _ in range(data.draw(st.integers(1, 2))):
             target: Any = body
-            *parents, last = data.draw(st.sampled_from(PATHS))
+            *parents, last = data.draw(st.sampled_from(places))
             with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier edit may have removed the place
                 for parent in parents:
                     target = target[parent]
@@ -193,7 +217,17 @@ def test_profiles_with_odd_values_and_a_digest_that_fits() -> None:
         codes[try_out(list(ALL_COMMANDS[which]))] += 1
 
     one()
+    return codes
+
+
+def test_profiles_with_odd_values_and_a_digest_that_fits() -> None:
+    codes = odd_values(RICH, SEALED)
     assert codes[0] + codes[1] > 0.2 * SEALED, "many must get past validation, so that what prints them is tried too"
+
+
+def test_profiles_of_schema_version_1_with_odd_values() -> None:
+    codes = odd_values(version_1(), OLD)
+    assert codes[0] + codes[1] > 0.1 * OLD, "many must be migrated"
 
 
 CONFIG: Final = {
@@ -231,14 +265,13 @@ def test_configurations_of_models() -> None:
     fuzz(CONFIGS // 2, text, Path("pyproject.toml").write_bytes, [arguments], 30_000)
 
 
-def test_transforms() -> None:
-    good = safetensors({f"layers.{index}.key": [2, 64] for index in range(4)})
-    transforms = {"file": "t.safetensors", "digest": ""}
-    for number in range(TRANSFORMS):
+@pytest.mark.parametrize("spec", ["4-g64-asym-c/4-g64-asym", "b65443322/4-g64-asym"])
+def test_transforms(spec: str) -> None:
+    good = safetensors(transforms([spec] * 4))
+    for number in range(TRANSFORMS // 2):
         data = mutate(good, random.Random(40_000 + number))
         Path("t.safetensors").write_bytes(data)
-        digest = "sha256:" + hashlib.sha256(data).hexdigest()
-        write(Path("x.json"), "4-g64-asym-c/4-g64-asym", transforms=transforms | {"digest": digest})
+        Path("x.json").write_text(canonical_json(fitted([spec] * 4, data).model_dump(mode="json")))
         try_out(["check", "x.json"])
 
 

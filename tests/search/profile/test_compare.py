@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvtuner_kernels.layout import LAYOUT_VERSION
 from kvtuner_search.profile.canonical import canonical_json, digest_of, digest_without_validation, loads
 from kvtuner_search.profile.compare import Budgets, compare
 from kvtuner_search.profile.rules import RULES
@@ -32,6 +33,11 @@ Side = dict[str, Any]
 def block(failing: bool = False, **more: Any) -> Side:
     """A validation block of the default profile."""
     return validation(digest_without_validation(profile()), failing=failing, **more)
+
+
+def banded(layers: str | list[str], vectors: Side = VECTORS) -> Side:
+    """A side with a transforms file."""
+    return {"layers": layers, "transforms": vectors}
 
 
 OWN = block()
@@ -63,9 +69,21 @@ CASES: dict[str, tuple[tuple[Side, Side, Budgets], tuple[Side, Side, Budgets]]] 
         ({"layers": "4-g64-asym/4-g64-asym"}, {"layers": "4-g32-asym/4-g64-asym"}, NONE),
         ({"layers": "4-g64-asym/4-g64-asym"}, {"layers": "8-g32-asym/4-g64-asym"}, NONE),
     ),
+    "layer-band-narrowed": (  # the mean stays, the last band goes from 2 bits to 1
+        (banded("b44443322/16"), banded("b44444321/16"), NONE),
+        (banded("b44443322/16"), banded("b44443222/16"), NONE),  # the mean falls too: that is another rule
+    ),
+    "layer-banding-changed": (
+        ({"layers": "4-g64-asym/16"}, banded("b44444444/16"), NONE),
+        (banded("b44444444/16"), banded("b55444433/16"), NONE),
+    ),
     "transforms-changed": (
         ({"transforms": VECTORS}, {"transforms": OTHER_VECTORS}, NONE),
         ({"transforms": VECTORS}, {"transforms": {**OTHER_VECTORS, "digest": VECTORS["digest"]}}, NONE),
+    ),
+    "basis-changed": (
+        (banded("b44443322/16"), banded("b44443322/16", OTHER_VECTORS), NONE),
+        (banded("b44443322/16"), banded("b44443332/16", OTHER_VECTORS), NONE),  # the specs say that much
     ),
     "bytes-per-token-increased": (({"layers": K8V4}, {"layers": K8V8}, NONE), ({"layers": K8V4}, {"layers": K4V8}, NONE)),
     "bytes-per-token-decreased": (({"layers": K8V8}, {"layers": K8V4}, NONE), ({"layers": K8V4}, {"layers": K4V8}, NONE)),
@@ -172,8 +190,9 @@ def test_the_rule_does_not_fire_just_below(rule: str) -> None:
 
 
 def test_other_layouts_are_not_comparable() -> None:
-    assert fired(of_layout(2), profile()) == ["incomparable-layout"]
-    assert fired(of_layout(2), of_layout(2)) == []
+    other = LAYOUT_VERSION + 1
+    assert fired(of_layout(other), profile()) == ["incomparable-layout"]
+    assert fired(of_layout(other), of_layout(other)) == []
 
 
 @pytest.mark.parametrize(
@@ -283,3 +302,50 @@ def test_the_totals_are_the_layers() -> None:
     assert sum(layer.old_bytes for layer in comparison.layers) == comparison.old.storage.bytes_per_token
     assert sum(layer.new_bytes for layer in comparison.layers) == comparison.new.storage.bytes_per_token
     assert comparison.layers[3].new_bits == 16
+
+
+B, RAISED, LOWERED = "b65443322", "b65443332", "b65443222"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rules"),
+    [
+        (f"{B}/{B}", f"{RAISED}/{B}", ["layer-bits-raised"]),
+        (f"{B}/{B}", f"{RAISED}/{LOWERED}", ["layer-bits-lowered"]),
+        (f"{B}/{B}", f"b66543320/{B}", ["layer-band-narrowed"]),
+        (f"{B}/{B}", f"b88543320/{B}", ["layer-bits-raised", "layer-band-narrowed"]),
+        (f"{B}/{B}", f"b65443320/{B}", ["layer-bits-lowered"]),
+        (f"{B}/{B}", f"b56443322/{B}", ["layer-scheme-changed"]),
+        (f"4-g64-asym/{B}", f"{B}/{B}", ["layer-bits-lowered", "layer-banding-changed"]),
+        (f"{B}/{B}", f"4-g64-asym/{B}", ["layer-bits-raised", "layer-banding-changed"]),
+        (f"4-g64-asym-c/{B}", f"b66644420/{B}", ["layer-banding-changed"]),
+        (f"{B}/{B}", f"16/{B}", ["layer-bits-raised", "layer-banding-changed"]),
+    ],
+)
+def test_what_a_change_of_bands_is_called(old: str, new: str, rules: list[str]) -> None:
+    found = compare(profile(**banded(old)), profile(**banded(new))).findings
+    assert list(dict.fromkeys(f.rule for f in found if f.rule.startswith("layer-"))) == rules
+    assert all(f.message.endswith(f": {old} becomes {new}") for f in found if f.rule.startswith("layer-"))
+
+
+def test_another_basis_is_said_once_and_counts_as_stored_differently() -> None:
+    old = banded(f"{B}/16")
+    new = old | {"transforms": OTHER_VECTORS, "quality": []}
+    findings = compare(profile(**old), profile(**new)).findings
+    assert [f.rule for f in findings] == ["basis-changed", "quality-unproven", "quality-dropped"]
+    assert (findings[0].severity, findings[0].where) == ("warning", "transforms")
+    assert fired(profile(**old), profile(**old)) == []
+
+
+def test_other_vectors_without_bands_are_no_other_basis() -> None:
+    centred = "4-g64-asym-c/16"
+    assert fired(profile(**banded(centred)), profile(**banded(centred, OTHER_VECTORS))) == ["transforms-changed"]
+
+
+def test_bytes_of_bands_are_those_of_shared_words() -> None:
+    comparison = compare(profile(**banded("b44444444/16")), profile(**banded("b65443322/b44333222")))
+    layer = comparison.layers[0]
+    assert layer.new_bytes == 2 * (4 * 8 * 2 + 2 + 2), (
+        "52 bits of codes in 4 words of 8 channels, and two scales, for each head"
+    )
+    assert comparison.new.storage.bytes_per_token == 4 * layer.new_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,7 +19,7 @@ from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.settings import Settings
 from kvtuner_search.profile.terminal import print_card, print_report
 from kvtuner_search.report.profile_html import profile_html
-from tests.search.profile_factory import digest, front, measure, profile
+from tests.search.profile_factory import digest, fitted, front, measure, profile
 
 K8V8, K8V4, K4V4 = "8-g64-asym/8-g64-asym", "8-g64-asym/4-g64-asym", "4-g64-asym/4-g64-asym"
 HOSTILE = "\x1b[31m<script>alert(1)</script> | `x` @user [a](b) &amp; %0A::error::x\r\n::stop-commands::t \u202e [bold]"
@@ -204,3 +205,30 @@ def test_the_page_of_a_bare_profile_says_what_is_missing() -> None:
     text = profile_html(profile(quality=[]))
     assert "No quality was measured" in text
     assert "<h2>Front" not in text
+
+
+def test_the_page_of_a_banded_profile_draws_each_band() -> None:
+    layers = ["b65443322/16", "8-g64-asym/b10000000", "b65443322/b44333222", "16/16"]
+    text = profile_html(fitted(layers))
+    assert "<h2>Bits by band of channels</h2>" in text
+    assert "In bands of a fitted basis: keys of layers 0, 2, values of layers 1-2." in text
+    bars, bands = (ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    said = [title.text or "" for title in bands.iter("title")]
+    assert [t for t in said if t.startswith("layer 2 keys")] == [
+        f"layer 2 keys, band {band + 1}: {bits} bits" for band, bits in enumerate("65443322")
+    ]
+    assert "layer 1 keys: 8-g64-asym, without bands" in said
+    assert len(said) == 4 * 8 + 4
+    columns = {str(rect.findtext("title")): rect.attrib for rect in bars.iter("rect")}
+    assert len(columns) == 8
+    few, some, eight = (
+        columns[name]
+        for name in (
+            "layer 1 values: b10000000, 0.125 bits in the mean",
+            "layer 0 keys: b65443322, 3.625 bits in the mean",
+            "layer 1 keys: 8-g64-asym",
+        )
+    )
+    assert 0 < float(few["height"]) < float(some["height"]) < float(eight["height"]) == 48
+    assert (some["class"], eight["class"]) == ("band", "b8")
+    assert "Bits by band" not in profile_html(profile())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvtuner_kernels.layout import LAYOUT_VERSION
 from kvtuner_search import __version__
 from kvtuner_search.errors import ProfileError
 from kvtuner_search.profile.canonical import MAX_BYTES, canonical_json, digest_of, dumps, load, loads, seal
@@ -33,7 +34,7 @@ def test_a_profile_survives_writing_and_reading(tmp_path: Path) -> None:
 
 
 def test_a_stored_file_of_each_version_is_read() -> None:
-    """Files of the past are the contract: v1.json was written when version 1 was current and is never rewritten."""
+    """Files of the past are the contract: vN.json was written when version N was current and is never rewritten."""
     files = sorted(STORED.glob("v*.json"))
     assert [path.name for path in files] == [f"v{version}.json" for version in range(1, SCHEMA_VERSION + 1)]
     for path in files:
@@ -60,13 +61,14 @@ def test_migrations_are_applied_one_after_another() -> None:
 
 
 def test_a_newer_version_names_the_release_that_reads_it() -> None:
+    newer = SCHEMA_VERSION + 1
     provenance = profile().provenance.model_dump(mode="json") | {"tool": "kvtuner-search 7.2.0"}
     with pytest.raises(
-        ProfileError, match=rf"version 2, this kvtuner-search {__version__} .* install kvtuner-search 7.2.0"
+        ProfileError, match=rf"version {newer}, this kvtuner-search {__version__} .* install kvtuner-search 7.2.0"
     ):
-        loads(sealed(schema_version=2, provenance=provenance), "x")
+        loads(sealed(schema_version=newer, provenance=provenance), "x")
     with pytest.raises(ProfileError, match="install the kvtuner-search that wrote it"):
-        loads(sealed(schema_version=2, provenance={"tool": "evil\n"}), "x")
+        loads(sealed(schema_version=newer, provenance={"tool": "evil\n"}), "x")
 
 
 @pytest.mark.parametrize("version", [0, -1])
@@ -82,10 +84,13 @@ def test_a_version_that_is_none_is_refused(version: object) -> None:
 
 
 def test_another_layout_is_refused_unless_asked_for() -> None:
-    data = sealed(layout_version=2)
-    with pytest.raises(ProfileError, match="layout version 2, these kernels store version 1"):
-        loads(data, "x")
-    assert loads(data, "x", any_layout=True).layout_version == 2
+    for version in (LAYOUT_VERSION - 1, LAYOUT_VERSION + 1):
+        data = sealed(layout_version=version)
+        with pytest.raises(
+            ProfileError, match=f"layout version {version}, these kernels store version {LAYOUT_VERSION}"
+        ):
+            loads(data, "x")
+        assert loads(data, "x", any_layout=True).layout_version == version
 
 
 def test_an_edit_is_noticed() -> None:

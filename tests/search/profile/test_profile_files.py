@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.profile.model_config import read_config
 from kvtuner_search.profile.presets import published
 from kvtuner_search.profile.rules import rules_markdown
+from kvtuner_search.profile.schema import SCHEMA_VERSION
 
 ROOT = Path(__file__).resolve().parents[3]
 QWEN = sorted((ROOT / "profiles" / "qwen2.5-7b").glob("*.json"))
@@ -24,11 +27,22 @@ def regenerate(script: str, folder: Path) -> None:
 
 def test_the_schema_is_what_the_script_writes(tmp_path: Path) -> None:
     regenerate("schema", tmp_path)
-    assert (tmp_path / "schema" / "v1.json").read_bytes() == (ROOT / "profiles" / "schema" / "v1.json").read_bytes()
+    name = f"v{SCHEMA_VERSION}.json"
+    assert (tmp_path / "schema" / name).read_bytes() == (ROOT / "profiles" / "schema" / name).read_bytes()
+
+
+def test_published_schemas_of_the_past_stay() -> None:
+    """A schema that was published is never rewritten, so that files of its version can still be validated."""
+    published = hashlib.sha256((ROOT / "profiles" / "schema" / "v1.json").read_bytes()).hexdigest()
+    assert published == "6b578ac58ede8d78b29100e093c4580db86253b694426f8fb426dffad3315592"
+    past = [ROOT / "profiles" / "schema" / f"v{version}.json" for version in range(1, SCHEMA_VERSION)]
+    for path in past:
+        stored = json.loads((Path(__file__).parent / "stored" / path.name).read_text())
+        jsonschema.Draft202012Validator(json.loads(path.read_text())).validate(stored)
 
 
 def test_every_field_of_the_schema_is_described() -> None:
-    schema = json.loads((ROOT / "profiles" / "schema" / "v1.json").read_text())
+    schema = json.loads((ROOT / "profiles" / "schema" / f"v{SCHEMA_VERSION}.json").read_text())
     for part in (schema, *schema["$defs"].values()):
         assert part["additionalProperties"] is False
         for name, field in part["properties"].items():

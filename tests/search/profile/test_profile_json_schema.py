@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 ROOT = Path(__file__).parents[3]
-SCHEMA = json.loads((ROOT / "profiles/schema/v1.json").read_text())
+SCHEMA = json.loads((ROOT / "profiles/schema/v2.json").read_text())
 PROFILES = sorted(path for path in (ROOT / "profiles").glob("*/*.json") if path.parent.name != "schema")
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
@@ -33,7 +33,10 @@ def change(content: dict[str, Any], *keys: Any, value: Any) -> dict[str, Any]:
     ("keys", "value"),
     [
         (("surprise",), 1),
-        (("schema_version",), 2),
+        (("schema_version",), 1),
+        (("layers", 0, "key", "bands"), "65443329"),
+        (("layers", 0, "key", "bands"), "6544332"),
+        (("layers", 0, "key", "bands"), [6, 5, 4, 4, 3, 3, 2, 2]),
         (("layers", 0, "key", "bits"), 3),
         (("layers", 0, "key", "clip"), 0.1),
         (("digest",), "sha256:zz"),

@@ -183,6 +183,30 @@ def record(layers: int = 4, targets: tuple[float, ...] = (4.0,), max_loss: float
     }
 
 
+BANDS = ("b65443322", "b44333222", "b88654321", "b33222110")
+
+
+def worth(layer: int, side: int, head: int = 0) -> list[float]:
+    """What bands are worth: falling from band to band, and different in every layer, side and head."""
+    return [round(10.0 ** (-band / 2 - side) * (1 + layer % 5) * (1 + head / 4), 12) for band in range(8)]
+
+
+def banded(layers: int = 4, targets: tuple[float, ...] = (4.0,)) -> Json:
+    """A record with what bands are worth, whose settings are stored in bands but for the values of the second layer."""
+    made = record(layers, targets)
+    for index, layer in enumerate(made["sensitivity"]):
+        heads = {side: [worth(index, i, head) for head in range(HEADS)] for i, side in enumerate(("keys", "values"))}
+        layer["worth_by_head"] = heads
+        layer["worth"] = {side: [sum(column) for column in zip(*rows, strict=True)] for side, rows in heads.items()}
+        for side in ("keys", "values"):
+            layer[side]["bands"] = [BANDS[index % 4], 0.001 * (1 + index)]
+    texts = [f"{BANDS[i % 4]}/{BANDS[(i + 1) % 4] if i != 1 else CLASSES['4a64']}" for i in range(layers)]
+    for target in made["targets"]:
+        old = target["chosen"]
+        target["chosen"] = row(old["name"], old["origin"], texts, old["loss"], (0.0, 0.0, 0.0))
+    return made
+
+
 def variants() -> dict[str, Json]:
     """Records of every shape that the report must stand."""
     quiet, no_task, zero, none_done, raw, extra = (record() for _ in range(6))
@@ -200,6 +224,14 @@ def variants() -> dict[str, Json]:
     raw["targets"][0]["chosen"] = row("trial 3", "uniform", ["16/16"] * 4, 0.0, (0.0, 0.0, 0.0))
     extra["something_new"] = {"a": [1]}
     extra["targets"][0]["chosen"]["new"] = None
+    some, no_heads, worthless = banded(), banded(), banded()
+    del some["sensitivity"][1]["worth"], some["sensitivity"][1]["worth_by_head"], some["sensitivity"][2]["keys"]["2s64"]
+    some["sensitivity"][0]["worth"]["values"] = None
+    for layer in no_heads["sensitivity"]:
+        del layer["worth_by_head"]
+    for layer in worthless["sensitivity"]:
+        layer["worth"] = {side: [0.0] * 8 for side in ("keys", "values")}
+        layer["worth_by_head"] = {side: [[0.0] * 8] * HEADS for side in ("keys", "values")}
     return {
         "one target": record(),
         "four targets": record(16, (3.25, 3.5, 4.0, 4.5)),
@@ -212,4 +244,10 @@ def variants() -> dict[str, Json]:
         "no complete trial": none_done,
         "16 bits": raw,
         "unknown fields": extra,
+        "bands": banded(),
+        "bands of 128 layers": banded(128),
+        "bands of one layer": banded(1),
+        "worth of some layers": some,
+        "no worth by head": no_heads,
+        "worth of nothing": worthless,
     }

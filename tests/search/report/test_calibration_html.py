@@ -74,6 +74,87 @@ def test_heat_map_has_the_records_figures_and_marks_the_choice() -> None:
     assert "chosen" not in next(t for t in heat if t.startswith("layer 1 keys as 4a64 "))
 
 
+def test_bars_of_bands_have_the_mean_bits() -> None:
+    record = made.banded()
+    drawn = drawing(render(record), "Bits of keys and values by layer")
+    assert "layer 0 keys: b65443322, 3.625 bits in the mean" in titles(drawn)
+    assert "layer 0 values: b44333222, 2.875 bits in the mean" in titles(drawn)
+    assert any(t.startswith("layer 1 values: 4-g64-asym-c-r-x0.95, 4.500 effective") for t in titles(drawn))
+    written = [text.text for text in drawn.iter("text")]
+    assert {"3.62", "2.88", "4.62"} <= set(written)
+    assert sum(r.attrib["class"] == "bb" for r in drawn.iter("rect")) == 7, "four keys and three values"
+    heights = [float(r.attrib["height"]) for r in drawn.iter("rect") if r.attrib["class"] == "bb"]
+    assert min(heights) > 0
+
+
+def test_each_band_is_drawn_with_its_bits() -> None:
+    drawn = drawing(render(made.banded()), "Bits of each band")
+    said = titles(drawn)
+    for layer, text in enumerate(made.banded()["targets"][0]["chosen"]["layers"]):
+        for side, spec in zip(("keys", "values"), text.split("/"), strict=True):
+            found = [t for t in said if t.startswith(f"layer {layer} {side}")]
+            if spec.startswith("b"):
+                bits = [f"layer {layer} {side}, band {band + 1}: {digit} bits" for band, digit in enumerate(spec[1:])]
+                assert found == bits
+            else:
+                assert found == [f"layer {layer} {side}: {spec}, without bands"]
+    opacity = {
+        title: float(r.attrib["fill-opacity"])
+        for r in drawn.iter("rect")
+        for title in [r.find("title").text]  # type: ignore[union-attr]
+        if title is not None
+    }
+    assert opacity["layer 2 keys, band 1: 8 bits"] == 1
+    assert opacity["layer 2 keys, band 7: 2 bits"] < opacity["layer 2 keys, band 6: 3 bits"]
+
+
+def test_the_spectrum_has_the_records_figures_and_the_bits() -> None:
+    record = made.banded()
+    drawn = drawing(render(record), "Worth of each band of keys")
+    said = titles(drawn)
+    assert (
+        f"layer 3 keys, band 1: {sum(made.worth(3, 0, h)[0] for h in range(made.HEADS)):#.3g} nats; 3 bits for 4 bits"
+        in said
+    )
+    assert len(said) == 4 * 2 * 8
+    without = next(t for t in said if t.startswith("layer 1 values, band 8"))
+    assert without.endswith(" nats"), "a side without bands has no bits to show"
+    shades = [
+        float(r.attrib["fill-opacity"])
+        for r in drawn.iter("rect")
+        if (title := r.find("title")) is not None and str(title.text).startswith("layer 2 keys")
+    ]
+    assert shades == sorted(shades, reverse=True), "the strongest first"
+    assert shades[0] > shades[-1]
+
+
+def test_each_head_has_its_line() -> None:
+    said = titles(drawing(render(made.banded()), "Worth of each band by layer and KV head"))
+    assert len(said) == 4 * 2 * made.HEADS
+    row = ", ".join(f"{value:#.3g}" for value in made.worth(2, 1, 1))
+    assert f"layer 2 values, head 1: {row} nats" in said
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("bands", 2), ("no worth by head", 1), ("one target", 0)])
+def test_worth_is_drawn_where_it_was_recorded(name: str, drawn: int) -> None:
+    content = render(made.variants()[name])
+    assert sum(d.attrib["aria-label"].startswith("Worth") for d in drawings(content)) == drawn
+    assert ('<section id="worth">' in content) is (drawn > 0)
+    assert ('href="#worth"' in content) is (drawn > 0)
+
+
+def test_a_record_without_bands_says_nothing_of_them() -> None:
+    content = render(made.record())
+    assert "Bits of each band" not in content
+    assert '<span class="key bb">' not in content
+
+
+def test_a_class_that_a_layer_lacks_leaves_its_place_empty() -> None:
+    heat = titles(drawing(render(made.variants()["worth of some layers"]), "Layer-alone KL"))
+    assert [t for t in heat if " keys as 2s64 " in t and t.startswith("layer 2")] == []
+    assert len([t for t in heat if " keys as 2s64 " in t]) == 3
+
+
 def test_comparison_table_has_the_records_figures() -> None:
     record = made.record()
     rows = Page(render(record)).rows

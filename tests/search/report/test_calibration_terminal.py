@@ -58,6 +58,14 @@ def test_figures_are_the_records() -> None:
     assert "1.5 GiB" in text
 
 
+def test_bands_are_shown_by_their_rounded_mean() -> None:
+    text = printed(made.banded())
+    assert line_of(text, "keys", "bits").split() == ["keys", "bits", "4352"], "of 3.625, 2.875, 4.625 and 1.75"
+    assert line_of(text, "values", "bits").split() == ["values", "bits", "3424"]
+    assert "F is 16 bits, of bands the rounded mean stands." in " ".join(text.split())
+    assert "rounded mean" not in printed(made.record())
+
+
 def test_sentences_say_whether_the_search_paid() -> None:
     text = " ".join(printed(made.record()).split())
     assert "The search found the chosen setting (trial 3, refined)." in text
@@ -72,6 +80,7 @@ def test_sentences_say_whether_the_search_paid() -> None:
 @pytest.mark.parametrize(
     ("origin", "words"),
     [
+        ("fisher", "best allocation by worth alone"),
         ("proxy", "proxy's optimum"),
         ("uniform", "best uniform setting"),
         ("random", "random search"),
@@ -97,6 +106,16 @@ def test_nothing_is_beaten_by_itself() -> None:
     assert "The random search found the same setting." in text
     assert "the best uniform setting (" not in text
     assert "random search (" not in text
+
+
+@pytest.mark.parametrize(
+    ("layers", "uniform"),
+    [(["b65443322/b44333222"] * 4, True), (["b65443322/b44333222"] * 3 + ["b56443322/b44333222"], False)],
+)
+def test_other_bands_are_not_uniform(layers: list[str], uniform: bool) -> None:
+    record = made.record(4)
+    record["targets"][0]["chosen"]["layers"] = layers
+    assert ("It is itself a uniform setting" in " ".join(printed(record).split())) is uniform
 
 
 def test_with_a_loss_as_goal_sizes_are_compared() -> None:
