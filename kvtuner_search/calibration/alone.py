@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.stored import StoredCache
+
+LEAST: Final = 1e-12  # of an error
 
 
 class LayerAlone:
@@ -43,6 +47,8 @@ def side_losses(
     values: Sequence[Sequence[tuple[TensorSpec, float]]],
     least_error: float = 0.0,
     advance: Callable[[], None] = lambda: None,
+    *,
+    one_a_width: bool = False,
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Losses of every layer's key specs, with values at 16 bits, and the other way round; same shapes as given.
 
@@ -50,20 +56,25 @@ def side_losses(
         alone: what measures one.
         keys, values: by layer, each spec with its e_o.
         least_error: a spec whose e_o is below is not run: to second order the loss is quadratic in the error, so it is
-            extrapolated from the run spec of least e_o.
+            extrapolated from the run spec of the nearest e_o.
         advance: called after each spec.
+        one_a_width: of the specs of the same bits only the one of least e_o is run; the others are extrapolated too.
     """
     found: tuple[list[list[float]], list[list[float]]] = ([], [])
     for layer, sides in enumerate(zip(keys, values, strict=True)):
         for side, specs in enumerate(sides):
             run = [(spec, error) for spec, error in specs if error >= least_error and not spec.raw]
             run = run or [(spec, error) for spec, error in specs if not spec.raw]
+            if one_a_width:
+                finest = {spec.bits: (spec, error) for spec, error in sorted(run, key=lambda pair: -pair[1])}
+                run = list(finest.values())
             losses: dict[TensorSpec, float] = {TensorSpec(): 0.0}
             for spec, _ in run:
                 losses[spec] = alone.loss(layer, LayerSpec(spec, RAW) if side == 0 else LayerSpec(RAW, spec))
-            nearest, known = min(run, key=lambda pair: pair[1], default=(TensorSpec(), 1.0))
             for spec, error in specs:
-                losses.setdefault(spec, losses[nearest] * (error / known) ** 2)
+                if spec not in losses:
+                    nearest, known = min(run, key=lambda pair: abs(math.log(max(error, LEAST) / max(pair[1], LEAST))))
+                    losses[spec] = losses[nearest] * (error / max(known, LEAST)) ** 2
                 advance()
             found[side].append([losses[spec] for spec, _ in specs])
     return found

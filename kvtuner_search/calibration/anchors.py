@@ -1,29 +1,33 @@
-"""The settings that a search starts from: uniform ones, the proxy's optima, and published presets."""
+"""The settings that a search starts from: the optima of gradients and of the proxy, uniform settings, and published presets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
 
-from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.layout import BANDS, LayerSpec
 from kvtuner_search.calibration.candidates import Pair, StorageClass
-from kvtuner_search.calibration.proxy import ProxyPoint, proxy_front
+from kvtuner_search.calibration.proxy import ProxyPoint, predicted_front, proxy_front
 from kvtuner_search.calibration.space import Space
 from kvtuner_search.calibration.study import Anchor
 
 UNIFORM_BITS: Final = ((16, 16), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
+UNIFORM_BANDS: Final = (4, 3, 2)  # bits a channel of uniform banded settings
 NEARBY: Final = (0.97, 1.0)  # the proxy's optimum is tried at these fractions of each budget
 
 
 def uniform_pairs(classes: Sequence[StorageClass]) -> list[Pair]:
-    """The usual uniform settings: K8V8, K8V4, K4V4, K4V2 and K2V2, for each group size and sign that both sides can have."""
-    return [
+    """The usual uniform settings: K8V8, K8V4, K4V4, K4V2 and K2V2, for each group size and sign that both sides can have; and in bands,
+    which spread the same bits in each layer as it likes, 4, 3 and 2 bits a channel."""
+    found = [
         (key, value)
         for bits in UNIFORM_BITS
         for key in classes
         for value in classes
         if (key.bits, value.bits) == bits and (key.symmetric, key.group_size) == (value.symmetric, value.group_size)
     ]
+    totals = [bits * BANDS for bits in UNIFORM_BANDS]
+    return found + [(c, c) for c in classes if c.banded and c.total in totals]
 
 
 def preset_pairs(layers: Sequence[LayerSpec], classes: Sequence[StorageClass]) -> list[Pair] | None:
@@ -45,18 +49,25 @@ def affordable_point(space: Space, front: Sequence[ProxyPoint], budget: float) -
 def anchors(
     space: Space, uniform: Sequence[Pair], presets: Sequence[Sequence[Pair]], budgets: Sequence[int]
 ) -> list[Anchor]:
-    """All first trials, each setting once: proxy optima at and just below the budgets, uniform settings, presets."""
+    """All first trials, each setting once: optima of what gradients predict, proxy optima at and just below the budgets, uniform
+    settings, presets."""
     found: dict[tuple[int, ...], str] = {}
+    predicted = predicted_front(space)
+    for budget in budgets:
+        point = affordable_point(space, predicted, budget)
+        if point is not None:
+            found.setdefault(point.choices, "fisher")
     front = proxy_front(space)
     for budget in budgets:
         for fraction in NEARBY:
             point = affordable_point(space, front, budget * fraction)
             if point is not None:
                 found.setdefault(point.choices, "proxy")
-    layers = len(space.options)
+    layers, banded = len(space.options), bool(space.options[0].banded)
     for origin, rows in (("uniform", [[pair] * layers for pair in uniform]), ("preset", presets)):
         for row in rows:
             choices = space.choices_of(row)
-            if choices is not None:
+            # With bands there are more uniform settings, so only those are tried that may be chosen.
+            if choices is not None and not (banded and space.cost(choices) > max(budgets)):
                 found.setdefault(choices, origin)
     return [Anchor(origin, choices) for choices, origin in found.items()]

@@ -1,8 +1,8 @@
 """What the search may choose from: storage classes, and the ways to transform a tensor before it is put on the grid.
 
-A **class** fixes what a tensor costs: bits, group size, and whether a minimum is stored. Within a class the variants (plain,
-centred, centred and rotated, each with a clip) cost the same bytes, so the best one of each layer is picked by measuring, and
-the search chooses among classes only.
+A **class** fixes what a tensor costs: bits, group size, and whether a minimum is stored; or, stored in bands, the bits of all bands
+together. Within a class the variants (plain, centred, centred and rotated, each with a clip; or the ways to spread bits over bands) cost
+the same bytes, so each layer takes the best one, and the search chooses among classes only.
 """
 
 from __future__ import annotations
@@ -12,23 +12,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from kvtuner_kernels.layout import LayoutError, TensorSpec
+from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, LayoutError, TensorSpec
 from kvtuner_search.errors import UsageError
 
 CLIPS: Final = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 2: (0.95, 0.85, 0.75, 0.65, 0.55)}
+GRAIN: Final = 4  # bits by which the totals of banded classes differ
 TRANSFORMS: Final = ("plain", "centred", "rotated")  # rotated implies centred
 Transform = Literal["plain", "centred", "rotated"]
 
 
 @dataclass(frozen=True, order=True)
 class StorageClass:
-    """What a tensor costs; written for example ``4a128`` (asymmetric), ``2s64`` (symmetric) or ``16``."""
+    """What a tensor costs; written for example ``4a128`` (asymmetric), ``2s64`` (symmetric), ``b28`` (28 bits in the bands together: 3.5 a
+    channel) or ``16``."""
 
-    bits: int
+    bits: int  # 0 with bands
     symmetric: bool = False
     group_size: int = 0
+    total: int = 0  # most bits of all bands together
+
+    @property
+    def banded(self) -> bool:
+        """Whether the side is stored in bands."""
+        return self.total > 0
 
     def __str__(self) -> str:
+        if self.banded:
+            return f"b{self.total}"
         return "16" if self.bits == 16 else f"{self.bits}{'s' if self.symmetric else 'a'}{self.group_size}"
 
     @classmethod
@@ -40,20 +50,29 @@ class StorageClass:
         """
         if text == "16":
             return RAW_CLASS
+        banded = re.fullmatch(r"b([1-9]\d?)", text, re.ASCII)
+        if banded is not None and int(banded[1]) <= BANDS * MAX_BAND_BITS:
+            return cls(0, total=int(banded[1]))
         match = re.fullmatch(r"([248])([as])([1-9]\d{1,3})", text, re.ASCII)
         if match is None:
-            raise UsageError(f"{text!r} is no storage class: write 16, or bits, a or s, and group size, e.g. 4a128")
+            raise UsageError(
+                f"{text!r} is no storage class: write 16, or bits, a or s, and group size, e.g. 4a128, or b and the bits of {BANDS} bands,"
+                " e.g. b28"
+            )
         return cls(int(match[1]), match[2] == "s", int(match[3]))
 
     @classmethod
     def of(cls, spec: TensorSpec) -> StorageClass:
         """The class of a spec."""
-        return cls(spec.bits, spec.symmetric, spec.group_size)
+        return cls(spec.bits, spec.symmetric, spec.group_size, sum(spec.bands))
 
     def spec(self, transform: Transform = "plain", clip: float = 1.0) -> TensorSpec:
-        """One variant."""
+        """One variant; of a banded class the one with the most even bits, whatever is asked for."""
         if self.bits == 16:
             return TensorSpec()
+        if self.banded:
+            least, more = divmod(self.total, BANDS)
+            return TensorSpec(bits=0, bands=(least + 1,) * more + (least,) * (BANDS - more))
         return TensorSpec(
             self.bits, self.group_size, self.symmetric, transform != "plain", transform == "rotated", clip
         )
@@ -80,16 +99,22 @@ def parse_pair(text: str) -> Pair:
     return StorageClass.parse(key), StorageClass.parse(value)
 
 
+def banded_classes() -> list[StorageClass]:
+    """Every banded class, dearest first."""
+    return [StorageClass(0, total=total) for total in range(BANDS * MAX_BAND_BITS, 0, -GRAIN)]
+
+
 def storage_classes(
-    bits: Sequence[int], group_sizes: Sequence[int], head_dim: int, symmetric: bool = True
+    bits: Sequence[int], group_sizes: Sequence[int], head_dim: int, symmetric: bool = True, bands: bool = False
 ) -> list[StorageClass]:
-    """Every class that the search may choose, dearest first.
+    """Every class that the search may choose, dearest first, those with bands last.
 
     Args:
         bits: subset of 2, 4, 8, 16.
         group_sizes: channels a group; 0 stands for the whole head.
         head_dim: channels of a head.
         symmetric: whether classes without a stored minimum are included.
+        bands: whether banded classes are included, if the head splits into bands.
 
     Raises:
         UsageError: if a head cannot be stored that way.
@@ -107,4 +132,4 @@ def storage_classes(
                 except LayoutError as error:
                     raise UsageError(str(error)) from error
                 found.append(candidate)
-    return found
+    return found + (banded_classes() if bands and head_dim % BANDS == 0 else [])

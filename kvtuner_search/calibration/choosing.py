@@ -18,7 +18,7 @@ from kvtuner_search.evaluation.scorer import Scorer
 
 # Uniform per-token settings as others store them: no transform, no clip.
 OTHERS: Final = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
-RIVALS: Final = ("uniform", "proxy", "preset", "random")
+RIVALS: Final = ("fisher", "uniform", "proxy", "preset", "random")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Candidate:
     """A setting and where it came from."""
 
     name: str  # for example: trial 31, uniform 4s64/4s64
-    origin: str  # tpe, nsga2, refined, proxy, uniform, preset, random, stored by others
+    origin: str  # tpe, nsga2, refined, fisher, proxy, uniform, preset, random, stored by others
     setting: Setting
     cost: int
     search_loss: float | None = None
@@ -65,7 +65,7 @@ def finalists(
     picked = [candidate(t, t.origin) for t in best(found, FINALISTS)]
     uniform = [t for t in found if space.uniform_pair(t.choices)]
     picked += [candidate(t, "uniform") for t in best(uniform, 2)]
-    for origin in ("proxy", "preset"):
+    for origin in ("fisher", "proxy", "preset"):
         picked += [candidate(t, origin) for t in best([t for t in found if t.origin == origin], 1)]
     picked += [
         candidate(t, "random")

@@ -25,6 +25,7 @@ class CalibrationOptions:
     bits: tuple[int, ...] = (2, 4, 8, 16)
     group_sizes: tuple[int, ...] = (0,)  # channels; 0 is the whole head
     symmetric: bool = True  # whether classes without a stored minimum may be chosen
+    bands: bool = True  # whether storage in a fitted basis, in bands, may be chosen
     target_bits: tuple[float, ...] = (4.0,)  # budgets in effective bits, one profile each
     max_loss: float | None = None  # instead of budgets: the cheapest setting whose loss is at most this
     trials: int = 32
@@ -41,7 +42,7 @@ class CalibrationOptions:
             "dtype": self.model.dtype,
             "data": digests,
             "seed": self.seed,
-            "space": [self.bits, self.group_sizes, self.symmetric, self.grouping, self.stages],
+            "space": [self.bits, self.group_sizes, self.symmetric, self.bands, self.grouping, self.stages],
             "search": [self.target_bits, self.max_loss, self.sampler],
         }
         return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -121,18 +121,15 @@ def record(
     scale, per_bit = rung_ratio(found), run.total_bytes(1.0)
     groups: dict[str, list[Outcome]] = {"searched": [t.outcome for t in found], "random": [t.outcome for t in random]}
     groups["uniform"] = [t.outcome for t in found if space.uniform_pair(t.choices)]
-    for origin in ("proxy", "preset"):
+    for origin in ("fisher", "proxy", "preset"):
         groups[origin] = [t.outcome for t in found if t.origin == origin]
-    layers = plan.to_json()["layers"]
-    for layer in layers:
-        del layer["centres"]
     return {
         "record_version": RECORD_VERSION,
         "tool": f"kvtuner-search {__version__}",
         "model": run.loaded.info.model_dump(mode="json"),
         "options": asdict(run.options),
         "data": data_info(run.data),
-        "sensitivity": layers,
+        "sensitivity": plan.to_json(transforms=False)["layers"],
         "space": {
             "variables": [
                 {"name": v.name, "layers": list(v.layers), "pairs": [pair_name(p) for p in v.pairs]}

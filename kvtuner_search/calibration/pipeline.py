@@ -10,6 +10,7 @@ import torch
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pairs
+from kvtuner_search.calibration.basis import fit_bases
 from kvtuner_search.calibration.candidates import StorageClass, storage_classes
 from kvtuner_search.calibration.objective import Objective, Outcome
 from kvtuner_search.calibration.options import TIERS, CalibrationOptions
@@ -70,7 +71,7 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
     with reporter.stage("load the model"):
         loaded = load_model(options.model)
     info = loaded.info
-    classes = storage_classes(options.bits, options.group_sizes, info.head_dim, options.symmetric)
+    classes = storage_classes(options.bits, options.group_sizes, info.head_dim, options.symmetric, options.bands)
     _check_targets(options, classes, info.num_kv_heads, info.head_dim, info.num_layers)
     with reporter.stage("read the data"):
         data = load_data(options, loaded)
@@ -125,6 +126,10 @@ def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> 
     content = study.plan() if study is not None else None
     if content is None:
         measured = min(2, len(run.scorer.tiers))
+        fitted = None
+        if any(candidate.banded for candidate in run.classes):
+            options = run.options
+            fitted = fit_bases(run.scorer, run.loaded.tokenizer, options.seed, options.batch_tokens, run.reporter.stage)
         plan = make_plan(
             fingerprint,
             run.scorer,
@@ -133,6 +138,7 @@ def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> 
             tiers=measured,
             least_error=least_error,
             stage=run.reporter.stage,
+            fitted=fitted,
         )
         content = plan.to_json()
         if study is not None:
@@ -141,7 +147,7 @@ def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> 
         raise UsageError(
             "the study was made with other options, another model or other data: use the same, or another --output or --storage"
         )
-    return Plan.from_json(content, run.loaded.info.num_kv_heads)
+    return Plan.from_json(content, *run.shape)
 
 
 def make_space(run: Run, plan: Plan) -> Space:
@@ -216,10 +222,12 @@ def _check_targets(
         raise UsageError(f"--pp {options.stages} is not between 1 and the model's {layers} layers")
     if options.max_loss is not None and not options.max_loss > 0:
         raise UsageError(f"--max-loss {options.max_loss} is not positive: it is a KL divergence in nats")
-    bits = [LayerSpec(k.spec(), v.spec()).effective_bits(heads, head_dim) for k in classes for v in classes]
+    pairs = [(k, v) for k in classes for v in classes if k.banded == v.banded]
+    bits = [LayerSpec(k.spec(), v.spec()).effective_bits(heads, head_dim) for k, v in pairs]
     for target in options.target_bits:
         if target < min(bits):
+            names = [str(c) for c in classes if not c.banded] + ["bands"] * any(c.banded for c in classes)
             raise UsageError(
-                f"--target-bits {target:g} is below {min(bits):g}, the least that {', '.join(map(str, classes))} can store: raise it,"
+                f"--target-bits {target:g} is below {min(bits):g}, the least that {', '.join(names)} can store: raise it,"
                 " or allow fewer --bits or larger --group-size"
             )

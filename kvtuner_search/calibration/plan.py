@@ -1,4 +1,4 @@
-"""What all workers of a search must agree on: the measured sensitivity, the chosen variants, and the centring vectors."""
+"""What all workers of a search must agree on: the measured sensitivity, the chosen variants, the centring vectors and the bases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -14,11 +14,15 @@ import torch
 from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.calibration.alone import LayerAlone, side_losses
+from kvtuner_search.calibration.banded import MEASURED, banded_pairs, class_spec, predicted_loss
+from kvtuner_search.calibration.basis import LayerWorth, SideWorth
 from kvtuner_search.calibration.candidates import Pair, StorageClass
 from kvtuner_search.calibration.sensitivity import PairError, Sensitivity, best_variants
 from kvtuner_search.calibration.space import LayerOptions
 from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.scorer import Scorer
+
+LEAST: Final = 1e-12  # nats: two losses below have a ratio of one
 
 
 @dataclass(frozen=True)
@@ -28,37 +32,53 @@ class Plan:
     fingerprint: str  # of everything that the search depends on
     options: tuple[LayerOptions, ...]  # by layer
     errors: tuple[tuple[PairError, ...], ...]  # by layer: every measured pair of variants
-    centres: Mapping[int, Centres]  # by layer
+    centres: Mapping[int, Centres]  # by layer: bases, or centring vectors where bands are left out (see transform_of)
+    worth: tuple[LayerWorth, ...] = ()  # by layer; empty where bands are left out
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; numbers read back exactly, errors with six digits."""
-        return {
-            "fingerprint": self.fingerprint,
-            "layers": [
+    def to_json(self, *, transforms: bool = True) -> dict[str, Any]:
+        """Plain JSON; numbers read back exactly, errors with six digits.
+
+        Args:
+            transforms: with the centring vectors and bases, which a record has no use for.
+        """
+        layers: list[dict[str, Any]] = []
+        for index, (layer, errors) in enumerate(zip(self.options, self.errors, strict=True)):
+            layers.append(
                 {
                     "keys": {str(name): [str(spec), layer.key_loss[name]] for name, spec in layer.keys.items()},
                     "values": {str(name): [str(spec), layer.value_loss[name]] for name, spec in layer.values.items()},
                     "errors": [
                         [str(e.spec), *(float(f"{x:.6g}") for x in (e.e_k, e.e_v, e.e_a, e.e_o))] for e in errors
                     ],
-                    "centres": [_encode(self.centres[index].key), _encode(self.centres[index].value)],
                 }
-                for index, (layer, errors) in enumerate(zip(self.options, self.errors, strict=True))
-            ],
-        }
+            )
+            if self.worth:
+                sides = {"keys": self.worth[index].keys, "values": self.worth[index].values}
+                layers[-1]["worth"] = {name: list(side.bands) for name, side in sides.items()}
+                layers[-1]["worth_by_head"] = {
+                    name: [list(row) for row in side.by_head] for name, side in sides.items()
+                }
+            if transforms:
+                layers[-1]["centres"] = [_encode(self.centres[index].key), _encode(self.centres[index].value)]
+        return {"fingerprint": self.fingerprint, "layers": layers}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], kv_heads: int) -> Self:
-        """The inverse of to_json."""
-        options, errors, centres = [], [], {}
+    def from_json(cls, content: Mapping[str, Any], kv_heads: int, head_dim: int) -> Self:
+        """The inverse of to_json, with transforms."""
+        options, errors, centres, worth = [], [], {}, []
         for index, layer in enumerate(content["layers"]):
             rows = tuple(PairError(LayerSpec.parse(row[0]), *row[1:]) for row in layer["errors"])
             keys, key_loss = _sides(layer["keys"])
             values, value_loss = _sides(layer["values"])
-            options.append(layer_options(keys, values, key_loss, value_loss, rows))
+            if "worth" in layer:
+                heads = layer["worth_by_head"]
+                worth.append(LayerWorth(*(SideWorth(tuple(map(tuple, heads[side]))) for side in ("keys", "values"))))
+            options.append(
+                layer_options(keys, values, key_loss, value_loss, rows, worth[index] if "worth" in layer else None)
+            )
             errors.append(rows)
-            centres[index] = Centres(*(_decode(text, kv_heads) for text in layer["centres"]))
-        return cls(content["fingerprint"], tuple(options), tuple(errors), centres)
+            centres[index] = Centres(*(_decode(text, kv_heads, head_dim) for text in layer["centres"]))
+        return cls(content["fingerprint"], tuple(options), tuple(errors), centres, tuple(worth))
 
 
 def layer_options(
@@ -67,13 +87,35 @@ def layer_options(
     key_loss: Mapping[StorageClass, float],
     value_loss: Mapping[StorageClass, float],
     errors: Sequence[PairError],
+    worth: LayerWorth | None = None,
 ) -> LayerOptions:
-    """Look up the output error of every pair of chosen variants."""
+    """Look up the output error of every pair of chosen variants, and predict the losses of banded pairs.
+
+    Args:
+        keys, values: chosen spec of each class; of banded classes, those of which the loss was measured.
+        key_loss, value_loss: layer-alone loss of each.
+        errors: of every measured pair.
+        worth: of the layer's bands; None where bands are left out.
+    """
     by_spec = {(error.spec.key, error.spec.value): error.e_o for error in errors}
     pair_error: dict[Pair, float] = {
-        (k, v): by_spec[key, value] for k, key in keys.items() for v, value in values.items()
+        (k, v): by_spec[key, value]
+        for k, key in keys.items()
+        for v, value in values.items()
+        if not (k.banded or v.banded)
     }
-    return LayerOptions(keys, values, key_loss, value_loss, pair_error)
+    banded = {}
+    if worth is not None:
+        ratios = [
+            {
+                name.total: max(loss[name], LEAST) / max(predicted_loss(spec.bands, side.bands), LEAST)
+                for name, spec in specs.items()
+                if name.banded
+            }
+            for specs, loss, side in ((keys, key_loss, worth.keys), (values, value_loss, worth.values))
+        ]
+        banded = banded_pairs(worth, *ratios)
+    return LayerOptions(keys, values, key_loss, value_loss, pair_error, banded)
 
 
 def make_plan(
@@ -85,6 +127,7 @@ def make_plan(
     tiers: int,
     least_error: float,
     stage: Callable[[str, int], AbstractContextManager[Callable[..., None]]],
+    fitted: tuple[Mapping[int, Centres], Sequence[LayerWorth]] | None = None,
 ) -> Plan:
     """Measure the errors of every pair on the first ``tiers`` tiers, then the layer-alone losses on the first.
 
@@ -96,30 +139,55 @@ def make_plan(
         tiers: how many tiers the errors are measured on.
         least_error: see side_losses.
         stage: opens a stage of so many units and yields what advances it (see Reporter.stage).
+        fitted: bases and the worth of bands (see fit_bases); None leaves bands out. With bands and a ``least_error``, one other class a
+            bit-width is run.
     """
-    sensitivity = Sensitivity(classes, moments)
+    centres = moments.centres() if fitted is None else fitted[0]
+    layers = len(scorer.runner.layers)
+    banded: list[tuple[dict[StorageClass, TensorSpec], dict[StorageClass, TensorSpec]]] = [({}, {})] * layers
+    if fitted is not None:
+        measured = [StorageClass(0, total=total) for total in MEASURED]
+        banded = [
+            (
+                {c: class_spec(c, worth.keys.bands) for c in measured},
+                {c: class_spec(c, worth.values.bands) for c in measured},
+            )
+            for worth in fitted[1]
+        ]
+    sensitivity = Sensitivity(
+        classes, moments, centres, {i: (list(k.values()), list(v.values())) for i, (k, v) in enumerate(banded)}
+    )
     tokens = sum(batch.numel() for tier in range(tiers) for batch in scorer.token_batches(tier))
     with stage("sensitivity of each layer", tokens) as advance:
         scorer.observe(sensitivity, tiers, advance)
-    layers = len(scorer.runner.layers)
     errors = [sensitivity.errors(layer) for layer in range(layers)]
     best = [best_variants(table) for table in errors]
-    centres = moments.centres()
-    keys = [[(s, e[s, RAW].e_o) for s in k.values()] for (k, _), e in zip(best, errors, strict=True)]
-    values = [[(s, e[RAW, s].e_o) for s in v.values()] for (_, v), e in zip(best, errors, strict=True)]
-    with stage("each layer alone", sum(map(len, keys + values))) as advance:
-        losses = side_losses(LayerAlone(scorer, 0, centres), keys, values, least_error, advance)
+    alone = LayerAlone(scorer, 0, centres)
+    rounds = [(best, least_error, fitted is not None and least_error > 0)]
+    if fitted is not None:
+        rounds.append((banded, 0.0, False))
+    losses: list[list[dict[StorageClass, float]]] = [[{}, {}] for _ in range(layers)]
+    with stage("each layer alone", sum(len(s) for specs, _, _ in rounds for layer in specs for s in layer)) as advance:
+        for specs, least, one_a_width in rounds:
+            keys = [[(s, e[s, RAW].e_o) for s in k.values()] for (k, _), e in zip(specs, errors, strict=True)]
+            values = [[(s, e[RAW, s].e_o) for s in v.values()] for (_, v), e in zip(specs, errors, strict=True)]
+            found = side_losses(alone, keys, values, least, advance, one_a_width=one_a_width)
+            for layer, sides in enumerate(specs):
+                for side, names in enumerate(sides):
+                    losses[layer][side].update(zip(names, found[side][layer], strict=True))
     options = [
         layer_options(
-            key_specs,
-            value_specs,
-            dict(zip(key_specs, key_loss, strict=True)),
-            dict(zip(value_specs, value_loss, strict=True)),
-            list(table.values()),
+            best[layer][0] | banded[layer][0],
+            best[layer][1] | banded[layer][1],
+            losses[layer][0],
+            losses[layer][1],
+            list(errors[layer].values()),
+            fitted[1][layer] if fitted is not None else None,
         )
-        for (key_specs, value_specs), key_loss, value_loss, table in zip(best, *losses, errors, strict=True)
+        for layer in range(layers)
     ]
-    return Plan(fingerprint, tuple(options), tuple(tuple(table.values()) for table in errors), centres)
+    worth = tuple(fitted[1]) if fitted is not None else ()
+    return Plan(fingerprint, tuple(options), tuple(tuple(table.values()) for table in errors), centres, worth)
 
 
 def _sides(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[StorageClass, TensorSpec], dict[StorageClass, float]]:
@@ -127,10 +195,14 @@ def _sides(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[StorageClass, Tensor
     return specs, {StorageClass.parse(name): float(row[1]) for name, row in rows.items()}
 
 
-def _encode(centre: torch.Tensor | None) -> str:
-    assert centre is not None, "moments give both centres"
-    return base64.b64encode(centre.cpu().numpy().astype("<f4").tobytes()).decode()
+def _encode(transform: torch.Tensor | None) -> str:
+    assert transform is not None, "moments and fits give both sides"
+    return base64.b64encode(transform.cpu().numpy().astype("<f4").tobytes()).decode()
 
 
-def _decode(text: str, kv_heads: int) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").reshape(kv_heads, -1).copy())
+def _decode(text: str, kv_heads: int, head_dim: int) -> torch.Tensor:
+    """A centring vector [H, D] or a basis [H, D + 2, D]."""
+    found = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").copy())
+    return (
+        found.view(kv_heads, head_dim) if found.numel() == kv_heads * head_dim else found.view(kv_heads, -1, head_dim)
+    )

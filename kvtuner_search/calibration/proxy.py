@@ -33,11 +33,21 @@ def proxy_front(space: Space, weights: NDArray[np.float64] | None = None) -> lis
     """
     count = len(space.variables)
     pairs = np.ones((count, 2)) if weights is None else weights.reshape(count, 2)
+    return _front(space, [v.features @ weight for v, weight in zip(space.variables, pairs, strict=True)])
+
+
+def predicted_front(space: Space) -> list[ProxyPoint]:
+    """The same for what gradients alone predict; empty without banded pairs."""
+    return _front(space, [v.predicted for v in space.variables]) if space.options[0].banded else []
+
+
+def _front(space: Space, losses: Sequence[NDArray[np.float64]]) -> list[ProxyPoint]:
+    """Pareto optima of the summed losses, each [pairs of the variable]; pairs of infinite loss are never taken."""
     unit = math.gcd(*(int(n) for v in space.variables for n in v.nbytes))
     least = np.zeros(1)
     picks: list[NDArray[np.int16]] = []
-    for variable, weight in zip(space.variables, pairs, strict=True):
-        cost, loss = variable.nbytes // unit, variable.features @ weight
+    for variable, loss in zip(space.variables, losses, strict=True):
+        cost = variable.nbytes // unit
         size = len(least) + int(cost.max())
         table = np.full(size, np.inf)
         pick = np.zeros(size, dtype=np.int16)

@@ -18,6 +18,7 @@ from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres, as_stored
 from kvtuner_search.calibration.candidates import CLIPS, TRANSFORMS, StorageClass
 from kvtuner_search.evaluation.moments import Moments
+from kvtuner_search.evaluation.stored import first_tokens, transform_of
 
 QUERIES: Final = 64  # query positions a sequence
 CLIP_TOKENS: Final = 2048  # tokens on which clips are chosen
@@ -39,7 +40,7 @@ class _Sums:
     key: Tensor  # [NK] squared errors
     value: Tensor  # [NV]
     scores: Tensor  # [NK] summed total-variation distances
-    output: Tensor  # [NK, NV] squared errors
+    output: Tensor  # [NK, NV] squared errors; of banded specs only where the other side is raw
     key_norm: float = 0.0
     value_norm: float = 0.0
     output_norm: float = 0.0
@@ -48,15 +49,19 @@ class _Sums:
 
 @dataclass
 class Sensitivity:
-    """Tap that measures every pair of variants in every layer.
+    """Tap that measures every pair of variants in every layer, and banded specs with the other side at 16 bits.
 
     Args:
-        classes: storage classes to measure, for keys and values alike.
-        moments: centres and query moments of every layer.
+        classes: storage classes to measure, for keys and values alike; banded ones are left out.
+        moments: query moments of every layer.
+        centres: what specs need (see transform_of), by layer.
+        banded: banded specs of keys and of values to measure, by layer.
     """
 
     classes: Sequence[StorageClass]
     moments: Moments
+    centres: Mapping[int, Centres]
+    banded: Mapping[int, tuple[Sequence[TensorSpec], Sequence[TensorSpec]]] = field(default_factory=dict)
     lengths: Sequence[int] = ()
     keys: dict[int, list[TensorSpec]] = field(default_factory=dict)
     values: dict[int, list[TensorSpec]] = field(default_factory=dict)
@@ -67,7 +72,7 @@ class Sensitivity:
         self.lengths = valid.sum(1).tolist()
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        centres = self.moments.layers[layer].centres()
+        centres = self.centres[layer]
         if layer not in self.sums:
             self._choose_clips(layer, key, value, centres)
         for row, length in enumerate(self.lengths):
@@ -80,6 +85,8 @@ class Sensitivity:
         found = {}
         for i, key in enumerate(self.keys[layer]):
             for j, value in enumerate(self.values[layer]):
+                if (key.banded and not value.raw) or (value.banded and not key.raw):
+                    continue
                 found[key, value] = PairError(
                     LayerSpec(key, value),
                     math.sqrt(float(sums.key[i]) / sums.key_norm),
@@ -96,7 +103,7 @@ class Sensitivity:
         chosen: dict[str, list[TensorSpec]] = {"key": [RAW], "value": [RAW]}
         for side, x, centre in (("key", k, centres.key), ("value", v, centres.value)):
             for candidate in self.classes:
-                if candidate.bits == 16:
+                if candidate.bits == 16 or candidate.banded:
                     continue
                 for transform in (
                     TRANSFORMS[1:] if candidate.symmetric else TRANSFORMS
@@ -107,6 +114,9 @@ class Sensitivity:
                             key=lambda spec: (_error(x, spec, centre, weight if side == "key" else None), spec)
                         )
                     chosen[side].append(options[0])
+        banded = self.banded.get(layer, ((), ()))
+        chosen["key"] += banded[0]
+        chosen["value"] += banded[1]
         self.keys[layer], self.values[layer] = chosen["key"], chosen["value"]
         zero = torch.zeros(len(chosen["key"]), len(chosen["value"]), dtype=torch.float64, device=key.device)
         self.sums[layer] = _Sums(zero[:, 0].clone(), zero[0].clone(), zero[:, 0].clone(), zero)
@@ -119,32 +129,34 @@ class Sensitivity:
         picked = query[at].float().reshape(len(at), heads, -1, head_dim) * head_dim**-0.5
         visible = torch.arange(length, device=key.device) <= at.unsqueeze(1)
         k, v = key.float(), value.float()
+        first = first_tokens(k.unsqueeze(0))[0]
         stored_values = [
-            v if spec.raw else as_stored(v, spec, centres.value if spec.centred else None)
-            for spec in self.values[layer]
+            as_stored(v, spec, transform_of(spec, centres.value, v.device), first=first) for spec in self.values[layer]
         ]
+        plain = sum(not spec.banded for spec in self.values[layer])  # they come first, 16 bits before all
         sums.key_norm += float(k.square().sum(dtype=torch.float64))
         sums.value_norm += float(v.square().sum(dtype=torch.float64))
         sums.value += torch.stack([(stored - v).square().sum(dtype=torch.float64) for stored in stored_values])
         wide = torch.stack(stored_values, dim=2)  # [T, H, NV, D]
         exact_p = exact_o = None
         for i, spec in enumerate(self.keys[layer]):
-            stored = k if spec.raw else as_stored(k, spec, centres.key if spec.centred else None)
+            stored = as_stored(k, spec, transform_of(spec, centres.key, k.device), first=first)
+            seen = len(stored_values) if spec.raw else 1 if spec.banded else plain
             scores = torch.einsum("nhgd,thd->hgnt", picked, stored).masked_fill_(~visible, -math.inf)
             p = scores.softmax(-1)
-            output = torch.einsum("hgnt,thvd->hgnvd", p, wide)
+            output = torch.einsum("hgnt,thvd->hgnvd", p, wide[:, :, :seen])
             if exact_p is None or exact_o is None:  # the first spec of each side is raw
                 exact_p, exact_o = p, output[..., :1, :]
                 sums.output_norm += float(exact_o.square().sum(dtype=torch.float64))
                 sums.rows += p[..., 0].numel()
             sums.key[i] += (stored - k).square().sum(dtype=torch.float64)
             sums.scores[i] += (p - exact_p).abs().sum(dtype=torch.float64) / 2
-            sums.output[i] += (output - exact_o).square().sum((0, 1, 2, 4), dtype=torch.float64)
+            sums.output[i, :seen] += (output - exact_o).square().sum((0, 1, 2, 4), dtype=torch.float64)
 
 
 def _error(x: Tensor, spec: TensorSpec, centre: Tensor | None, weight: Tensor | None) -> float:
     """Squared error of x [N, H, D]; with ``weight`` [H, D, D] that of the products with queries of that second moment."""
-    wrong = (as_stored(x.float(), spec, centre if spec.centred else None) - x.float()).double()
+    wrong = (as_stored(x.float(), spec, transform_of(spec, centre, x.device)) - x.float()).double()
     if weight is None:
         return float(wrong.square().sum())
     wrong = wrong - wrong.mean(0)  # an error that all keys share does not change the softmax
@@ -154,11 +166,14 @@ def _error(x: Tensor, spec: TensorSpec, centre: Tensor | None, weight: Tensor | 
 def best_variants(
     errors: Mapping[tuple[TensorSpec, TensorSpec], PairError],
 ) -> tuple[dict[StorageClass, TensorSpec], dict[StorageClass, TensorSpec]]:
-    """For each class of keys, and of values, the variant with the least error of the attention output, the other side at 16 bits."""
+    """For each class of keys, and of values, the variant with the least error of the attention output, the other side at 16 bits.
+
+    Banded specs are left out: gradients say more about them than this error.
+    """
     best: tuple[dict[StorageClass, tuple[float, TensorSpec]], dict[StorageClass, tuple[float, TensorSpec]]] = ({}, {})
     for (key, value), error in errors.items():
         for side, spec, other in ((0, key, value), (1, value, key)):
-            if other.raw:
+            if other.raw and not spec.banded:
                 found = (error.e_o, spec)
                 best[side][StorageClass.of(spec)] = min(best[side].get(StorageClass.of(spec), found), found)
     return {name: spec for name, (_, spec) in best[0].items()}, {name: spec for name, (_, spec) in best[1].items()}

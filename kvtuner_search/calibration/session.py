@@ -142,7 +142,7 @@ def _profile_name(run: Run, session: Session, target: Target) -> str:
 def _write_profile(folder: Path, content: dict[str, Any], target: Target, centres: Any) -> Path:
     """Write the transforms, then the profile that names them; returns the profile's path."""
     setting = target.chosen.candidate.setting
-    if any(side.centred for layer in setting for side in (layer.key, layer.value)):
+    if any(side.fitted for layer in setting for side in (layer.key, layer.value)):
         data = centres_file(setting, centres)
         file = f"{content['name']}.safetensors"
         write_atomic(folder / file, data)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
-from kvtuner_search.calibration.candidates import Pair, StorageClass
+from kvtuner_search.calibration.banded import BandedPair
+from kvtuner_search.calibration.candidates import RAW_CLASS, Pair, StorageClass
 from kvtuner_search.profile.stages import pipeline_cost
 
 MIN_SILHOUETTE: Final = 0.7  # below this, layers of a group differ too much to share a variable
+KEPT: Final = 3  # banded pairs of the same bytes that a layer keeps: keys and values may share them out in other ways
 Choices = tuple[int, ...]  # index into each variable's pairs
 
 
@@ -25,15 +28,35 @@ class LayerOptions:
     values: Mapping[StorageClass, TensorSpec]
     key_loss: Mapping[StorageClass, float]  # layer-alone loss of each class, the other side at 16 bits
     value_loss: Mapping[StorageClass, float]
-    pair_error: Mapping[Pair, float]  # e_o of each pair
+    pair_error: Mapping[Pair, float]  # e_o of each pair without bands
+    banded: Mapping[Pair, BandedPair] = field(default_factory=dict)  # pairs of which both sides are banded
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Everything that may be chosen."""
+        return [*self.pair_error, *self.banded]
 
     def spec(self, pair: Pair) -> LayerSpec:
         """The pair's spec in this layer."""
+        if pair in self.banded:
+            return self.banded[pair].spec
         return LayerSpec(self.keys[pair[0]], self.values[pair[1]])
+
+    def losses(self, pair: Pair) -> tuple[float, float]:
+        """Layer-alone losses of the pair's keys and of its values."""
+        if pair in self.banded:
+            return self.banded[pair].key_loss, self.banded[pair].value_loss
+        return self.key_loss[pair[0]], self.value_loss[pair[1]]
 
     def loss(self, pair: Pair) -> float:
         """Additive estimate of the pair's layer-alone loss."""
-        return self.key_loss[pair[0]] + self.value_loss[pair[1]]
+        return sum(self.losses(pair))
+
+    def predicted(self, pair: Pair) -> float:
+        """What gradients alone predict the pair to lose; infinite where they say nothing."""
+        if pair in self.banded:
+            return self.banded[pair].predicted
+        return 0.0 if pair == (RAW_CLASS, RAW_CLASS) else float("inf")
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,7 @@ class Variable:
     pairs: tuple[Pair, ...]  # cheapest first
     nbytes: NDArray[np.int64]  # [pairs] bytes per token of all its layers
     features: NDArray[np.float64]  # [pairs, 2] summed layer-alone loss of keys and of values
+    predicted: NDArray[np.float64]  # [pairs] summed losses as gradients alone predict them (LayerOptions.predicted)
 
 
 @dataclass(frozen=True)
@@ -100,18 +124,33 @@ class Space:
 
 
 def prune(options: LayerOptions, kv_heads: int, head_dim: int, keep: Sequence[Pair]) -> tuple[Pair, ...]:
-    """Pairs on the layer's front of (bytes, e_o), and those in ``keep``; cheapest first."""
+    """The pairs that may pay, and those in ``keep``; cheapest first.
 
+    Pairs without bands are on the layer's front of (bytes, e_o), and no banded pair of as few bytes is taken to lose less. Banded pairs are on the
+    front of (bytes, loss): of the same bytes the KEPT with the least loss, and the one with the least predicted by gradients alone.
+    """
+
+    @functools.cache
     def cost(pair: Pair) -> int:
         return options.spec(pair).bytes_per_token(kv_heads, head_dim)
 
-    front: set[Pair] = set(keep)
+    by_cost: dict[int, list[Pair]] = {}
+    for pair in options.banded:
+        by_cost.setdefault(cost(pair), []).append(pair)
+    front: set[Pair] = set()
+    best: list[tuple[int, float]] = []  # of banded pairs: bytes, and the least loss at no more
+    for nbytes, pairs in sorted(by_cost.items()):
+        pairs.sort(key=lambda pair: (options.loss(pair), pair))
+        if not best or options.loss(pairs[0]) < best[-1][1]:
+            best.append((nbytes, options.loss(pairs[0])))
+            front.update(pairs[:KEPT], [min(pairs, key=lambda pair: (options.predicted(pair), pair))])
     least = float("inf")
     for pair in sorted(options.pair_error, key=lambda p: (cost(p), options.pair_error[p], p)):
         if options.pair_error[pair] < least:
             least = options.pair_error[pair]
-            front.add(pair)
-    return tuple(sorted(front, key=lambda p: (cost(p), p)))
+            if not any(nbytes <= cost(pair) and loss < options.loss(pair) for nbytes, loss in best):
+                front.add(pair)
+    return tuple(sorted(front | set(keep), key=lambda p: (cost(p), p)))
 
 
 def group_layers(options: Sequence[LayerOptions], pairs: Sequence[Pair]) -> tuple[list[list[int]], float]:
@@ -162,12 +201,16 @@ def build_space(
         union = {pair for layer in members for pair in pruned[layer]}
         cost = {pair: sum(options[i].spec(pair).bytes_per_token(kv_heads, head_dim) for i in members) for pair in union}
         pairs = tuple(sorted(union, key=lambda pair: (cost[pair], pair)))
-        features = [
-            [sum(options[i].key_loss[pair[0]] for i in members), sum(options[i].value_loss[pair[1]] for i in members)]
-            for pair in pairs
-        ]
-        name = "layer " + ",".join(map(str, members))
+        features = [np.sum([options[i].losses(pair) for i in members], axis=0) for pair in pairs]
+        predicted = [sum(options[i].predicted(pair) for i in members) for pair in pairs]
         variables.append(
-            Variable(name, tuple(members), pairs, np.array([cost[pair] for pair in pairs]), np.array(features))
+            Variable(
+                "layer " + ",".join(map(str, members)),
+                tuple(members),
+                pairs,
+                np.array([cost[pair] for pair in pairs]),
+                np.array(features),
+                np.array(predicted),
+            )
         )
     return Space(tuple(options), tuple(variables), kv_heads, head_dim, quality, rejected, stages)

@@ -36,7 +36,7 @@ from kvtuner_search.errors import DataError, UsageError
 CHUNK: Final = 60_000  # characters of one study attribute, which some databases limit to 64 KiB
 SAMPLER_EVERY: Final = 3  # every third proposal is Optuna's sampler's, the others are optima of the corrected proxy
 DRAWS: Final = 8  # weights drawn before a proposal is left to the sampler
-TRUSTED: Final = ("proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
+TRUSTED: Final = ("fisher", "proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
 PRIOR_WEIGHT: Final = 0.05  # TPE's: with a weight of 1, 16 variables of 20 choices are drawn almost at random
 SIGNING: Final = 2.0  # seconds after which an unsigned running trial is taken for a killed worker's
 LOCK_GRACE: Final = 5  # seconds after which the journal's lock is taken from a worker that was killed while writing
@@ -48,7 +48,7 @@ DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at mo
 class Anchor:
     """A setting that is tried first."""
 
-    origin: str  # uniform, proxy, preset
+    origin: str  # fisher, uniform, proxy, preset
     choices: Choices
 
 
@@ -57,7 +57,7 @@ class Finished:
     """A finished trial."""
 
     number: int
-    origin: str  # uniform, proxy, preset, refined, tpe, nsga2, random
+    origin: str  # fisher, uniform, proxy, preset, refined, tpe, nsga2, random
     choices: Choices
     outcome: Outcome
     seconds: float

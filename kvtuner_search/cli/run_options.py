@@ -121,6 +121,11 @@ def space_options(function: F) -> F:
                 help="Channels that share a scale: head, 32, 64, 128, or several.",
             ),
             click.option("--symmetric/--no-symmetric", default=True, help="Also allow storing no minimum."),
+            click.option(
+                "--bands/--no-bands",
+                default=True,
+                help="Also allow storing in a fitted basis, in bands of channels with bits of their own.",
+            ),
         )
     ):
         function = option(function)

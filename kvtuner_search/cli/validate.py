@@ -23,25 +23,29 @@ from kvtuner_search.cli.run_options import CONTEXT
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Limit(click.ParamType[float | None]):
-    """A number that is not negative, or ``none``."""
+class Limit(click.ParamType[float | str | None]):
+    """A number that is not negative, ``none``, or where it is allowed ``auto``."""
 
-    name = "number|none"
+    def __init__(self, auto: bool) -> None:
+        self.auto, self.name = auto, "auto|number|none" if auto else "number|none"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str | None:
         if value == "none":
             return None
+        if value == "auto" and self.auto:
+            return "auto"
         try:
             number = float(value)
         except ValueError:
             number = -1.0
         if not 0 <= number < 2**31:
-            self.fail(f"{value!r} is neither a number from 0 on nor none", param, ctx)
+            words = "auto nor none" if self.auto else "none"
+            self.fail(f"{value!r} is neither a number from 0 on nor {words}", param, ctx)
         return number
 
 
-def _limit(name: str, default: str, text: str) -> Callable[[F], F]:
-    return click.option(name, type=Limit(), default=default, show_envvar=True, help=text)
+def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[F], F]:
+    return click.option(name, type=Limit(auto), default=default, show_envvar=True, help=text)
 
 
 @click.command(
@@ -64,6 +68,12 @@ def _limit(name: str, default: str, text: str) -> Callable[[F], F]:
     "--url", show_envvar=True, help="Running server with the profile, http://host:port, instead of starting one."
 )
 @click.option("--baseline-url", show_envvar=True, help="Running stock server, instead of starting one.")
+@click.option(
+    "--baseline-from",
+    type=click.Path(path_type=Path, file_okay=False),
+    show_envvar=True,
+    help="Folder of a run with the same options, for another profile: its stock server's answers are taken over.",
+)
 @server_python_option
 @click.option(
     "--data",
@@ -82,7 +92,8 @@ def _limit(name: str, default: str, text: str) -> Callable[[F], F]:
     metavar="TASK",
     default=("recall",),
     show_envvar=True,
-    help="Task to answer by generation: recall, arithmetic, list, rows#exact=FIELD, gsm8k:FOLDER; repeatable.",
+    help="Task to answer by generation: recall, arithmetic, list, rows#exact=FIELD, gsm8k:FOLDER with #items=N, #shots=N, #tokens=N,"
+    " #chat, #answer=last; repeatable (docs/validate.md).",
 )
 @click.option("--task-prompts", type=click.IntRange(1), default=100, show_envvar=True, help="Prompts of each task.")
 @click.option("--greedy-prompts", type=click.IntRange(2), default=32, show_envvar=True, help="Prompts to continue.")
@@ -97,10 +108,28 @@ def _limit(name: str, default: str, text: str) -> Callable[[F], F]:
     "--min-agreement", "none", "Mean fraction of greedy tokens before the first that differs; the lower end is judged."
 )
 @_limit(
-    "--max-path-difference", "0.02", "Decode against extend on the same tokens, nats a token beyond the stock server's."
+    "--max-path-difference",
+    "auto",
+    "Decode against extend on the same tokens, nats a token; auto: what rounding explains; a number: beyond the stock server's.",
+    auto=True,
 )
-@_limit("--max-offline-difference", "0.02", "Server against offline evaluation, nats a token; the worse end is judged.")
-@_limit("--min-offline-tokens", "0.9", "Fraction of greedy tokens that the offline evaluation ranks first too.")
+@_limit(
+    "--max-offline-difference",
+    "auto",
+    "Server against offline evaluation, nats a token; auto: what rounding explains, of means and token by token; a number: means alone.",
+    auto=True,
+)
+@_limit(
+    "--min-offline-tokens",
+    "auto",
+    "Fraction of greedy tokens that the offline evaluation ranks first too; auto: what rounding explains.",
+    auto=True,
+)
+@_limit(
+    "--min-offline-effect",
+    "0.5",
+    "Share of the profile's effect, token by token, that the server shows; the lower end.",
+)
 @click.option("--offline/--no-offline", default=True, help="Compare with the offline evaluation of the same profile.")
 @click.option("--device", default="auto", show_envvar=True, help="Of the offline evaluation: auto, cpu, cuda, cuda:N.")
 @click.option(

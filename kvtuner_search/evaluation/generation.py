@@ -7,23 +7,64 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvtuner_kernels.layout import TensorSpec
+from kvtuner_kernels.bands import (
+    BandCodes,
+    basis,
+    check_basis,
+    dequantize_bands,
+    from_basis,
+    is_first,
+    pack_bands,
+    quantize_bands,
+    to_basis,
+    unpack_bands,
+)
+from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_kernels.reference import NO_CENTRES, Centres, dequantize, pack, quantize, unpack
-from kvtuner_search.evaluation.stored import Setting
+from kvtuner_search.evaluation.stored import Setting, transform_of
 from kvtuner_search.models.runner import Runner
 
 Stop = Callable[[int, Sequence[int]], bool]  # (prompt index, tokens generated so far) -> whether that prompt is done
 
 
-def _through_bytes(x: Tensor, spec: TensorSpec, centre: Tensor | None) -> Tensor:
-    """``x`` [B, T, H, D] packed as a server packs it, and read back in its own dtype. 16 bits stay as they are, as in the scorer."""
+def _grouped(x: Tensor, spec: TensorSpec, centre: Tensor | None) -> Tensor:
+    """``x`` [B, T, H, D] through the packed bytes of a side without bands."""
     if spec.raw:
         return x
-    centre = centre.to(x.device) if centre is not None and spec.centred else None
     segment = spec.segment(x.shape[-1])
     found = quantize(x, spec, centre)
     codes = unpack(pack(found.codes, spec.bits, segment), spec.bits, segment)
     return dequantize(found._replace(codes=codes), spec, centre).to(x.dtype)
+
+
+def _banded(x: Tensor, spec: TensorSpec, joined: Tensor | None, first: Tensor) -> BandCodes:
+    """Codes [N, H, D] and scales [N, H] of ``x`` [B, T, H, D], ``first`` [B, T]."""
+    check_basis(joined, *x.shape[-2:])
+    assert joined is not None  # as just checked
+    marks = first.flatten()
+    return quantize_bands(to_basis(x.flatten(0, 1), basis(joined), marks), spec.bands, marks)
+
+
+def _read_back(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, T, H, D] packed as a server packs them, and read back in their own dtype. 16 bits stay as they are, as in the
+    scorer; ``first`` is bool [B, T]."""
+    needed = transform_of(spec.key, centres.key, key.device), transform_of(spec.value, centres.value, value.device)
+    sides = list(zip((key, value), (spec.key, spec.value), needed, strict=True))
+    found = [_banded(x, side, each, first) if side.banded else None for x, side, each in sides]
+    codes = [None if side is None else side.codes for side in found]
+    # Bands of keys and values that share words are packed together.
+    groups = [codes] if spec.shares_words else [[codes[0], None], [None, codes[1]]]
+    packed = [pack_bands(spec, *group) if any(each is not None for each in group) else None for group in groups]
+    out = []
+    for at, (x, side, each) in enumerate(sides):
+        held, packed_side = found[at], packed[min(at, len(packed) - 1)]
+        if held is None or packed_side is None or each is None:
+            out.append(_grouped(x, side, each))
+            continue
+        again = BandCodes(unpack_bands(packed_side, spec, at, x.shape[-1]), held.scale)
+        y = dequantize_bands(again, side.bands)
+        out.append(from_basis(y, basis(each), is_first(held.scale)).view_as(x).to(x.dtype))
+    return out[0], out[1]
 
 
 class PackedCache:
@@ -33,7 +74,7 @@ class PackedCache:
 
     Args:
         setting: one LayerSpec a layer.
-        centres: centring vectors by layer, for the layers whose specs are centred.
+        centres: by layer, what the sides that are centred or banded need (see transform_of).
         capacity: tokens of each sequence.
     """
 
@@ -55,8 +96,7 @@ class PackedCache:
         keys, values = self._layers[layer]
         spec, centres, at = self.setting[layer], self.centres.get(layer, NO_CENTRES), self._at.to(key.device)
         row = torch.arange(len(key), device=key.device).unsqueeze(1)
-        keys[row, at] = _through_bytes(key, spec.key, centres.key)
-        values[row, at] = _through_bytes(value, spec.value, centres.value)
+        keys[row, at], values[row, at] = _read_back(key, value, spec, centres, at == 0)
         count = int(at.max()) + 1
         if count == at.shape[1]:
             return keys[:, :count], values[:, :count]  # whole prompts: plain causal attention

@@ -22,7 +22,7 @@ from kvtuner_search.progress import Reporter
 
 
 def open_profile(path: Path) -> tuple[Profile, dict[int, Centres]]:
-    """A profile and its centring vectors by layer.
+    """A profile, and its centring vectors and bases by layer.
 
     Raises:
         ProfileError: if the profile or its transforms file cannot be used.
@@ -90,8 +90,12 @@ def uniform(spec: LayerSpec, layers: int) -> Setting:
     """The same spec in every layer.
 
     Raises:
-        UsageError: for a centred spec, whose vectors only a calibration can give.
+        UsageError: for a spec that is centred or banded, for which only a calibration can give what it needs.
     """
+    if spec.key.banded or spec.value.banded:
+        raise UsageError(
+            f"{spec} has bands, and only a calibration fits their basis: calibrate, or give a spec without bands"
+        )
     if spec.key.centred or spec.value.centred:
         raise UsageError(f"{spec} is centred, and only a calibration gives the vectors: leave -c out")
     return (spec,) * layers

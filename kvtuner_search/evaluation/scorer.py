@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -78,6 +78,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Batch:
+    samples: tuple[Sample, ...]  # by row
     tokens: Tensor  # int64 [B, T], padded on the right
     valid: Tensor  # bool [B, T]: no padding
     rows: Tensor  # int64 [n]: index into B*T of the position before each scored token
@@ -144,6 +145,12 @@ class Scorer:
         """Token ids [B, T] of the forward passes of one tier."""
         return [batch.tokens for batch in self._batches[tier]]
 
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, tuple[Sample, ...]]]:
+        """Every forward pass: token ids [B, T], which of them are no padding, and the samples row by row."""
+        for batches in self._batches:
+            for batch in batches:
+                yield batch.tokens, batch.valid, batch.samples
+
     def observe(self, observer: Observer, tiers: int, advance: Callable[[int], None]) -> None:
         """One pass of the 16-bit cache over the first ``tiers`` tiers through ``observer``."""
         for batches in self._batches[:tiers]:
@@ -187,6 +194,7 @@ class Scorer:
         hidden = hidden[at]
         self.advance(tokens.numel())
         return _Batch(
+            tuple(tier[index] for index in members),
             tokens,
             valid,
             at,

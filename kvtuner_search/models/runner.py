@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kvtuner_search.errors import DataError
 from kvtuner_search.models.attention import Tap, tapped
@@ -15,7 +17,7 @@ from kvtuner_search.models.load import LoadedModel
 
 
 class Runner:
-    """Forward passes over a loaded model. All methods run without gradients.
+    """Passes over a loaded model. All methods but :meth:`differentiate` run without gradients, and parameters never get any.
 
     ``can_resume`` tells whether a pass may start at a layer from that layer's input, which saves the layers before it; it is found
     out by trying, and where it does not hold (embedding scales, per-layer inputs) passes start at the first layer.
@@ -68,6 +70,49 @@ class Runner:
         logits: Tensor = self.head(hidden)
         return logits.float().log_softmax(-1)
 
+    def differentiate(self, tokens: Tensor, tap: Tap, start: Callable[[Tensor], Tensor]) -> None:
+        """A forward and a backward pass over token ids [B, T].
+
+        The way back computes every layer again, so that memory holds each layer's input and one layer's activations.
+
+        Args:
+            tokens: token ids.
+            tap: sees the forward pass once; gradient hooks that it leaves on keys and values are called on the way back.
+            start: the gradient by the last hidden states [B, T, E], given these.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), _reproducible(), self._computed_again():
+            embedding: nn.Module = self.loaded.model.get_input_embeddings()
+            handle = embedding.register_forward_hook(lambda _module, _arguments, output: output.requires_grad_())
+            try:
+                with tapped(tap):  # but not the way back, which would show the tap everything twice
+                    hidden: Tensor = self.base(
+                        input_ids=tokens.to(self.loaded.device), use_cache=False
+                    ).last_hidden_state
+                torch.autograd.backward(hidden, start(hidden.detach()))
+            finally:
+                handle.remove()
+
+    @contextmanager
+    def _computed_again(self) -> Iterator[None]:
+        """Layers keep nothing but their inputs for the way back."""
+
+        def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **named: Any) -> Any:
+                return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+
+            return run
+
+        own = [vars(layer).get("forward") for layer in self.layers]  # what a device map has put there
+        for layer in self.layers:
+            layer.forward = again(layer.forward)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.layers, own, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
     @contextmanager
     def _only(self, which: range) -> Iterator[None]:
         kept = self.base.layers
@@ -93,3 +138,16 @@ class Runner:
             return torch.equal(self.hidden_from(middle, inputs[middle]), hidden)
         except (TypeError, ValueError, IndexError, KeyError, RuntimeError):
             return False  # the base model wants more than the hidden state
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Attention's backward kernels on a GPU add up in a fixed order, as far as torch can, so that a seed gives the same basis."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*determinis", category=UserWarning)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -47,9 +47,47 @@ def test_it_writes_valid_profiles_within_their_budgets(finished: Path, tiny_mode
         assert profile.provenance.search.trials == 16
         assert len({d.digest for d in profile.provenance.data}) == 6  # two sources, three splits
         for index, layer in enumerate(profile.layer_specs()):
-            assert (centres[index].key is not None) == layer.key.centred if centres else not layer.key.centred
+            for side, held in ((layer.key, centres[index].key), (layer.value, centres[index].value)):
+                assert (held is not None) == side.fitted
+                assert held is None or held.shape == ((2, 18, 16) if side.banded else (2, 16))
     arguments = [str(finished / "tiny-qwen2-5.00bit.json"), "--model", str(tiny_model)]
     assert run(["check", *arguments]) == 0
+
+
+def test_the_first_trials_are_what_gradients_alone_say_in_bands(finished: Path) -> None:
+    record = json.loads((finished / "record.json").read_text())
+    for trial, bits in zip(record["trials"], (6, 5), strict=False):
+        assert trial["origin"] == "fisher"
+        assert trial["complete"]
+        specs = [LayerSpec.parse(text) for text in trial["layers"]]
+        assert all(side.banded for spec in specs for side in (spec.key, spec.value))
+        word = 16 // 8 * 2 * 16 // 8  # bytes of a word of both heads
+        assert bits / 16 * BITS_16 - word < trial["bytes_per_token"] <= bits / 16 * BITS_16
+    for layer in record["sensitivity"]:
+        assert "centres" not in layer
+        for side in ("keys", "values"):
+            bands, heads = layer["worth"][side], layer["worth_by_head"][side]
+            assert len(bands) == 8
+            assert bands == sorted(bands, reverse=True)
+            assert bands == pytest.approx([sum(head[band] for head in heads) for band in range(8)])
+            assert {"b12", "b20", "b32"} <= set(layer[side])
+            assert layer[side]["b12"][1] > layer[side]["b32"][1] > 0
+            measured = {row[0]: row[1:] for row in layer["errors"]}
+            for name in ("b12", "b20", "b32"):
+                spec = layer[side][name][0]
+                assert measured[f"{spec}/16" if side == "keys" else f"16/{spec}"][3] > 0
+
+
+def test_without_bands_nothing_is_banded(tiny_model: Path, tmp_path: Path) -> None:
+    assert calibrate(tiny_model, tmp_path, "--target-bits", "5", "--no-random-baseline", "--no-bands") == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["options"]["bands"] is False
+    assert "gradients" not in record["seconds"]
+    assert "fisher" not in {trial["origin"] for trial in record["trials"]}
+    texts = [text for trial in record["trials"] for text in trial["layers"]]
+    texts += [row[0] for layer in record["sensitivity"] for row in layer["errors"]]
+    assert not [text for text in texts if "b" in text]
+    assert all("worth" not in layer for layer in record["sensitivity"])
 
 
 def test_the_choice_is_no_worse_than_its_rivals_where_it_was_made(finished: Path) -> None:
@@ -57,10 +95,7 @@ def test_the_choice_is_no_worse_than_its_rivals_where_it_was_made(finished: Path
     for target in record["targets"]:
         chosen = target["chosen"]
         assert chosen["effective_bits"] <= target["target_bits"]
-        assert {"uniform", "proxy"} & {r["origin"] for r in target["rivals"]} or chosen["origin"] in (
-            "uniform",
-            "proxy",
-        )
+        assert {"fisher", "uniform", "proxy"} <= {r["origin"] for r in target["rivals"]} | {chosen["origin"]}
         assert [r for r in target["rivals"] if r["name"] == "plain K4V4"]
         for rival in target["rivals"]:
             low, high = (rival["chosen_minus_this"][end] for end in ("low", "high"))
@@ -219,7 +254,7 @@ def test_sensitivity_lists_every_pair(tiny_model: Path, tmp_path: Path, capsys: 
     for layer in layers:
         errors = {row[0]: row[1:] for row in layer["errors"]}
         assert (
-            len(errors) == 11 * 11
+            len(errors) == 11 * 11 + 2 * 3
         )  # raw; asymmetric plain, centred, rotated; symmetric centred, rotated; at two widths
         assert errors["16/16"] == [0, 0, 0, 0]
         for name, (e_k, e_v, e_a, e_o) in errors.items():
@@ -246,7 +281,8 @@ def test_sensitivity_lists_every_pair(tiny_model: Path, tmp_path: Path, capsys: 
 BAD = [
     (["--model", "no/such/model/folder"], 3, "does not exist"),
     (["--data", "nothing-like-this"], 3, "unknown source 'nothing-like-this'"),
-    (["--target-bits", "1.5"], 2, "below 3"),
+    (["--target-bits", "1.5"], 2, "below 2"),
+    (["--target-bits", "1.5", "--no-bands"], 2, "below 3"),
     (["--target-bits", "4", "--max-loss", "1"], 2, "exclude each other"),
     (["--max-loss", "-1"], 2, "not positive"),
     (["--resume"], 2, "no study to resume"),

@@ -9,15 +9,18 @@ from hypothesis import strategies as st
 
 from kvtuner_kernels.layout import TensorSpec
 from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pairs
-from kvtuner_search.calibration.candidates import RAW_CLASS, StorageClass, parse_pair, storage_classes
-from kvtuner_search.calibration.proxy import correct, proxy_front
-from kvtuner_search.calibration.space import LayerOptions, Space, build_space, prune
+from kvtuner_search.calibration.banded import banded_pairs
+from kvtuner_search.calibration.basis import LayerWorth, SideWorth
+from kvtuner_search.calibration.candidates import RAW_CLASS, StorageClass, banded_classes, parse_pair, storage_classes
+from kvtuner_search.calibration.proxy import correct, predicted_front, proxy_front
+from kvtuner_search.calibration.space import KEPT, LayerOptions, Space, build_space, prune
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.presets import per_token
 from kvtuner_search.profile.stages import balanced_partition, pipeline_cost
 
 HEADS, DIM = 2, 64
 CLASSES = storage_classes((2, 4, 8), (0,), DIM)
+BANDED = storage_classes((2, 4, 8), (0,), DIM, bands=True)
 
 
 def make_layer(seed: int, hurt: float = 1.0) -> LayerOptions:
@@ -28,8 +31,18 @@ def make_layer(seed: int, hurt: float = 1.0) -> LayerOptions:
     return LayerOptions(specs, specs, key_loss, value_loss, errors)
 
 
-def make_space(layers: int = 3, **changes: object) -> Space:
-    options = [make_layer(seed, hurt=10.0 ** (seed % 3)) for seed in range(layers)]
+def make_banded_layer(seed: int, hurt: float = 1.0) -> LayerOptions:
+    rng = np.random.default_rng(seed + 1000)
+    sides = [-np.sort(-rng.lognormal(0, 1.5, 8)) * hurt * 0.1 for _ in range(2)]
+    worth = LayerWorth(*(SideWorth((tuple(map(float, side)),)) for side in sides))
+    plain = make_layer(seed, hurt)
+    pairs = banded_pairs(worth, {20: float(rng.uniform(0.5, 2))}, {20: float(rng.uniform(0.5, 2))})
+    return LayerOptions(plain.keys, plain.values, plain.key_loss, plain.value_loss, plain.pair_error, pairs)
+
+
+def make_space(layers: int = 3, banded: bool = False, **changes: object) -> Space:
+    make = make_banded_layer if banded else make_layer
+    options = [make(seed, hurt=10.0 ** (seed % 3)) for seed in range(layers)]
     arguments = {"keep": uniform_pairs(CLASSES), "grouping": "off"} | changes
     return build_space(options, HEADS, DIM, **arguments)  # type: ignore[arg-type]
 
@@ -38,7 +51,10 @@ def test_classes_have_names_that_read_back() -> None:
     assert [str(c) for c in storage_classes((16, 4), (0, 32), 64)] == ["16", "4a32", "4s32", "4a64", "4s64"]
     assert [StorageClass.parse(str(c)) for c in CLASSES] == CLASSES
     assert parse_pair("16/2s64") == (RAW_CLASS, StorageClass(2, True, 64))
-    for text in ("5a64/16", "4x64/16", "4a/16", "4a64/", "4a64"):
+    assert str(StorageClass(0, total=28)) == "b28"
+    assert parse_pair("b28/b4") == (StorageClass(0, total=28), StorageClass(0, total=4))
+    assert [StorageClass.parse(str(c)) for c in BANDED] == BANDED
+    for text in ("5a64/16", "4x64/16", "4a/16", "4a64/", "4a64", "b/b4", "b65/b4", "b0/b4", "b04/b4", "b65443322/b4"):
         with pytest.raises(UsageError, match="write"):
             parse_pair(text)
     with pytest.raises(UsageError, match="groups of 128"):
@@ -60,6 +76,54 @@ def test_pruning_keeps_the_front_and_what_it_is_told_to() -> None:
     assert list(kept) == sorted(kept, key=lambda pair: (cost(pair), pair))
 
 
+def test_pruning_keeps_the_best_banded_pairs_of_each_size_and_drops_what_they_beat() -> None:
+    layer, keep = make_banded_layer(0), uniform_pairs(BANDED)
+    kept = prune(layer, HEADS, DIM, keep)
+
+    def cost(pair: tuple[StorageClass, StorageClass]) -> int:
+        return layer.spec(pair).bytes_per_token(HEADS, DIM)
+
+    for pair in kept:
+        if pair in keep:
+            continue
+        cheaper = [p for p in layer.banded if cost(p) <= cost(pair)]
+        if pair not in layer.banded:
+            assert all(layer.loss(p) >= layer.loss(pair) for p in cheaper)
+            continue
+        same = [p for p in cheaper if cost(p) == cost(pair)]
+        rank = sorted(layer.loss(p) for p in same).index(layer.loss(pair))
+        assert rank < KEPT or layer.predicted(pair) == min(layer.predicted(p) for p in same)
+    for nbytes in {cost(pair) for pair in layer.banded}:
+        same = [pair for pair in layer.banded if cost(pair) == nbytes]
+        assert min(same, key=layer.loss) in kept
+        assert min(same, key=layer.predicted) in kept
+    assert set(keep) <= set(kept)
+    assert (StorageClass(0, total=24), StorageClass(0, total=24)) in keep
+    assert len(kept) < 60
+
+
+def test_what_gradients_predict_is_handed_out_exactly_and_spends_the_budget() -> None:
+    """Against every combination of every banded pair, kept or not."""
+    space = make_space(2, banded=True)
+    first, second = space.options
+    cost = {pair: first.spec(pair).bytes_per_token(HEADS, DIM) for pair in first.banded}
+    assert cost == {pair: second.spec(pair).bytes_per_token(HEADS, DIM) for pair in second.banded}
+    front = predicted_front(space)
+    for point in front:
+        least = min(
+            first.predicted(a) + second.predicted(b)
+            for a, b in itertools.product(cost, repeat=2)
+            if cost[a] + cost[b] <= point.nbytes
+        )
+        assert point.loss == pytest.approx(least)
+        setting = space.setting(point.choices)
+        assert all(side.banded for spec in setting for side in (spec.key, spec.value)) or point is front[-1]
+        assert sum(spec.bytes_per_token(HEADS, DIM) for spec in setting) == point.nbytes
+    word = 16 // 8 * HEADS * DIM // 8  # bytes by which banded layers differ
+    assert all(b.nbytes - a.nbytes == word for a, b in itertools.pairwise(front[:-1]))
+    assert predicted_front(make_space(2)) == []
+
+
 def test_layers_are_grouped_when_they_are_alike_and_not_when_they_are_not() -> None:
     alike = [make_layer(0, hurt) for hurt in (1, 1.01, 1.02, 1000, 1010, 1020)]
     grouped = build_space(alike, HEADS, DIM, uniform_pairs(CLASSES), "auto")
@@ -75,8 +139,9 @@ def test_layers_are_grouped_when_they_are_alike_and_not_when_they_are_not() -> N
     assert len(build_space(spread, HEADS, DIM, uniform_pairs(CLASSES), "on").variables) < 6
 
 
-def test_the_proxy_front_is_exact() -> None:
-    space = make_space(3)
+@pytest.mark.parametrize("banded", [False, True])
+def test_the_proxy_front_is_exact(banded: bool) -> None:
+    space = make_space(3, banded)
     weights = np.random.default_rng(3).uniform(0.5, 2, 6)
     everything = []
     for choices in itertools.product(*(range(len(v.pairs)) for v in space.variables)):
@@ -121,6 +186,15 @@ def test_anchors_are_distinct_affordable_and_cover_uniform_settings() -> None:
     assert all(space.nbytes(a.choices) <= budget for a in found if a.origin == "proxy")
     uniform = [a for a in found if a.origin == "uniform"]
     assert len(uniform) == 10  # five bit pairs, asymmetric and symmetric
+    assert "fisher" not in {a.origin for a in found}
+    banded = make_space(4, banded=True)
+    found = anchors(banded, uniform_pairs(BANDED), [], [budget, budget // 2])
+    assert [a.origin for a in found[:3]] == ["fisher", "fisher", "proxy"]
+    for anchor, limit in zip(found, (budget, budget // 2), strict=False):
+        assert banded.nbytes(anchor.choices) <= limit
+        assert banded.nbytes(anchor.choices) > limit - 64  # a word more would not fit
+    alike = {pair for a in found if a.origin == "uniform" and (pair := banded.uniform_pair(a.choices)) is not None}
+    assert {(c, c) for c in banded_classes() if c.total in (16, 24, 32)} <= alike  # 4.25 bits, as 4s64
     assert preset_pairs([per_token(4, 2, DIM)] * 2, CLASSES) == [parse_pair("4a64/2a64")] * 2
     assert preset_pairs([space.setting(uniform[0].choices)[0]], [RAW_CLASS]) is None
 

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_kernels.bands import basis, join_basis
+from kvtuner_kernels.layout import LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.reference import Centres, as_stored, pack_rows, unpack_rows
 from kvtuner_search.data.types import Sample
 from kvtuner_search.evaluation import scorer as scorer_module
+from kvtuner_search.evaluation.generation import PackedCache
 from kvtuner_search.evaluation.scorer import Scorer, Scores
 from kvtuner_search.evaluation.statistics import measures, paired_loss, paired_ratio
-from kvtuner_search.evaluation.stored import centres_file, load_centres, stored_cache
+from kvtuner_search.evaluation.stored import centres_file, load_centres, stored_cache, transform_of
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.runner import Runner
 
@@ -112,6 +114,94 @@ def test_centres_survive_the_file() -> None:
     assert back[1] == Centres()
     assert back[2].value is not None
     assert back[2].key is None
+
+
+def make_basis(seed: int) -> torch.Tensor:
+    """A basis of two heads of 16 channels whose first tokens lie far away."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.linalg.qr(torch.randn(2, 16, 16, generator=generator))[0] * torch.logspace(-0.5, 0.5, 16)[:, None]
+    return join_basis(matrix, torch.randn(2, 16, generator=generator), 20 + torch.randn(2, 16, generator=generator))
+
+
+BANDED = LayerSpec.parse("b65443322/b44332211")
+MIXED = LayerSpec.parse("b33333333/4-g16-asym-c")
+
+
+def test_a_spec_gets_the_part_of_a_basis_that_it_needs() -> None:
+    joined = make_basis(0)
+    centred, banded = TensorSpec(4, 16, centred=True), BANDED.key
+    assert transform_of(banded, joined) is joined
+    mean = transform_of(centred, joined)
+    assert mean is not None
+    assert torch.equal(mean, basis(joined).mean)
+    assert transform_of(TensorSpec(4, 16), joined) is None
+    assert transform_of(TensorSpec(), joined) is None
+    assert transform_of(centred, mean) is mean  # a centring vector alone
+    moved = transform_of(banded, joined, torch.device("meta"))
+    assert moved is not None
+    assert moved.device.type == "meta"
+    assert (
+        transform_of(banded, joined, torch.device("meta")) is moved
+    )  # moved once, as what follows from it is kept by tensor
+    assert transform_of(banded, joined, torch.device("cpu")) is joined
+
+
+def test_bases_and_the_means_in_them_survive_the_file() -> None:
+    centres = {i: Centres(make_basis(i), make_basis(10 + i)) for i in range(3)}
+    back = load_centres(centres_file((BANDED, MIXED, LayerSpec()), centres), 3)
+    for got, expected in (
+        (back[0].key, centres[0].key),
+        (back[0].value, centres[0].value),
+        (back[1].key, centres[1].key),
+    ):
+        assert got is not None
+        assert expected is not None
+        assert torch.equal(got, expected)
+    assert back[1].value is not None
+    assert back[1].value.shape == (2, 16)
+    assert back[2] == Centres()
+
+
+@pytest.mark.parametrize("spec", [BANDED, MIXED, LayerSpec.parse("16/b80000000")])
+def test_a_banded_cache_is_what_packed_rows_hold_first_tokens_apart(spec: LayerSpec) -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 9, 2, 16, generator=generator).bfloat16() for _ in range(3))
+    key[:, 0] += 20
+    value[:, 0] += 20
+    centres = Centres(make_basis(2), make_basis(3))
+    found = stored_cache([spec], {0: centres})(0, query, key, value)
+    needed = Centres(transform_of(spec.key, centres.key), transform_of(spec.value, centres.value))
+    for row in range(2):
+        rows = pack_rows(key[row], value[row], spec, needed, torch.arange(9) == 0)
+        for got, stored in zip(found, unpack_rows(rows, spec, 2, 16, needed), strict=True):
+            assert torch.equal(got[row], stored.bfloat16())
+    for side, held, x in ((spec.key, needed.key, key), (spec.value, needed.value, value)):
+        if side.banded:
+            blind = as_stored(x, side, held)
+            assert (blind[:, 0] - x[:, 0]).norm() > 2 * (
+                as_stored(x, side, held, first=torch.arange(9) == torch.zeros(2, 1))[:, 0] - x[:, 0]
+            ).norm()
+    with pytest.raises(LayoutError, match="needs a basis"):
+        stored_cache([spec], {0: Centres(make_basis(2)[:, -2], make_basis(2)[:, -2])})(0, query, key, value)
+
+
+def test_generation_reads_the_same_cache_and_knows_first_tokens(runner: Runner) -> None:
+    """Prompts of two lengths, then two tokens one by one: what is read back equals the whole sequence stored at once."""
+    setting = (BANDED, MIXED, LayerSpec(), BANDED)
+    centres = {i: Centres(make_basis(i), make_basis(10 + i)) for i in range(4)}
+    sequences = torch.arange(50, 64).view(2, 7)
+    lengths = torch.tensor([5, 3])
+    cache = PackedCache(setting, centres, 7)
+    at = torch.arange(5).expand(2, 5)
+    cache.begin(at)
+    hidden = [runner.hidden(sequences[:, :5], cache)[torch.arange(2), lengths - 1]]
+    for step in range(2):
+        at = (lengths + step).unsqueeze(1)
+        cache.begin(at)
+        hidden.append(runner.hidden(sequences.gather(1, at), cache, positions=at)[:, 0])
+    whole = runner.hidden(sequences, stored_cache(setting, centres))
+    for step, got in enumerate(hidden):
+        assert torch.allclose(got, whole[torch.arange(2), lengths - 1 + step], atol=1e-4)
 
 
 def make_scores(kl: list[float], exact: list[bool]) -> Scores:

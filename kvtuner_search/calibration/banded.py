@@ -1,0 +1,125 @@
+"""Which bits the bands of a layer get: what a pattern is predicted to lose, and the best patterns of each storage class.
+
+A banded class fixes how many bits the eight bands of a side have together, and so, with the other side's class, the words of a row. How
+these bits are spread over the bands costs nothing, so each layer takes the pattern that its gradients predict to lose least.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, WORD_BITS, LayerSpec, TensorSpec, place_bands
+from kvtuner_search.calibration.basis import LayerWorth
+from kvtuner_search.calibration.candidates import GRAIN, Pair, StorageClass, banded_classes
+
+# Mean squared error of a standard normal variable at 0 to 8 bits, with the uniform steps of kvtuner_kernels.bands.
+DISTORTION: Final = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.000304, 0.0000875)
+# A code for x is wrong by -D x in the mean, and by noise about that. Noise of different tokens cancels, the share D of x does not: what a text
+# says in a channel that was dropped is missing from many of its tokens at once. So that part counts double.
+COST: Final = tuple(d + d * d for d in DISTORTION)
+# Totals whose lone losses are measured; between them measured over predicted loss is interpolated.
+MEASURED: Final = (12, 20, 32)
+TRIED: Final = 24  # best patterns of a side and total that are tried with the other side's
+
+
+@dataclass(frozen=True)
+class BandedPair:
+    """How one layer stores a pair of banded classes, and what that is taken to lose."""
+
+    spec: LayerSpec
+    key_loss: float  # nats a token: predicted by the gradients, times what measured losses say about predictions
+    value_loss: float
+    predicted: float  # by the gradients alone, both sides
+
+
+@functools.cache
+def patterns(total: int) -> NDArray[np.int64]:
+    """Every way to give the bands ``total`` bits, a band never more than the one before it: [n, BANDS]."""
+
+    def rest(bands: int, left: int, most: int) -> list[tuple[int, ...]]:
+        if bands == 0:
+            return [()] if left == 0 else []
+        least = -(-left // bands)
+        return [(b, *tail) for b in range(min(most, left), least - 1, -1) for tail in rest(bands - 1, left - b, b)]
+
+    return np.array(rest(BANDS, total, MAX_BAND_BITS), dtype=np.int64)
+
+
+def predicted_loss(bands: Sequence[int], worth: Sequence[float]) -> float:
+    """Nats a token that a pattern is taken to lose."""
+    return sum(COST[b] * w for b, w in zip(bands, worth, strict=True))
+
+
+@functools.cache
+def _costs(total: int) -> NDArray[np.float64]:
+    return np.array(COST)[patterns(total)]
+
+
+def best_patterns(total: int, worth: Sequence[float], count: int = 1) -> list[tuple[tuple[int, ...], float]]:
+    """The patterns of ``total`` bits with the least predicted losses, and these; best first."""
+    found = patterns(total)
+    losses = _costs(total) @ np.array(worth)
+    order = np.argsort(losses, kind="stable")[:count]
+    return [(tuple(map(int, found[i])), float(losses[i])) for i in order]
+
+
+def class_spec(candidate: StorageClass, worth: Sequence[float]) -> TensorSpec:
+    """A side's best spec of a banded class, the other side not considered."""
+    return TensorSpec(bits=0, bands=best_patterns(candidate.total, worth)[0][0])
+
+
+def banded_pairs(
+    worth: LayerWorth, key_ratio: Mapping[int, float], value_ratio: Mapping[int, float]
+) -> dict[Pair, BandedPair]:
+    """Every pair of banded classes that fills its words, with the best patterns that do pack into as many.
+
+    Args:
+        worth: of the layer.
+        key_ratio, value_ratio: measured over predicted loss by total bits; missing totals are interpolated.
+    """
+    sides = (worth.keys.bands, worth.values.bands)
+    classes = banded_classes()
+    best = [{c.total: _near(c.total, bands) for c in classes} for bands in sides]
+    found = {}
+    for key, value in itertools.product(classes, repeat=2):
+        words, over = divmod(key.total + value.total, WORD_BITS)
+        if over:
+            continue
+        k, v = _packed(best[0][key.total], best[1][value.total], words)
+        found[key, value] = BandedPair(
+            LayerSpec(TensorSpec(bits=0, bands=k[0]), TensorSpec(bits=0, bands=v[0])),
+            k[1] * interpolated(key_ratio, key.total),
+            v[1] * interpolated(value_ratio, value.total),
+            k[1] + v[1],
+        )
+    return found
+
+
+Pattern = tuple[tuple[int, ...], float]
+
+
+def _near(total: int, worth: Sequence[float]) -> list[Pattern]:
+    """The best patterns of up to ``total`` bits; a few bits less may be what packs."""
+    found = [pattern for less in range(GRAIN) for pattern in best_patterns(total - less, worth, TRIED // (less + 1))]
+    return sorted(found, key=lambda pattern: (pattern[1], pattern[0]))
+
+
+def _packed(keys: Sequence[Pattern], values: Sequence[Pattern], words: int) -> tuple[Pattern, Pattern]:
+    """The two patterns of least summed loss that fit into so many words; the best ones if none do."""
+    order = sorted(itertools.product(keys, values), key=lambda pair: pair[0][1] + pair[1][1])
+    return next((pair for pair in order if place_bands(pair[0][0], pair[1][0])[1] <= words), order[0])
+
+
+def interpolated(ratio: Mapping[int, float], total: int) -> float:
+    """Measured over predicted loss at ``total`` bits: log-linear between what was measured, constant beyond; 1 if nothing was."""
+    if not ratio:
+        return 1.0
+    known = sorted(ratio)
+    return float(np.exp(np.interp(total, known, [np.log(ratio[at]) for at in known])))
