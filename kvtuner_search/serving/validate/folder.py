@@ -69,6 +69,28 @@ class Folder:
         files = (self.path / name for name in self._journals)
         return any(file.exists() and file.stat().st_size for file in files)
 
+    def borrow(self, name: str, other: Path, alike: Sequence[str]) -> None:
+        """Take one server's responses over from another run, if this one has none yet.
+
+        Args:
+            name: the server.
+            other: that run's folder.
+            alike: settings that the responses depend on.
+
+        Raises:
+            UsageError: if it is no run's, has none, or was made with other settings.
+        """
+        mine, theirs = (_parse(path / _SETTINGS) for path in (self.path, other))
+        differing = [setting for setting in alike if mine.get(setting) != theirs.get(setting)]
+        if differing:
+            raise UsageError(f"{other} holds a run with other {', '.join(differing)}: name one with the same options")
+        target, source = (path / f"{name}.jsonl" for path in (self.path, other))
+        if target.exists() and target.stat().st_size:
+            return
+        if not source.exists():
+            raise UsageError(f"{other} has no answers of the {name} server: name a run that is complete")
+        write_atomic(target, source.read_bytes())
+
     def journal(self, name: str) -> Journal:
         """The responses of one server."""
         return Journal(self.path / f"{name}.jsonl")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 from kvtuner_search.profile.fields import Measure
-from kvtuner_search.profile.validation import Capacity, Check, Greedy, OfflineAgreement, Semantics, TaskResult, holds
+from kvtuner_search.profile.validation import Capacity, Check, Greedy, Semantics, TaskResult, holds
+from kvtuner_search.serving.validate.explained import Explained, worse
 from kvtuner_search.serving.validate.options import Limits
+
+UNEXPLAINED: Final = (
+    0.05  # nats a token, decode against extend where nothing was computed offline and likelihood has no threshold
+)
 
 
 def judge(
@@ -17,16 +22,23 @@ def judge(
     greedy: Greedy,
     capacity: Capacity,
     semantics: Semantics,
-    offline: Sequence[OfflineAgreement],
+    explained: Explained | None,
 ) -> list[Check]:
-    """One check for each threshold that is set and, for likelihood and accuracy, each source and task."""
+    """One check for each threshold that is set and, for likelihood and accuracy, each source and task.
+
+    Args:
+        explained: both servers against the offline evaluation; None if nothing was computed offline.
+    """
+    rows = [
+        *_quality(limits, likelihood, tasks, greedy, capacity),
+        *_path(limits, semantics, explained),
+        *(_offline(limits, semantics, explained) if explained is not None else ()),
+    ]
     return [
         Check(
             name=name, relation=relation, limit=limit, value=value, passed=holds(value, relation, limit), reason=reason
         )
-        for name, relation, limit, value, reason in _rows(
-            limits, likelihood, tasks, greedy, capacity, semantics, offline
-        )
+        for name, relation, limit, value, reason in rows
         if limit is not None
     ]
 
@@ -34,14 +46,12 @@ def judge(
 _Row = tuple[str, Literal["at most", "at least"], float | None, float | None, str]
 
 
-def _rows(
+def _quality(
     limits: Limits,
     likelihood: Sequence[Measure],
     tasks: Sequence[TaskResult],
     greedy: Greedy,
     capacity: Capacity,
-    semantics: Semantics,
-    offline: Sequence[OfflineAgreement],
 ) -> Iterator[_Row]:
     for measure in likelihood:
         yield f"nll.{measure.data}", "at most", limits.max_nll_increase, measure.ci_high, ""
@@ -51,13 +61,40 @@ def _rows(
     yield "greedy", "at least", limits.min_agreement, greedy.ci_low, ""
     share = capacity.ratio / capacity.predicted if capacity.comparable else None
     yield "capacity", "at least", limits.min_capacity, share, capacity.reason
-    if semantics.difference is not None and semantics.baseline_difference is not None:
-        excess = semantics.difference - semantics.baseline_difference
-        yield "decode-semantics", "at most", limits.max_path_difference, excess, ""
-    for row in offline:
-        if row.cache == "profile":
-            text = max(abs(row.ci_low), abs(row.ci_high))
-            decode = max(abs(row.decode_low), abs(row.decode_high))
-            yield "offline.nll", "at most", limits.max_offline_difference, text, ""
-            yield "offline.decode", "at most", limits.max_offline_difference, decode, ""
-            yield "offline.tokens", "at least", limits.min_offline_tokens, row.token_agreement, ""
+
+
+def _path(limits: Limits, semantics: Semantics, explained: Explained | None) -> Iterator[_Row]:
+    limit = limits.max_path_difference
+    if semantics.difference is None or semantics.baseline_difference is None:
+        return
+    if limit == "auto" and explained is not None:
+        bound = explained.path()
+        yield "decode-semantics", "at most", bound.limit, bound.value, ""
+        return
+    if limit == "auto":
+        # Likelihood was read from extend. Decode's is off by no more than this difference, so together they may cost twice the threshold.
+        limit = UNEXPLAINED if limits.max_nll_increase is None else limits.max_nll_increase
+    excess = semantics.difference - semantics.baseline_difference
+    yield "decode-semantics", "at most", limit, excess, ""
+
+
+def _offline(limits: Limits, semantics: Semantics, explained: Explained) -> Iterator[_Row]:
+    whole = semantics.method != "token-by-token"  # there the newest token's own key and value were read unquantized
+    if limits.max_offline_difference == "auto":
+        bounds = {"offline.nll": explained.nll(), "offline.decode": explained.decode_nll()}
+        if whole:
+            bounds["offline.distance"] = explained.distance()
+        bounds["offline.decode-distance"] = explained.decode_distance()
+        bounds["offline.stock-distance"] = explained.stock_distance()
+        for name, bound in bounds.items():
+            yield name, "at most", bound.limit, bound.value, ""
+    else:
+        row = explained.profile.agreement("profile")
+        yield "offline.nll", "at most", limits.max_offline_difference, worse(row.ci_low, row.ci_high), ""
+        yield "offline.decode", "at most", limits.max_offline_difference, worse(row.decode_low, row.decode_high), ""
+    tokens = explained.tokens()
+    least = tokens.limit if limits.min_offline_tokens == "auto" else limits.min_offline_tokens
+    yield "offline.tokens", "at least", least, tokens.value, ""
+    effect = explained.effect() if whole else None
+    if effect is not None:
+        yield "offline.effect", "at least", limits.min_offline_effect, effect.low, ""

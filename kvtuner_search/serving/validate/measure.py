@@ -24,12 +24,17 @@ _PAUSE: Final = 1.0  # seconds before the second attempt, twice that before the 
 class Outcome:
     """What one server answered, in the order of the prompts."""
 
-    nll: NDArray[np.float64]  # [samples]: sum over scored tokens, nats
+    scored: list[NDArray[np.float64]]  # log-probabilities of the scored tokens, a sample each
     task_tokens: list[tuple[int, ...]]  # generated, a prompt each
     continuations: list[tuple[int, ...]]  # greedy
     decoded: list[NDArray[np.float64]]  # log-probabilities of the continuations' tokens, by decode
     rescored: list[NDArray[np.float64]]  # the same tokens scored as part of a prompt; empty if that was not done
     failures: list[str]  # attempts that failed before one succeeded
+
+    @property
+    def nll(self) -> NDArray[np.float64]:
+        """[samples]: sum of negative log-likelihoods of the scored tokens, nats."""
+        return np.array([-float(part.sum()) for part in self.scored])
 
     def path_difference(self) -> float | None:
         """Mean absolute difference of ``decoded`` and ``rescored``, nats a token."""
@@ -180,7 +185,7 @@ def outcome(plan: Plan, journal: Journal) -> Outcome:
         requests = [_again(p, a.output_ids) for p, a in zip(prompts.greedy, greedy, strict=True)]
         rescored = [np.array(_answer(journal, f"again/{i}", r).input_logprobs) for i, r in enumerate(requests)]
     return Outcome(
-        nll=np.array([_sample_nll(journal, plan, i, sample) for i, sample in enumerate(prompts.split.samples)]),
+        scored=[_scored(journal, plan, i, sample) for i, sample in enumerate(prompts.split.samples)],
         task_tokens=[_answer(journal, f"task/{i}", _task(p)).output_ids for i, p in enumerate(prompts.tasks)],
         continuations=[answer.output_ids for answer in greedy],
         decoded=[np.array(answer.output_logprobs) for answer in greedy],
@@ -189,11 +194,11 @@ def outcome(plan: Plan, journal: Journal) -> Outcome:
     )
 
 
-def _sample_nll(journal: Journal, plan: Plan, index: int, sample: Sample) -> float:
+def _scored(journal: Journal, plan: Plan, index: int, sample: Sample) -> NDArray[np.float64]:
     name = f"nll/{index}"
     values: Sequence[float]
     if plan.method == "token-by-token":
         values, first = journal.done[name], 1
     else:
         values, first = _answer(journal, name, _score(sample)).input_logprobs, sample.scored[0][0]
-    return -sum(values[position - first] for start, end in sample.scored for position in range(start, end))
+    return np.array([values[position - first] for start, end in sample.scored for position in range(start, end)])

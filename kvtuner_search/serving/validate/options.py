@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Auto = Literal["auto"]  # what rounding explains, measured in the same run: kvtuner_search.serving.validate.explained
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,14 @@ class Limits:
     min_agreement: float | None = (
         None  # mean fraction of greedy tokens before the first difference from the stock server
     )
-    max_path_difference: float | None = 0.02  # nats a token, decode against extend, beyond the stock server's
-    max_offline_difference: float | None = (
-        0.02  # nats a token, server against offline, on held-out text and on continuations
+    max_path_difference: float | Auto | None = (
+        "auto"  # nats a token, decode against extend; a number: beyond the stock server's
     )
-    min_offline_tokens: float | None = 0.9  # of the greedily chosen tokens
+    max_offline_difference: float | Auto | None = (
+        "auto"  # nats a token, server against offline, on held-out text and on continuations; a number: of the means alone
+    )
+    min_offline_tokens: float | Auto | None = "auto"  # of the greedily chosen tokens
+    min_offline_effect: float | None = 0.5  # of the profile's effect, token by token, that the server must show
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class ValidationOptions:
     model: str  # folder, hub id or ``reference``
     url: str | None  # of a running server with the profile; None starts one
     baseline_url: str | None  # of a running stock server; None starts one
+    baseline_from: Path | None  # folder of a run whose stock server's answers are taken over
     server_arguments: tuple[str, ...]  # for both servers that are started
     server_python: str  # interpreter of the environment that has SGLang
     sources: tuple[str, ...]

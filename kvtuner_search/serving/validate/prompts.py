@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from kvtuner_search.data import Sample, Split, load_evaluation
 from kvtuner_search.data.load import Encoder
 from kvtuner_search.data.sources import Rows, Task, parse_source
 from kvtuner_search.data.tasks import Document, stream
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.fields import DataInfo
 from kvtuner_search.profile.schema import Profile
+from kvtuner_search.serving.validate import gsm8k
 
-GSM8K: Final = "gsm8k:"
-_GSM8K_OPTIONS: Final = {"shots": 8, "tokens": 400}
-_GSM8K_FINAL: Final = re.compile(r"#### (-?[0-9][0-9,]*(?:\.[0-9]+)?)")
-_GSM8K_END: Final = "\nQuestion:"  # where a model that goes on writes the next question
 _SPARE: Final = 4  # tokens beyond the expected answer, in which it may still be completed
 
 
@@ -30,11 +24,14 @@ _SPARE: Final = 4  # tokens beyond the expected answer, in which it may still be
 class TaskPrompt:
     """A prompt, the answer that is right, and how much may be generated."""
 
-    task: str
+    task: str  # its name in results, which holds no folder
     tokens: tuple[int, ...]
     expected: str
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    reading: gsm8k.Reading | None = (
+        None  # which number of an answer to GSM8K counts; None: the answer is the text's first word
+    )
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,7 @@ class Prompts:
         """sha256 over all prompts: a resumed run must ask the same."""
         state = hashlib.sha256(self.split.digest.encode())
         for prompt in self.tasks:
-            state.update(
-                repr((prompt.task, prompt.tokens, prompt.expected, prompt.max_new_tokens, prompt.stop)).encode()
-            )
+            state.update(repr(prompt).encode())
         state.update(repr(self.greedy).encode())
         return f"sha256:{state.hexdigest()}"
 
@@ -94,23 +89,37 @@ def build(
         UsageError, DataError: as :func:`kvtuner_search.data.load_evaluation`, and for a task that cannot be answered by generation.
     """
     split = load_evaluation(sources, tokenizer, seed=seed, samples=samples, length=length)
-    if len(set(tasks)) != len(tasks):
+    parts = [_task(task, tokenizer, task_prompts, seed) for task in tasks]
+    names = [part[0].task for part in parts]
+    if len(set(names)) != len(names):
         raise UsageError("a task is named twice: results are kept by name, so drop one")
-    answers = [prompt for task in tasks for prompt in _task(task, tokenizer, task_prompts, seed)]
+    answers = [prompt for part in parts for prompt in part]
     return Prompts(split, tuple(answers), tuple(_beginnings(split, greedy_prompts)))
 
 
 def right(prompt: TaskPrompt, text: str) -> bool:
     """Whether a generated text is the expected answer.
 
-    GSM8K: the number after the first ``####`` (commas do not count), before a next question. Elsewhere: the text starts with the
-    answer, and neither a letter nor a digit follows.
+    GSM8K: the number that counts is the expected one. Elsewhere: the text starts with the answer, and neither a letter nor a digit
+    follows.
     """
-    if prompt.task.startswith(GSM8K):
-        found = _GSM8K_FINAL.search(text.split(_GSM8K_END)[0])
-        return found is not None and found[1].replace(",", "") == prompt.expected
+    if prompt.reading is not None:
+        return gsm8k.is_right(text, prompt.expected, prompt.reading)
     text, expected = text.strip(), prompt.expected.strip()
     return text.startswith(expected) and not text[len(expected) : len(expected) + 1].isalnum()
+
+
+def cut_short(server: str, prompts: Sequence[TaskPrompt], answers: Sequence[Sequence[int]]) -> list[str]:
+    """Notes on a server's answers that took all tokens they could have; with a larger ``#tokens`` more of them may be right."""
+    found = []
+    rows = zip(prompts, answers, strict=True)
+    for (name, most), group in itertools.groupby(rows, key=lambda row: (row[0].task, row[0].max_new_tokens)):
+        part = [len(answer) == most for prompt, answer in group if prompt.reading is not None]
+        if any(part):
+            found.append(
+                f"{sum(part)} of {len(part)} answers of the {server} server to {name} were cut at {most} tokens"
+            )
+    return found
 
 
 def notes_on_data(profile: Profile, split: Split) -> list[str]:
@@ -136,8 +145,12 @@ def _beginnings(split: Split, count: int) -> list[tuple[int, ...]]:
 
 
 def _task(spec: str, tokenizer: Any, count: int, seed: int) -> list[TaskPrompt]:
-    if spec.startswith(GSM8K):
-        return _gsm8k(spec, tokenizer, count)
+    if spec.startswith(gsm8k.PREFIX):
+        name, task = gsm8k.parse(spec, count)
+        return [
+            TaskPrompt(name, tokens, expected, task.tokens, task.stop, task.reading)
+            for tokens, expected in task.prompts(tokenizer)
+        ]
     source = parse_source(spec)
     documents: list[Document]
     if isinstance(source, Task):
@@ -149,7 +162,7 @@ def _task(spec: str, tokenizer: Any, count: int, seed: int) -> list[TaskPrompt]:
         documents = []
     if not documents:
         raise UsageError(
-            f"task {spec!r} has no short answer: name recall, arithmetic, list, {GSM8K}FOLDER or rows#exact=FIELD"
+            f"task {spec!r} has no short answer: name recall, arithmetic, list, {gsm8k.PREFIX}FOLDER or rows#exact=FIELD"
         )
     encoder = Encoder(tokenizer, 2**31)
     found = []
@@ -157,43 +170,5 @@ def _task(spec: str, tokenizer: Any, count: int, seed: int) -> list[TaskPrompt]:
         start, end = document.answers[-1]
         prompt, answer = document.text[:start].rstrip(" "), document.text[start:end]
         tokens = (*encoder.start, *encoder.ids(prompt))
-        found.append(TaskPrompt(spec, tokens, answer, len(encoder.ids(f" {answer}")) + _SPARE))
+        found.append(TaskPrompt(source.name, tokens, answer, len(encoder.ids(f" {answer}")) + _SPARE))
     return found
-
-
-def _gsm8k(spec: str, tokenizer: Any, count: int) -> list[TaskPrompt]:
-    """The first ``count`` test questions, each after the first ``shots`` questions of the training set with their answers."""
-    location, *given = spec.removeprefix(GSM8K).split("#")
-    options = dict(_GSM8K_OPTIONS)
-    for option in given:
-        name, _, value = option.partition("=")
-        if name not in options or not value.isdecimal():
-            raise UsageError(f"task {spec!r}: option {option!r} is unknown: use #shots=N and #tokens=N")
-        options[name] = int(value)
-    if options["tokens"] < 1:
-        raise UsageError(f"task {spec!r}: tokens=0 leaves no room for an answer: use 1 or more")
-    write: Callable[[dict[str, str]], str] = lambda row: f"Question: {row['question']}\nAnswer:"  # noqa: E731
-    shots = _rows(Path(location) / "train.jsonl", options["shots"])
-    before = "".join(f"{write(row)} {row['answer']}\n\n" for row in shots)
-    encoder = Encoder(tokenizer, 2**31)
-    found = []
-    for row in _rows(Path(location) / "test.jsonl", count):
-        final = _GSM8K_FINAL.search(row["answer"])
-        if final is None:
-            raise DataError(f"{location}/test.jsonl: an answer ends without #### and a number: is it GSM8K?")
-        tokens = (*encoder.start, *encoder.ids(before + write(row)))
-        found.append(TaskPrompt(spec, tokens, final[1].replace(",", ""), options["tokens"], (_GSM8K_END,)))
-    return found
-
-
-def _rows(path: Path, count: int) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8") as stream:
-            rows = [json.loads(line) for line in itertools.islice(stream, count)]
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}): give a folder with GSM8K's train.jsonl and test.jsonl"
-        ) from error
-    if not all(isinstance(row, dict) and {"question", "answer"} <= row.keys() for row in rows) or len(rows) < count:
-        raise DataError(f"{path}: has not {count} rows with question and answer: ask for fewer")
-    return rows

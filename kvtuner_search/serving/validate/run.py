@@ -13,26 +13,29 @@ from typing import Any, Final
 from kvtuner_search.data import Split
 from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.evaluation.offline import open_profile
+from kvtuner_search.evaluation.stored import stored_cache
 from kvtuner_search.files import write_atomic
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
 from kvtuner_search.profile.canonical import canonical_json, digest_without_validation, save, seal
 from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.profile.validation import OfflineAgreement, Semantics, ServerRecord, Validation
+from kvtuner_search.profile.validation import Semantics, ServerRecord, Validation
 from kvtuner_search.progress import Reporter
 from kvtuner_search.serving.model import served_model
 from kvtuner_search.serving.validate import figures
 from kvtuner_search.serving.validate.client import Client
+from kvtuner_search.serving.validate.explained import Explained, Side, notes_on_rounding
 from kvtuner_search.serving.validate.facts import Facts, check_alike, resolve_dtype
 from kvtuner_search.serving.validate.folder import BLOCK, Folder, Journal
 from kvtuner_search.serving.validate.judge import judge
 from kvtuner_search.serving.validate.measure import Method, Outcome, Plan, ask, outcome
 from kvtuner_search.serving.validate.options import ValidationOptions
 from kvtuner_search.serving.validate.process import Server, serving
-from kvtuner_search.serving.validate.prompts import build, notes_on_data, right
+from kvtuner_search.serving.validate.prompts import build, cut_short, notes_on_data, right
 from kvtuner_search.serving.validate.surroundings import hardware, offline_versions, server_versions, tool
 
+_OWN: Final = ("profile", "url", "baseline url")  # settings that the stock server's answers do not depend on
 _VARYING: Final = ("tokens", "cache_gib")  # may differ between two starts of the same server
 
 
@@ -80,6 +83,8 @@ class Run:
             "baseline url": options.baseline_url,
         }
         self.folder = Folder(options.folder, settings, resume=options.resume, overwrite=options.overwrite)
+        if options.baseline_from is not None:
+            self.folder.borrow("baseline", options.baseline_from, [name for name in settings if name not in _OWN])
 
     def validate(self) -> Validation:
         """Measure whatever the folder does not have yet, and judge it."""
@@ -87,8 +92,8 @@ class Run:
         baseline = self._side("baseline", options.baseline_url, [], None)
         flags = ["--kvtuner-profile", str(options.profile.resolve()), "--kvtuner-as-stored"]
         ours = self._side("profile", options.url, flags, baseline.facts)
-        offline = self._offline(ours, baseline) if options.offline and ours.facts.quantization is None else []
-        block = self._block(ours, baseline, offline)
+        compared = options.offline and ours.facts.quantization is None
+        block = self._block(ours, baseline, self._explained(ours, baseline) if compared else None)
         write_atomic(self.folder.path / BLOCK, canonical_json(block.model_dump(mode="json")))
         return block
 
@@ -155,25 +160,34 @@ class Run:
             alive=(lambda: None) if server is None else server.check_alive,
         )
 
-    def _offline(self, ours: _Side, baseline: _Side) -> list[OfflineAgreement]:
-        from kvtuner_search.serving.validate.offline import compare
+    def _explained(self, ours: _Side, baseline: _Side) -> Explained:
+        """The same tokens through the offline evaluation: does the server compute what calibration measured?"""
+        from kvtuner_search.models.runner import Runner
+        from kvtuner_search.serving.validate.twice import compute
 
         dtype = resolve_dtype(ours.facts.dtype, self.config_dtype)
         with self.reporter.stage("load the model"):
             loaded = load_model(ModelOptions(source=self.options.model, dtype=dtype, device=self.options.device))
-        return compare(
-            loaded,
-            tuple(self.profile.layer_specs()),
-            self.centres,
-            self.prompts.split,
-            self.prompts.greedy,
-            ours.outcome,
-            baseline.outcome,
-            batch_tokens=self.options.batch_tokens,
-            reporter=self.reporter,
-        )
+            runner = Runner(loaded)
+        split, greedy = self.prompts.split, self.prompts.greedy
+        sides = []
+        stored = stored_cache(tuple(self.profile.layer_specs()), self.centres)
+        for name, server, tap in (("profile", ours.outcome, stored), ("16 bit", baseline.outcome, None)):
+            total = 2 * (split.tokens + sum(map(len, (*greedy, *server.continuations))))
+            with self.reporter.stage(f"offline, {name}", total) as advance:
+                found = compute(
+                    runner,
+                    tap,
+                    split,
+                    greedy,
+                    server.continuations,
+                    batch_tokens=self.options.batch_tokens,
+                    advance=advance,
+                )
+            sides.append(Side(server, found))
+        return Explained(*sides)
 
-    def _block(self, ours: _Side, baseline: _Side, offline: list[OfflineAgreement]) -> Validation:
+    def _block(self, ours: _Side, baseline: _Side, explained: Explained | None) -> Validation:
         options, facts, prompts = self.options, ours.facts, self.prompts
         likelihood = figures.likelihood(prompts.split, ours.outcome.nll, baseline.outcome.nll)
         answers = [
@@ -189,7 +203,7 @@ class Run:
             difference=ours.outcome.path_difference(),
             baseline_difference=baseline.outcome.path_difference(),
         )
-        checks = judge(options.limits, likelihood, tasks, greedy, capacity, semantics, offline)
+        checks = judge(options.limits, likelihood, tasks, greedy, capacity, semantics, explained)
         if not checks:
             raise UsageError("every threshold is none, so there is nothing to pass: set one")
         return Validation(
@@ -208,16 +222,19 @@ class Run:
                 pipeline_parallel=facts.pipeline_parallel,
                 page_size=facts.page_size,
             ),
-            versions=ours.versions | (offline_versions() if offline else {}),
+            versions=ours.versions | (offline_versions() if explained is not None else {}),
             hardware=hardware(facts, options.url, options.hardware),
             semantics=semantics,
             likelihood=likelihood,
             tasks=tasks,
             greedy=greedy,
             capacity=capacity,
-            offline=offline,
+            offline=[] if explained is None else explained.rows(),
             data=prompts.data(),
-            notes=self._notes(ours, baseline, prompts.split),
+            notes=[
+                *self._notes(ours, baseline, prompts.split),
+                *([] if explained is None else notes_on_rounding(explained)),
+            ],
         )
 
     def _notes(self, ours: _Side, baseline: _Side, split: Split) -> list[str]:
@@ -232,7 +249,10 @@ class Run:
             notes.append(f"the server calls its model {Path(ours.facts.model).name}")
         if ours.facts.attention_backend != baseline.facts.attention_backend:
             notes.append(f"the stock server's attention backend was {baseline.facts.attention_backend}")
+        if self.options.baseline_from is not None:
+            notes.append("the stock server's answers are those of an earlier run with the same prompts and options")
         for side, name in ((baseline, "stock"), (ours, "profile's")):
+            notes += cut_short(name, self.prompts.tasks, side.outcome.task_tokens)
             if side.outcome.failures:
                 notes.append(f"{len(side.outcome.failures)} requests to the {name} server failed and were repeated")
         return notes

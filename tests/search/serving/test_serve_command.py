@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from kvtuner_kernels.layout import LAYOUT_VERSION
+from kvtuner_kernels.layout import LAYOUT_VERSION, LayerSpec
 from kvtuner_search.cli.main import run
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.profile.canonical import canonical_json, digest_of, load
 from kvtuner_search.serving import launch
-from tests.search.profile_factory import HEAD_DIM, KV_HEADS, profile, safetensors, write
+from tests.search.profile_factory import HEAD_DIM, KV_HEADS, profile, safetensors, write, write_fitted
 
 ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = ROOT / "profiles" / "reference" / "reference-4.00bit.json"
@@ -253,6 +253,46 @@ def test_sixteen_bits_are_those_of_a_server_without_a_profile(
     assert data["capacity"]["tokens_per_gib_16bit"] == 2**30 // (2 * layer)
     monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "3,1")
     assert plan(command, *arguments)["capacity"]["tokens_per_gib_16bit"] == 2**30 // (3 * layer)
+
+
+def test_layers_in_bases_are_shown_by_their_bands_and_their_bases_come_off_the_cache(
+    command: Run, small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Keys and values of a layer share words, so a stage's bytes are no sum over sides; bases are as many as layers and heads."""
+    banded, other = LayerSpec.parse("b65443322/b54433221"), LayerSpec.parse("b65443322/8-g64-asym-c-r")
+    path = write_fitted(tmp_path / "banded.json", [str(banded)] * 3 + [str(other)], model__config_digest=None)
+    (small[1] / "model.safetensors").write_bytes(bytes(2**20))
+    arguments = [
+        "--profile",
+        path,
+        "--model-path",
+        small[1],
+        "--tp-size",
+        2,
+        "--pp-size",
+        2,
+        "--mem-fraction-static",
+        0.5,
+    ]
+    data = plan(command, *arguments, "--gpu-memory", "1GiB")
+    stored = [sum(layer.bytes_per_token(1, HEAD_DIM) for layer in part) for part in ([banded] * 2, [banded, other])]
+    assert [stage["bytes_per_token"] for stage in data["stages"]] == stored
+    assert [(entry["spec"], entry["layers"]) for entry in data["layers"]] == [
+        (str(banded), [0, 1, 2]),
+        (str(other), [3]),
+    ]
+    one = 4 * 4 * (HEAD_DIM + 1) * HEAD_DIM  # bytes of one side of one head
+    assert data["capacity"]["basis_bytes"] == 4 * one
+    cache = 2**29 - 2**20 // 4
+    assert data["capacity"]["cache_bytes"] == cache
+    assert data["capacity"]["tokens"] == (cache - 4 * one) // max(stored)
+    assert data["capacity"]["tokens_16bit"] == cache // (2 * 2 * HEAD_DIM * 2)
+    out = command(*arguments, "--gpu-memory", "1GiB", "--dry-run")[1]
+    assert "keys b65443322 (mean 3.625), values b54433221 (mean 3): 4.250 bits" in out
+    assert "layer 3     keys b65443322 (mean 3.625), values 8-g64-asym:" in out
+    assert "of it are taken by bases, whatever the number of tokens" in out
+    out = command("--profile", small[0], "--model-path", small[1], "--gpu-memory", "1GiB", "--dry-run")[1]
+    assert "taken by bases" not in out
 
 
 # refusals

@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 
 from kvtuner_kernels.layout import LayerSpec, bytes_per_token
 from kvtuner_search.errors import UsageError
-from kvtuner_search.serving.capacity import StageBytes, heads_per_rank, stage_bytes, token_capacity
+from kvtuner_search.serving.capacity import StageBytes, basis_bytes, heads_per_rank, stage_bytes, token_capacity
 
-KINDS = [LayerSpec.parse(text) for text in ("16/16", "8-g64-asym/4-g64-sym", "4-g128-asym/2-g32-asym", "2-g64-sym/16")]
+KINDS = [
+    LayerSpec.parse(text)
+    for text in (
+        "16/16", "8-g64-asym/4-g64-sym", "4-g128-asym/2-g32-asym", "2-g64-sym/16", "b65443322/b54433221", "b65443322/16",
+        "4-g64-asym-c/b83322211",
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -39,10 +45,27 @@ def test_stages_add_up_to_the_layout(groups: list[list[LayerSpec]], kv_heads: in
     assert sum(stage.stored for stage in stages) == bytes_per_token(layers, kv_heads, 128)
 
 
+def test_bases_are_those_of_the_banded_sides_and_the_ranks_heads() -> None:
+    """One side of a head of 128 channels takes 4 x 129 x 128 numbers: what the file holds, and what the kernels need of it."""
+    one = 4 * 4 * 129 * 128
+    stages = stage_bytes(KINDS, [5, 2], 2, 128)
+    assert [stage.bases for stage in stages] == [2 * 2 * one, 2 * 2 * one]
+    assert basis_bytes([LayerSpec.parse("b65443322/b54433221")] * 28, 4, 128) == 28 * 2 * 4 * one
+
+
+def test_banded_sides_that_share_words_take_fewer_bytes_than_two_that_do_not() -> None:
+    """The bytes of a layer are no sum over its sides: bands of 17 and 7 bits take two words of 16 together, two and one apart."""
+    both, key, value = (LayerSpec.parse(text) for text in ("b53333000/b32200000", "b53333000/16", "16/b32200000"))
+    raw = LayerSpec()
+    sizes = [spec.bytes_per_token(4, 128) for spec in (both, key, value, raw)]
+    assert sizes[0] < sizes[1] + sizes[2] - sizes[3]
+    assert stage_bytes([both], [1], 4, 128)[0].stored == sizes[0]
+
+
 def test_qwen_at_four_bits_holds_what_the_issue_asks_for() -> None:
     """K4V4 with one asymmetric group per head: 544 bytes a layer of 2,048, so 3.76 times the tokens."""
     stage = stage_bytes([LayerSpec.parse("4-g128-asym/4-g128-asym")] * 28, [28], 4, 128)
-    assert stage == [StageBytes(0, 28, 28 * 544, 57344)]
+    assert stage == [StageBytes(0, 28, 28 * 544, 57344, 0)]
     budget = 1_034_151 * 57344  # bytes for which bf16 was seen to report 1,034,151 tokens
     assert token_capacity(budget, stage[0].raw) == 1_034_151
     assert token_capacity(budget, stage[0].stored) >= 0.99 * 1_034_151 * 16 / 4.25

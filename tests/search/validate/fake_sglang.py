@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Fake(ThreadingHTTPServer):
     """Serves until it is shut down."""
 
     daemon_threads = True
+    request_queue_size = 256  # a client may open all its connections at once
 
     def __init__(self, port: int = 0, profile: str | None = None, as_stored: bool = False, **info: Any) -> None:
         super().__init__(("127.0.0.1", port), Handler)
@@ -40,6 +42,8 @@ class Fake(ThreadingHTTPServer):
         self.fault: dict[
             str, Any
         ] = {}  # replaces fields of every answer of /generate; "status" and "stall" are special
+        # Answers requests that may stop early, by their prompt; None: as any other.
+        self.reply: Callable[[list[int]], list[int] | None] = lambda prompt: None
         self.asked: list[dict[str, Any]] = []
         self.flushed = 0
         self.lock = threading.Lock()
@@ -126,10 +130,12 @@ class Handler(BaseHTTPRequestHandler):
         output: list[int] = []
         for _ in range(count):
             output.append(server.next(tokens + output))
+        early = None if "ignore_eos" in body["sampling_params"] else server.reply(tokens)
+        output = output if early is None else early
         meta = {
-            "finish_reason": {"type": "length", "length": count},
+            "finish_reason": {"type": "length", "length": count} if early is None else {"type": "stop", "matched": 0},
             "prompt_tokens": len(tokens),
-            "completion_tokens": count,
+            "completion_tokens": len(output),
             "cached_tokens": self.cached(tokens),
         }
         if body.get("return_logprob"):

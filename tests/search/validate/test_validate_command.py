@@ -229,6 +229,95 @@ def test_answers_of_another_server_are_not_mixed(
     assert "answers of a server with other attention_backend" in capsys.readouterr().err
 
 
+@pytest.fixture
+def gsm8k(tmp_path: Path) -> Path:
+    folder = tmp_path / "private" / "gsm8k"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 2), ("test", 520)):
+        rows = [{"question": f"{name} {i}?", "answer": f"So.\n#### {i}"} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def solve(tokenizer: Any, wrong: set[int]) -> Callable[[list[int]], list[int] | None]:
+    """Answers to these questions, right but for some."""
+
+    def reply(prompt: list[int]) -> list[int] | None:
+        before, _, last = tokenizer.decode(prompt).rpartition("Question: test ")
+        if not before:
+            return None  # another task
+        number = int(last.partition("?")[0])
+        text = f" Easy.\n#### {number + (number in wrong)}"
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    return reply
+
+
+def test_500_questions_of_gsm8k_are_paired_between_the_servers(fake: Start, tmp_path: Path, gsm8k: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from kvtuner_search.models.reference_model import reference_model_path
+
+    tokenizer = AutoTokenizer.from_pretrained(reference_model_path())
+    baseline, ours = fake(), profile_server(fake)
+    baseline.reply, ours.reply = solve(tokenizer, set(range(100))), solve(tokenizer, set(range(5, 115)))
+    options = ("--task", f"gsm8k:{gsm8k}#items=500#shots=2#tokens=60", "--concurrency", "64")
+    assert validate(PROFILE, tmp_path / "run", *at(baseline, ours), *options) == 0
+    block = block_of(tmp_path / "run")
+    task = next(task for task in block["tasks"] if task["data"].startswith("gsm8k"))
+    assert task["data"] == "gsm8k#items=500#shots=2#tokens=60"
+    assert (task["samples"], task["baseline"], task["value"], task["lost"], task["gained"]) == (500, 0.8, 0.78, 15, 5)
+    assert task["ci_low"] == pytest.approx(-0.0383, abs=1e-3)
+    assert task["ci_high"] == pytest.approx(-0.0016, abs=1e-3)
+    assert "private" not in json.dumps(block), "a profile names no machine's folders"
+    asked = [body["sampling_params"] for body in ours.asked if "\nQuestion:" in body["sampling_params"].get("stop", [])]
+    assert asked == [{"temperature": 0, "max_new_tokens": 60, "stop": ["\nQuestion:"]}] * 500
+    assert not any("were cut at" in note for note in block["notes"])
+
+
+def test_answers_that_were_cut_stand_in_the_notes(fake: Start, tmp_path: Path, gsm8k: Path) -> None:
+    servers = at(fake(), profile_server(fake))
+    task = f"gsm8k:{gsm8k}#items=4#shots=0#tokens=3"
+    assert validate(PROFILE, tmp_path / "run", *servers, "--task", task, "--max-accuracy-drop", "none") == 0
+    notes = block_of(tmp_path / "run")["notes"]
+    for server in ("stock", "profile's"):
+        assert f"4 of 4 answers of the {server} server to gsm8k#items=4#shots=0#tokens=3 were cut at 3 tokens" in notes
+
+
+def test_the_stock_servers_answers_serve_other_profiles_too(
+    fake: Start, tmp_path: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baseline, ours = fake(), profile_server(fake)
+    assert validate(PROFILE, tmp_path / "first", *at(baseline, ours)) == 0
+    other = fake(profile=str(copied), as_stored=True)
+    borrowed = ("--baseline-from", str(tmp_path / "first"))
+    assert validate(copied, tmp_path / "second", "--url", other.url, *borrowed, "--task-prompts", "29") == 2
+    assert "first holds a run with other prompts: name one with the same options" in capsys.readouterr().err
+    assert validate(copied, tmp_path / "second", "--url", other.url, *borrowed) == 0
+    assert (len(baseline.asked), len(other.asked)) == (REQUESTS, REQUESTS)
+    first, second = (block_of(tmp_path / name) for name in ("first", "second"))
+    assert second["profile_digest"] == first["profile_digest"], "the same layers, without a validation"
+    assert second["likelihood"] == first["likelihood"]
+    assert "the stock server's answers are those of an earlier run with the same prompts and options" in second["notes"]
+    assert validate(copied, tmp_path / "third", "--url", other.url, "--baseline-from", str(tmp_path)) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--max-path-difference", "-1", "neither a number from 0 on nor auto nor none"),
+        ("--max-nll-increase", "auto", "neither a number from 0 on nor none"),
+    ],
+)
+def test_thresholds_are_numbers_none_or_auto(
+    tmp_path: Path, option: str, value: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert validate(PROFILE, tmp_path / "run", option, value) == 2
+    assert reason in capsys.readouterr().err
+
+
 def running(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from kvtuner_search.data import Sample, Split
-from kvtuner_search.profile.validation import Capacity, OfflineAgreement, Semantics
+from kvtuner_search.profile.validation import Capacity, Semantics
 from kvtuner_search.serving.validate import figures
+from kvtuner_search.serving.validate.explained import Explained, Side, notes_on_rounding
 from kvtuner_search.serving.validate.facts import Facts
 from kvtuner_search.serving.validate.judge import judge
+from kvtuner_search.serving.validate.measure import Outcome
 from kvtuner_search.serving.validate.options import Limits
 from kvtuner_search.serving.validate.prompts import TaskPrompt
+from kvtuner_search.serving.validate.twice import Twice
 from tests.search.profile_factory import profile
 
 FACTS = Facts(
@@ -107,7 +110,24 @@ def test_unequal_memory_is_not_compared(change: dict[str, Any], reason: str) -> 
     assert reason in found.reason
 
 
-def checks(limits: Limits, share: float = 1.0, comparable: bool = True, low: float = -0.001) -> dict[str, Any]:
+def token_logs(*rows: float) -> list[np.ndarray]:
+    return [np.array(rows) for _ in range(2)]
+
+
+def side(server: float, second: float) -> Side:
+    """Two samples and two prompts: the server is ``server`` nats above the offline evaluation at every token, the second offline
+    computation ``second``; decode and extend differ by ``server`` too."""
+    twice = [np.array([[-1.0] * 4, [-1.0 + second] * 4]) for _ in range(2)]
+    same = [np.array([[True, True, True, False], [True] * 4]) for _ in range(2)]
+    outcome = Outcome(
+        token_logs(*[-1.0 + server] * 4), [], [(1, 2, 3, 4)] * 2, token_logs(*[-1.0 + server] * 4), token_logs(*[-1.0] * 4), []
+    )  # fmt: skip
+    return Side(outcome, Twice(twice, twice, twice, same))
+
+
+def checks(
+    limits: Limits, share: float = 1.0, comparable: bool = True, explained: Explained | None = None, method: str = "as-stored-extend"
+) -> dict[str, Any]:  # fmt: skip
     split = Split("test", (sample("text", 11), sample("text", 11)))
     likelihood = figures.likelihood(split, np.array([10.1, 10.3]), np.array([10.0, 10.0]))
     tasks = figures.task_results([TaskPrompt("recall", (1,), "x", 4)] * 98, [True] * 98, [True] * 98)
@@ -120,13 +140,10 @@ def checks(limits: Limits, share: float = 1.0, comparable: bool = True, low: flo
         comparable=comparable,
         reason="why",
     )
-    semantics = Semantics(method="as-stored-extend", tokens=4, difference=0.03, baseline_difference=0.01)
-    offline = OfflineAgreement(
-        cache="profile", samples=2, tokens=20, nll_difference=0.0, ci_low=low, ci_high=0.002, generated=4,
-        token_agreement=0.96, decode_difference=0.0, decode_low=-0.004, decode_high=0.001,
-    )  # fmt: skip
-    sixteen = offline.model_copy(update={"cache": "16bit", "ci_high": 9.0})
-    found = judge(limits, likelihood, tasks, greedy, capacity, semantics, [offline, sixteen])
+    semantics = Semantics.model_validate(
+        {"method": method, "tokens": 4, "difference": 0.03, "baseline_difference": 0.01}
+    )
+    found = judge(limits, likelihood, tasks, greedy, capacity, semantics, explained)
     return {check.name: check for check in found}
 
 
@@ -134,19 +151,8 @@ def test_each_threshold_judges_the_worse_end() -> None:
     found = checks(Limits(min_agreement=0.9))
     values = {name: check.value for name, check in found.items()}
     assert values == pytest.approx(
-        {
-            "nll.text": 0.03,
-            "accuracy.recall": -0.0196,
-            "greedy": 1.0,
-            "capacity": 1.0,
-            "decode-semantics": 0.02,
-            "offline.nll": 0.002,
-            "offline.decode": 0.004,
-            "offline.tokens": 0.96,
-        },
-        abs=1e-5,
-    )
-    assert checks(Limits(), low=-0.019)["offline.nll"].value == 0.019
+        {"nll.text": 0.03, "accuracy.recall": -0.0196, "greedy": 1.0, "capacity": 1.0, "decode-semantics": 0.02}, abs=1e-5
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -156,14 +162,112 @@ def test_each_threshold_judges_the_worse_end() -> None:
         ("nll.text", {"max_nll_increase": 0.0299}, False),
         ("accuracy.recall", {"max_accuracy_drop": 0.0197}, True),
         ("accuracy.recall", {"max_accuracy_drop": 0.0195}, False),
-        ("offline.tokens", {"min_offline_tokens": 0.96}, True),
-        ("offline.tokens", {"min_offline_tokens": 0.961}, False),
         ("decode-semantics", {"max_path_difference": 0.0201}, True),
         ("decode-semantics", {"max_path_difference": 0.0199}, False),
     ],
 )
 def test_a_threshold_holds_just_within(name: str, limits: dict[str, float], passed: bool) -> None:
     assert checks(Limits(**limits))[name].passed is passed
+
+
+def test_without_an_offline_evaluation_decode_may_differ_by_what_the_profile_may_cost() -> None:
+    assert checks(Limits(max_nll_increase=0.019))["decode-semantics"].limit == 0.019
+    assert checks(Limits(max_nll_increase=None))["decode-semantics"].limit == 0.05
+
+
+def test_a_server_may_be_a_quarter_farther_than_rounding_explains() -> None:
+    """Rounding explains 0.4 nats; the server's distance is 0.5 and, beyond the floor, 0.51."""
+    stock = side(0.2, 0.4)
+    for server, passed in ((0.5, True), (0.504, True), (0.506, False)):
+        found = checks(Limits(), explained=Explained(side(server, 0.4), stock))
+        for name in ("offline.distance", "offline.decode-distance", "decode-semantics"):
+            assert found[name].limit == pytest.approx(0.505)
+            assert found[name].value == pytest.approx(server)
+            assert found[name].passed is passed
+
+
+def test_a_stock_server_that_is_noisier_widens_the_limits_up_to_a_point() -> None:
+    ours = side(0.75, 0.4)
+    assert not checks(Limits(), explained=Explained(ours, side(0.4, 0.4)))["offline.distance"].passed
+    found = checks(Limits(), explained=Explained(ours, side(0.6, 0.4)))
+    assert found["offline.distance"].limit == pytest.approx(1.25 * 0.4 * 1.5 + 0.005)
+    assert found["offline.distance"].passed
+    assert found["offline.stock-distance"].passed
+    assert not checks(Limits(), explained=Explained(ours, side(0.81, 0.4)))["offline.stock-distance"].passed
+
+
+def test_means_may_be_twice_what_they_are_between_two_correct_computations() -> None:
+    for server, passed in ((0.804, True), (0.806, False), (-0.804, True), (-0.806, False)):
+        found = checks(Limits(), explained=Explained(side(server, 0.4), side(0.0, 0.4)))
+        assert found["offline.nll"].value == pytest.approx(abs(server))
+        assert found["offline.nll"].passed is passed
+        assert found["offline.decode"].passed is passed
+
+
+def test_tokens_are_counted_against_those_of_the_second_computation() -> None:
+    found = checks(Limits(), explained=Explained(side(0.0, 0.4), side(0.0, 0.4)))["offline.tokens"]
+    assert (found.value, found.limit, found.passed) == (0.75, pytest.approx(0.99), False)
+    assert checks(Limits(min_offline_tokens=0.75), explained=Explained(side(0, 0.4), side(0, 0.4)))[
+        "offline.tokens"
+    ].passed
+
+
+def test_a_number_judges_the_means_alone_as_it_did_before() -> None:
+    explained = Explained(side(0.5, 0.0), side(0.0, 0.0))
+    found = checks(Limits(max_offline_difference=0.51, max_path_difference=0.02), explained=explained)
+    assert (found["offline.nll"].limit, found["offline.nll"].passed, found["offline.decode"].passed) == (
+        0.51,
+        True,
+        True,
+    )
+    assert not checks(Limits(max_offline_difference=0.49), explained=explained)["offline.nll"].passed
+    assert (found["decode-semantics"].limit, found["decode-semantics"].value) == (0.02, pytest.approx(0.02))
+    assert not {"offline.distance", "offline.decode-distance", "offline.stock-distance"} & found.keys()
+
+
+def test_what_was_scored_token_by_token_is_not_compared_token_by_token() -> None:
+    explained = with_effect(1.0, 0.3)
+    assert {"offline.distance", "offline.effect"} <= checks(Limits(), explained=explained).keys()
+    found = checks(Limits(), explained=explained, method="token-by-token")
+    assert not {"offline.distance", "offline.effect"} & found.keys()
+    assert {"offline.nll", "offline.decode-distance"} <= found.keys()
+
+
+def with_effect(share: float, noise: float) -> Explained:
+    """Fifty samples of 40 tokens, each of which the profile makes likelier or less likely by 1; the server shows ``share`` of that. Every
+    computation has noise of its own."""
+    rng = np.random.default_rng(0)
+    steps = [rng.choice([-1.0, 1.0], 40) for _ in range(50)]
+    rest = side(0.0, 0.4)
+
+    def one(server: float, offline: float) -> Side:
+        drawn = [rng.normal(0, noise, (3, 40)) for _ in steps]
+        scored = [server * x + d[0] for x, d in zip(steps, drawn, strict=True)]
+        twice = [offline * x + d[1:] for x, d in zip(steps, drawn, strict=True)]
+        return Side(replace(rest.outcome, scored=scored), replace(rest.twice, scored=twice))
+
+    return Explained(one(share, 1.0), one(0.0, 0.0))
+
+
+@pytest.mark.parametrize(("share", "noise"), [(1.0, 0.0), (1.0, 1.0), (0.4, 0.3), (0.0, 0.3)])
+def test_the_effect_is_found_whatever_the_noise(share: float, noise: float) -> None:
+    found = with_effect(share, noise).effect()
+    assert found is not None
+    assert found.low - 1e-9 <= share <= found.high + 1e-9
+    assert found.high - found.low < 0.35
+
+
+@pytest.mark.parametrize(("share", "passed"), [(1.0, True), (0.6, True), (0.4, False), (0.0, False)])
+def test_a_server_must_show_half_of_the_effect(share: float, passed: bool) -> None:
+    found = checks(Limits(), explained=with_effect(share, 0.3))["offline.effect"]
+    assert (found.relation, found.limit, found.passed) == ("at least", 0.5, passed)
+
+
+def test_an_effect_that_is_lost_in_rounding_is_not_asked_for() -> None:
+    explained = with_effect(1.0, 10.0)
+    assert explained.effect() is None
+    assert "offline.effect" not in checks(Limits(), explained=explained)
+    assert "was not asked to show it" in notes_on_rounding(explained)[1]
 
 
 def test_capacity_is_judged_against_the_prediction_and_must_be_measured() -> None:
@@ -175,4 +279,4 @@ def test_capacity_is_judged_against_the_prediction_and_must_be_measured() -> Non
 
 def test_none_drops_a_threshold() -> None:
     nothing = Limits(**dict.fromkeys(Limits.__dataclass_fields__))
-    assert checks(nothing) == {}
+    assert checks(nothing, explained=Explained(side(0.0, 0.4), side(0.0, 0.4))) == {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,50 +87,6 @@ def test_a_task_is_named_once() -> None:
 )
 def test_an_answer_is_right_as_a_whole_word(answer: str, good: bool) -> None:
     assert right(TaskPrompt("recall", (1,), "12345", 9), answer) is good
-
-
-@pytest.mark.parametrize(
-    ("answer", "good"),
-    [
-        (" 2 + 2 = 4.\n#### 1,234", True),
-        (" so #### 1234\n\nQuestion: next\nAnswer: #### 7", True),
-        (" so 1234", False),
-        (" so #### 12345", False),
-        ("\nQuestion: next\nAnswer: #### 1234", False),
-    ],
-)
-def test_gsm8k_counts_the_number_after_the_marker(answer: str, good: bool) -> None:
-    assert right(TaskPrompt("gsm8k:folder", (1,), "1234", 9), answer) is good
-
-
-@pytest.fixture
-def gsm8k(tmp_path: Path) -> Path:
-    for name, count in (("train", 3), ("test", 4)):
-        rows = [{"question": f"{name} {i}?", "answer": f"Think.\n#### 1,00{i}"} for i in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def test_gsm8k_shows_training_questions_first(gsm8k: Path) -> None:
-    found = make(tasks=[f"gsm8k:{gsm8k}#shots=2#tokens=50"], task_prompts=4).tasks
-    assert text(found[1].tokens) == (
-        "Question: train 0?\nAnswer: Think.\n#### 1,000\n\nQuestion: train 1?\nAnswer: Think.\n#### 1,001\n\n"
-        "Question: test 1?\nAnswer:"
-    )
-    assert (found[1].expected, found[1].max_new_tokens, found[1].stop) == ("1001", 50, ("\nQuestion:",))
-
-
-@pytest.mark.parametrize(
-    ("option", "error", "reason"),
-    [
-        ("#shots=4", DataError, "train.jsonl: has not 4 rows"),
-        ("#shots=x", UsageError, "use #shots=N and #tokens=N"),
-        ("#tokens=0", UsageError, "leaves no room"),
-    ],
-)
-def test_gsm8k_that_cannot_be_asked(gsm8k: Path, option: str, error: type[Exception], reason: str) -> None:
-    with pytest.raises(error, match=reason):
-        make(tasks=[f"gsm8k:{gsm8k}{option}"], task_prompts=4)
 
 
 def test_text_that_was_searched_on_is_noted() -> None:
