@@ -2,15 +2,21 @@
 
 Under tensor parallelism a rank holds its own KV heads of every layer in its stage; with fewer heads than ranks each rank holds one,
 so heads are stored more than once. Under pipeline parallelism every stage must hold every token: the heaviest stage decides.
+
+Beside the rows a rank holds the bases of its layers and heads (:func:`basis_bytes`): they do not grow with the tokens, and come off
+what is there for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from kvtuner_kernels.layout import RAW, LayerSpec, bytes_per_token
 from kvtuner_search.errors import UsageError
+
+_FLOAT32: Final = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class StageBytes:
     end: int  # one past its last layer
     stored: int  # bytes, everything counted (codes, scales, minima, padding)
     raw: int  # bytes of an unquantized 16-bit cache
+    bases: int  # bytes of the stage's bases, whatever the tokens
 
 
 def heads_per_rank(kv_heads: int, tp_size: int) -> int:
@@ -49,12 +56,28 @@ def stage_bytes(layers: Sequence[LayerSpec], counts: Sequence[int], kv_heads: in
     stages, first = [], 0
     for count in counts:
         end = first + count
-        stored = bytes_per_token(layers[first:end], kv_heads, head_dim)
-        stages.append(
-            StageBytes(first, end, stored, bytes_per_token([LayerSpec(RAW, RAW)] * count, kv_heads, head_dim))
-        )
+        own = layers[first:end]
+        stored = bytes_per_token(own, kv_heads, head_dim)
+        raw = bytes_per_token([LayerSpec(RAW, RAW)] * count, kv_heads, head_dim)
+        stages.append(StageBytes(first, end, stored, raw, basis_bytes(own, kv_heads, head_dim)))
         first = end
     return stages
+
+
+def basis_bytes(layers: Sequence[LayerSpec], kv_heads: int, head_dim: int) -> int:
+    """Bytes that a rank holds for the bases of these layers.
+
+    Each head has the tensor of the transforms file, and beside it in fp32 what ``kvtuner_kernels.bands.basis`` makes of it for the
+    kernels: the matrix, its inverse, that transposed, the mean and the first token's point. Centring vectors are not worth counting.
+
+    Args:
+        layers: of the rank's stage.
+        kv_heads: on the rank.
+        head_dim: channels of a head.
+    """
+    numbers = (head_dim + 2) * head_dim + 3 * head_dim * head_dim + 2 * head_dim
+    sides = sum(side.banded for layer in layers for side in (layer.key, layer.value))
+    return sides * kv_heads * numbers * _FLOAT32
 
 
 def token_capacity(cache_bytes: int, nbytes: int, page_size: int = 1, limit: int | None = None) -> int:

@@ -70,14 +70,26 @@ class Plan:
         ranks = self.options.tp_size * self.options.pp_size
         return max(0, int(memory.device_bytes * self.fraction) - memory.weight_bytes // ranks)
 
-    def tokens(self, nbytes: int) -> int | None:
-        """Predicted token capacity where a token takes ``nbytes`` of the heaviest stage; None if it cannot be predicted."""
-        if self.cache_bytes is None:
-            return None
-        return token_capacity(self.cache_bytes, nbytes, self.options.page_size or 1, self.options.max_total_tokens)
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of bases on the rank that has most of them; they come off the cache's."""
+        return max(stage.bases for stage in self.stages)
+
+    @property
+    def tokens(self) -> int | None:
+        """Predicted token capacity; None if it cannot be predicted."""
+        return None if self.cache_bytes is None else self._fit(self.cache_bytes - self.basis_bytes, self.heaviest)
+
+    @property
+    def tokens_raw(self) -> int | None:
+        """The same for a server without a profile."""
+        return None if self.cache_bytes is None else self._fit(self.cache_bytes, self.heaviest_raw)
+
+    def _fit(self, cache_bytes: int, nbytes: int) -> int:
+        return token_capacity(cache_bytes, nbytes, self.options.page_size or 1, self.options.max_total_tokens)
 
     def tokens_per_gib(self, nbytes: int) -> int:
-        """The same for each GiB of cache on every rank."""
+        """Tokens for each GiB of cache on every rank, where a token takes ``nbytes`` of the heaviest stage."""
         return token_capacity(GIB, nbytes, self.options.page_size or 1)
 
     def unknown(self) -> list[str]:
@@ -159,9 +171,10 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "tokens_per_gib_16bit": plan.tokens_per_gib(plan.heaviest_raw),
             "page_size": options.page_size or 1,
             "max_total_tokens": options.max_total_tokens,
-            "tokens": plan.tokens(plan.heaviest),
-            "tokens_16bit": plan.tokens(plan.heaviest_raw),
+            "tokens": plan.tokens,
+            "tokens_16bit": plan.tokens_raw,
             "cache_bytes": plan.cache_bytes,
+            "basis_bytes": plan.basis_bytes,
             "mem_fraction_static": plan.fraction,
             "mem_fraction_static_assumed": options.mem_fraction_static is None,
             **asdict(plan.memory),
@@ -217,14 +230,19 @@ def _specs(profile: Profile) -> list[str]:
     found = [(f"layer{'s' if len(indices) > 1 else ''} {ranges(indices)}", spec) for indices, spec in runs(layers)]
     width = min(40, max(len(name) for name, _ in found))
     return [
-        f"{name:{width}}  keys {spec.key}, values {spec.value}: {spec.effective_bits(model.num_kv_heads, model.head_dim):.3f} bits,"
+        f"{name:{width}}  keys {_shown(spec.key)}, values {_shown(spec.value)}: {spec.effective_bits(model.num_kv_heads, model.head_dim):.3f} bits,"
         f" {spec.bytes_per_token(model.num_kv_heads, model.head_dim):,} bytes"
         for name, spec in found
     ]
 
 
+def _shown(spec: TensorSpec) -> str:
+    """The spec; of bands, whose bits are not read off at a glance, the mean too."""
+    return f"{spec} (mean {spec.mean_bits:g})" if spec.banded else str(spec)
+
+
 def _untransformed(spec: TensorSpec) -> TensorSpec:
-    return TensorSpec(spec.bits, spec.group_size, spec.symmetric)
+    return TensorSpec(spec.bits, spec.group_size, spec.symmetric, bands=spec.bands)
 
 
 def _ranks(plan: Plan) -> Iterator[str]:
@@ -256,8 +274,10 @@ def _capacity(plan: Plan) -> Iterator[str]:
         yield from (f"- {reason}" for reason in plan.unknown())
         return
     weights = size(memory.weight_bytes // (options.tp_size * options.pp_size))
-    yield f"about {plan.tokens(stored):,} tokens (at 16 bits {plan.tokens(raw):,}), assuming {size(plan.cache_bytes)} of cache on a rank:"
+    yield f"about {plan.tokens:,} tokens (at 16 bits {plan.tokens_raw:,}), assuming {size(plan.cache_bytes)} of cache on a rank:"
     yield f"{plan.fraction:g} of {size(memory.device_bytes)} ({memory.device_source}) less {weights} of weights"
+    if plan.basis_bytes:
+        yield f"{size(plan.basis_bytes)} of it are taken by bases, whatever the number of tokens"
     if options.mem_fraction_static is None:
         yield f"{plan.fraction:g} is assumed: SGLang chooses the fraction itself unless --mem-fraction-static is given"
     if options.max_total_tokens is not None:

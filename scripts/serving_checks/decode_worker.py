@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,9 +92,11 @@ def fill(runner: Any) -> None:
     count = min(SAMPLE, pool.size)
     slots = torch.arange(1, count + 1, device=runner.device)
     shape = (2, count, pool.head_num, model.head_dim)
-    for layer in range(runner.start_layer, runner.end_layer):
-        key, value = torch.randn(shape, dtype=runner.dtype, device=runner.device)
-        pool.set_kv_buffer(SimpleNamespace(layer_id=layer), slots, key, value)
+    # Any row may come to lie anywhere in a context, so none is the first of its sequence.
+    with pool.storing(None) if hasattr(pool, "storing") else nullcontext():
+        for layer in range(runner.start_layer, runner.end_layer):
+            key, value = torch.randn(shape, dtype=runner.dtype, device=runner.device)
+            pool.set_kv_buffer(SimpleNamespace(layer_id=layer), slots, key, value)
     for rows in [*pool.k_buffer, *pool.v_buffer]:
         sample = rows[1 : count + 1].clone()
         for first in range(1, len(rows), count):

@@ -50,6 +50,7 @@ class Machine:
     device: str  # cuda or cpu
     folder: Path
     variables: dict[str, str] = field(default_factory=dict)  # of all processes that are started
+    bases: bool = False  # the mixed profile has layers in fitted bases
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,8 +87,14 @@ class Machine:
         return str(reference_model_path())
 
     def mixed_profile(self) -> Path:
-        """A profile of the reference model with sides of several bit-widths, rotated, centred and clipped."""
-        return PROFILES / "reference" / "reference-4.00bit.json"
+        """A profile of the reference model with sides of several bit-widths, rotated, centred and clipped, or in fitted bases."""
+        path = PROFILES / "reference" / "reference-4.00bit.json"
+        if not self.bases:
+            return path
+        from serving_checks.bases import reference_profile
+        from serving_checks.greedy import prompts
+
+        return reference_profile(self.folder, path, prompts())
 
     def raw_profile(self) -> Path:
         """The reference model with 16 bits in every layer."""
@@ -103,12 +110,14 @@ class Machine:
         save(seal(content), path)
         return path
 
-    def subject(self, memory: float, context: int) -> Subject:
+    def subject(self, memory: float, context: int, main: str = "K4V4", labels: Collection[str] = ()) -> Subject:
         """Qwen2.5-7B's shape on a GPU; on the CPU, where nothing is fast, the reference model.
 
         Args:
             memory: SGLang's ``--mem-fraction-static`` on a GPU.
             context: longest request in tokens.
+            main: label of the profile that has targets.
+            labels: of further profiles that are made, from those in bases; ``main`` is made too.
         """
         arguments = ("--context-length", str(context), "--skip-tokenizer-init", "--mem-fraction-static")
         if self.device == "cpu":
@@ -121,9 +130,21 @@ class Machine:
             label: PROFILES / "qwen2.5-7b" / f"qwen2.5-7b-{name}.json"
             for label, name in (("K8V8", "kv8"), ("K4V4", "kv4"), ("K4V2", "k4v2"))
         }
+        profiles |= self._banded(profiles["K4V4"], {main, *labels})
         return Subject(
-            str(folder), QWEN["vocab_size"] - 64, profiles, "K4V4", (*arguments, str(memory), "--load-format", "dummy")
+            str(folder), QWEN["vocab_size"] - 64, profiles, main, (*arguments, str(memory), "--load-format", "dummy")
         )
+
+    def _banded(self, base: Path, labels: Collection[str]) -> dict[str, Path]:
+        """Profiles of the same model with all layers in bases, which fit nothing: the weights are made up. Each is 15 MB."""
+        from serving_checks.bases import SPEED, example_profile
+
+        model = load(base).model
+        return {
+            label: example_profile(self.folder / f"{label}.json", model, [LayerSpec.parse(spec)] * model.num_layers)
+            for label, spec in SPEED.items()
+            if label in labels
+        }
 
 
 def plugin_installed() -> bool:

@@ -114,20 +114,14 @@ def read(folder: Path, layers: Sequence[LayerSpec], head_dim: int) -> Stored:
 
 
 def _by_head(rows: NDArray[np.uint8], spec: LayerSpec, heads: int, head_dim: int) -> Iterator[NDArray[np.uint8]]:
-    """A row has the keys' codes of all heads, the values', the keys' metadata, the values' (``kvtuner_kernels.layout``)."""
-    sizes = [
-        spec.key.code_bytes(head_dim), spec.value.code_bytes(head_dim),
-        spec.key.metadata_bytes(head_dim), spec.value.metadata_bytes(head_dim),
+    """A row has the keys' codes of all heads, the values' (or both in the same words), the keys' metadata, the values'."""
+    row = spec.row(heads, head_dim)
+    parts = [
+        (row.key_codes, row.key_head), (row.value_codes, 0 if spec.shares_words else row.value_head),
+        (row.key_metadata, spec.key.metadata_bytes(head_dim)), (row.value_metadata, spec.value.metadata_bytes(head_dim)),
     ]  # fmt: skip
-    begins = np.cumsum([0, *(size * heads for size in sizes)])
     for head in range(heads):
-        yield np.concatenate(
-            [
-                rows[:, begin + head * size : begin + (head + 1) * size]
-                for begin, size in zip(begins, sizes, strict=False)
-            ],
-            axis=1,
-        )
+        yield np.concatenate([rows[:, at + head * size : at + (head + 1) * size] for at, size in parts], axis=1)
 
 
 class Agreement(NamedTuple):

@@ -17,6 +17,15 @@ def mixed_profile() -> Path:
 
 
 @pytest.fixture(scope="session")
+def banded_profile(tmp_path_factory: pytest.TempPathFactory, mixed_profile: Path) -> Path:
+    """Of four layers, one with both sides in a fitted basis, one with its keys, one with its values, and one as in the mixed profile."""
+    from serving_checks.bases import reference_profile
+    from serving_checks.greedy import prompts
+
+    return reference_profile(tmp_path_factory.mktemp("bases"), mixed_profile, prompts(recalls=4))
+
+
+@pytest.fixture(scope="session")
 def raw_profile(tmp_path_factory: pytest.TempPathFactory, mixed_profile: Path) -> Path:
     """The reference model with 16 bits everywhere."""
     from kvtuner_kernels.layout import LayerSpec

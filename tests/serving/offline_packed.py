@@ -44,8 +44,10 @@ class OfflinePacked:
     ) -> tuple[Tensor, None]:
         layer = module.layer_idx
         spec, centres = self._specs[layer], self._centres.get(layer, NO_CENTRES)
-        new = pack_rows(key[0].transpose(0, 1), value[0].transpose(0, 1), spec, centres)
-        if layer == len(self._rows):
+        begins = layer == len(self._rows)  # the prompt; what follows is decoded
+        first = (torch.arange(key.shape[2]) == 0) & begins
+        new = pack_rows(key[0].transpose(0, 1), value[0].transpose(0, 1), spec, centres, first)
+        if begins:
             self._rows.append(new)
         else:
             self._rows[layer] = torch.cat((self._rows[layer], new))

@@ -2,6 +2,16 @@
 
 Everything but the kernels is SGLang's: metadata, CUDA-graph buffers, windows, masks. The Triton backend replaces the three
 functions through which its parent reads the pool; the torch backend, for the CPU, replaces the two forward methods.
+
+The two forward methods are also SGLang's only ways into the pool, and they say where the tokens are that are stored
+(:meth:`~kvtuner_search.serving.sglang.pool.PackedPool.storing`):
+
+* **Decode** stores no first token: a request has at least the one token of its prompt by then, which an extend stored. So it says
+  that there is none, and reads nothing. Padding within a graph goes to slot 0, which no request has.
+* **All else is an extend** (chunks, mixed batches with their decoded tokens, drafted tokens that are verified, replays of graphs of
+  prompts) and comes with the positions by which SGLang rotates keys, counted from the start of the sequence: 0 is a sequence's
+  first token and no other, whatever the radix cache, an earlier chunk or an earlier life of the request had stored. Graphs
+  read positions and slots from buffers of theirs that are filled alike before each replay.
 """
 
 from __future__ import annotations
@@ -35,13 +45,15 @@ class PackedTorchBackend(TorchNativeAttnBackend):
     ) -> Tensor:
         """New tokens [T, Hq * D] of several requests over all their rows."""
         lengths = forward_batch.extend_seq_lens.tolist()
-        return self._forward(q, k, v, layer, forward_batch, lengths, save_kv_cache)
+        with self.token_to_kv_pool.storing(forward_batch.positions, forward_batch.extend_prefix_lens):
+            return self._forward(q, k, v, layer, forward_batch, lengths, save_kv_cache)
 
     def forward_decode(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True
     ) -> Tensor:
         """One new token of each request."""
-        return self._forward(q, k, v, layer, forward_batch, [1] * forward_batch.batch_size, save_kv_cache)
+        with self.token_to_kv_pool.storing(None):
+            return self._forward(q, k, v, layer, forward_batch, [1] * forward_batch.batch_size, save_kv_cache)
 
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, batch: Any, lengths: list[int], save: bool
@@ -126,12 +138,14 @@ class PackedTritonBackend(TritonAttnBackend):
             raise NotImplementedError(
                 f"layer {layer.layer_id} shares another layer's keys: this model is not supported"
             )
-        return super().forward_extend(q, k, v, layer, forward_batch, *arguments, **named)
+        with self.token_to_kv_pool.storing(forward_batch.positions, forward_batch.extend_prefix_lens):
+            return super().forward_extend(q, k, v, layer, forward_batch, *arguments, **named)
 
     def forward_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, *arguments: Any, **named: Any) -> Tensor:
         """As the parent's, over packed rows."""
         self._select(layer)
-        return super().forward_decode(q, k, v, layer, *arguments, **named)
+        with self.token_to_kv_pool.storing(None):
+            return super().forward_decode(q, k, v, layer, *arguments, **named)
 
     def _select(self, layer: Any) -> None:
         _check_layer(layer)

@@ -118,6 +118,17 @@ def _wait_until_ready(original: Callable[..., list[dict[str, Any]]], readers: An
     return infos
 
 
+def reserve(configurator: Any, nbytes: int) -> None:
+    """Remember, for :func:`leave_room`, what a rank will hold beside its rows."""
+    configurator.kvtuner_reserved = nbytes
+
+
+def leave_room(original: Callable[..., Any], configurator: Any, available_bytes: int, page_size: int) -> Any:
+    """SGLang's tokens for these bytes, less what is held beside the rows: it is allocated with the pool, after SGLang has measured."""
+    reserved = getattr(configurator, "kvtuner_reserved", 0)  # a draft model's has none
+    return original(configurator, available_bytes - reserved, page_size)
+
+
 def _add_report(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """What the launcher looks for, and ``/server_info`` shows. Looks once more: other plugins have run since."""
     from kvtuner_search.serving.sglang import rank

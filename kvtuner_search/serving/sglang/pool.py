@@ -2,11 +2,15 @@
 
 A layer is one tensor, uint8 [slots, row bytes], and a slot is one row that holds the keys and the values of all local KV heads
 (``kvtuner_kernels.layout``). Slots are SGLang's own: the token's slot id is the row's index.
+
+A row in a fitted basis says itself whether it holds the first token of a sequence, so nothing has to be known about a slot to read,
+copy, move or reuse it. Whoever stores says where the tokens are (:meth:`PackedPool.storing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -15,18 +19,27 @@ from sglang.srt.environ import envs
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
 from torch import Tensor
 
+from kvtuner_kernels.bands import BasisError, basis
 from kvtuner_kernels.gather import move
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.quantize import store
 from kvtuner_kernels.reference import NO_CENTRES, Centres, pack_rows
+from kvtuner_search.errors import ProfileError
 
 
 class LayerStorage(NamedTuple):
     """Where one layer's cache lies on this rank, and how."""
 
     spec: LayerSpec
-    centres: Centres  # fp32 [local KV heads, D], on the pool's device
+    centres: Centres  # fp32 [local KV heads, D], or a basis [local KV heads, D + 2, D], on the pool's device
     rows: Tensor  # uint8 [slots, row bytes]
+
+
+class _Said(NamedTuple):
+    """What is known of the tokens that are being stored."""
+
+    positions: Tensor | None  # int64 [tokens or more]; None: none of them is the first of its sequence
+    prefixes: Tensor | None  # int [requests]: tokens that each has stored already
 
 
 def uses_triton(device: torch.device | str) -> bool:
@@ -51,9 +64,12 @@ class PackedPool(MHATokenToKVPool):
 
     Args:
         layers: the specs of this rank's layers, the first of which is ``start_layer``.
-        centres: centring vectors of all KV heads, by global layer.
+        centres: centring vectors and bases of all KV heads, by global layer.
         heads: the KV heads that this rank stores.
         size, named: as for SGLang's own pool.
+
+    Raises:
+        ProfileError: if a basis cannot be used.
     """
 
     def __init__(
@@ -62,6 +78,8 @@ class PackedPool(MHATokenToKVPool):
         self.specs = list(layers)
         self._all_centres = centres
         self._heads = heads
+        self._said: _Said | None = None  # within `storing`
+        self._counts_from_0 = False  # it was seen that the model's positions do so
         self.model_dtype: torch.dtype = named.pop("dtype")
         super().__init__(size, dtype=torch.uint8, **named)
 
@@ -74,17 +92,70 @@ class PackedPool(MHATokenToKVPool):
         device = torch.device(self.device)
         self.layers: list[LayerStorage] = []
         for index, spec in enumerate(self.specs):
-            both = self._all_centres.get(self.start_layer + index, NO_CENTRES)
-            local = (None if side is None else side[self._heads].to(device).contiguous() for side in both)
+            centres = self._local_centres(self.start_layer + index, spec, device)
             nbytes = spec.bytes_per_token(self.head_num, self.head_dim)
             # Slot 0 is not handed out: padded tokens are written there. The page behind `size` is its share.
             rows = torch.zeros(self.size + self.page_size, nbytes, dtype=torch.uint8, device=device)
-            self.layers.append(LayerStorage(spec, Centres(*local), rows))
+            self.layers.append(LayerStorage(spec, centres, rows))
         self.k_buffer = [layer.rows for layer in self.layers]
         self.v_buffer: list[Tensor] = []
         self._stub = torch.empty(0, self.head_num, self.head_dim, dtype=torch.uint8, device=device)
         self.data_ptrs = torch.tensor([rows.data_ptr() for rows in self.k_buffer], dtype=torch.uint64, device=device)
         self.data_strides = torch.tensor([rows.stride(0) for rows in self.k_buffer], device=device)
+
+    def _local_centres(self, layer: int, spec: LayerSpec, device: torch.device) -> Centres:
+        """This rank's heads of what a layer needs from the transforms file. What follows from a basis is worked out here, once."""
+        both = self._all_centres.get(layer, NO_CENTRES)
+        local = Centres(*(None if side is None else side[self._heads].to(device).contiguous() for side in both))
+        for name, side, centre in (("key", spec.key, local.key), ("value", spec.value, local.value)):
+            if side.banded and centre is not None:
+                try:
+                    basis(centre)
+                except BasisError as error:
+                    raise ProfileError(
+                        f"layers.{layer}.{name} of the transforms file: {error}: restore the file that was written with the"
+                        " profile, or calibrate again"
+                    ) from error
+        return local
+
+    @contextmanager
+    def storing(self, positions: Tensor | None, prefixes: Tensor | None = None) -> Iterator[None]:
+        """Within it, say where in their sequences the tokens are that are stored.
+
+        Args:
+            positions: int64 [at least N] of the N tokens of each call of :meth:`set_kv_buffer`, 0 for the first of a sequence; None
+                if none of them is the first.
+            prefixes: int [requests], how many tokens each request has stored already, if that is known. The first batch is
+                compared with it, for a model that changes SGLang's positions (as Gemma 3's class for images does, in place) would
+                have its first tokens stored as any others, and that shows in nothing but the answers.
+        """
+        before, self._said = self._said, _Said(positions, prefixes)
+        try:
+            yield
+        finally:
+            self._said = before
+
+    def _positions_of(self, tokens: int) -> Tensor | None:
+        """What :meth:`storing` said about the tokens of a call, int64 [tokens].
+
+        Raises:
+            RuntimeError: if nothing was said, or not about all of them, or it cannot be so.
+        """
+        if self._said is None:
+            _refuse_store(f"nothing says where the {tokens} tokens are in their sequences")
+        positions, prefixes = self._said
+        if positions is None:
+            return None
+        if len(positions) < tokens:
+            _refuse_store(f"there are {len(positions)} positions for {tokens} tokens")
+        positions = positions[:tokens]  # a graph's buffer is as long as its largest batch
+        capturing = positions.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not self._counts_from_0 and prefixes is not None and tokens and not capturing:
+            least, most, expected = int(positions.min()), int(positions.max()), int(prefixes.min())
+            if least != expected:
+                _refuse_store(f"after {expected} stored tokens the model counts from position {least}")
+            self._counts_from_0 = most > 0  # where SGLang tries a model out, all are 0
+        return positions
 
     def storage(self, layer_id: int) -> LayerStorage:
         """The storage of a layer by its global index."""
@@ -109,15 +180,22 @@ class PackedPool(MHATokenToKVPool):
         layer_id_override: int | None = None,
         **_: Any,
     ) -> None:
-        """Quantize and store keys and values [N, H, D] of one layer; they are left as they are. Scales are not needed."""
+        """Quantize and store keys and values [N, H, D] of one layer; they are left as they are. Scales are not needed.
+
+        Raises:
+            RuntimeError: if the layer is stored in a fitted basis, and :meth:`storing` did not say where the tokens are: what is
+                stored wrongly shows in nothing but the answers.
+        """
         slots, *_others = unwrap_write_loc(loc_info)
         spec, centres, rows = self.storage(layer.layer_id if layer_id_override is None else layer_id_override)
         key = cache_k.view(-1, self.head_num, self.head_dim)
         value = cache_v.view(-1, self.head_num, self.head_dim)
+        positions = self._positions_of(len(key)) if spec.key.banded or spec.value.banded else None
         if uses_triton(rows.device):
-            store(key, value, rows, slots, spec, centres)
+            store(key, value, rows, slots, spec, centres, positions)
         else:
-            rows[slots] = pack_rows(key, value, spec, centres)
+            first = None if positions is None else positions == 0
+            rows[slots] = pack_rows(key, value, spec, centres, first)
 
     def _get_key_buffer(self, layer_id: int) -> Tensor:
         return self._stub
@@ -164,3 +242,10 @@ class PackedPool(MHATokenToKVPool):
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _refuse_store(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"{what}: layers in a fitted basis cannot be stored so; report this with the model and the options, or serve a profile"
+        " without bases"
+    )

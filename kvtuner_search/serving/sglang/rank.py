@@ -18,6 +18,7 @@ from kvtuner_search.errors import NotComparableError, ServingError, UsageError
 from kvtuner_search.evaluation.stored import load_centres
 from kvtuner_search.profile.checks import check_transforms
 from kvtuner_search.profile.schema import Profile
+from kvtuner_search.serving.capacity import basis_bytes
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang.agreement import Report, check, exchange
 from kvtuner_search.serving.sglang.pool import PackedPool, local_heads
@@ -30,7 +31,7 @@ class Served:
     configuration: ServingConfiguration
     profile: Profile
     layers: list[LayerSpec]  # of the whole model
-    centres: dict[int, Centres]  # fp32 on the CPU, all KV heads, by global layer
+    centres: dict[int, Centres]  # vectors and bases, fp32 on the CPU, all KV heads, by global layer
 
 
 @cache
@@ -115,6 +116,11 @@ def measure(place: Place, which: Served) -> int:
     """
     check_place(place, which)
     return bytes_per_token(which.layers[place.start_layer : place.end_layer], place.local_heads, place.head_dim)
+
+
+def reserve(place: Place, which: Served) -> int:
+    """Bytes that this rank's bases will take on its device, beside the rows."""
+    return basis_bytes(which.layers[place.start_layer : place.end_layer], place.local_heads, place.head_dim)
 
 
 def pool_class(place: Place, which: Served) -> Callable[..., PackedPool]:

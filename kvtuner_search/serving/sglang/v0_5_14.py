@@ -52,7 +52,9 @@ def _measure_cell(original: Callable[..., None], configurator: Any, runner: Any)
     from kvtuner_search.serving.sglang import rank
 
     with launcher.refusing():
-        packed = rank.measure(_place(runner), rank.served(hooks.active()))
+        place, which = _place(runner), rank.served(hooks.active())
+        packed = rank.measure(place, which)
+        hooks.reserve(configurator, rank.reserve(place, which))
     configurator._cell_size += packed - configurator._compute_cell_size(runner, runner.num_effective_layers)
 
 
@@ -87,6 +89,11 @@ PLACES: Final = hooks.Places(
         (
             "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__",
             _measure_cell,
+            HookType.AROUND,
+        ),
+        (
+            "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.calculate_pool_sizes",
+            hooks.leave_room,
             HookType.AROUND,
         ),
         (

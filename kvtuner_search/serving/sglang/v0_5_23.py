@@ -56,7 +56,9 @@ def _measure_cell(original: Callable[..., None], sizes: Any, configurator: Any) 
     from kvtuner_search.serving.sglang import rank
 
     with launcher.refusing():
-        packed = rank.measure(_place(configurator), rank.served(hooks.active()))
+        place, which = _place(configurator), rank.served(hooks.active())
+        packed = rank.measure(place, which)
+        hooks.reserve(sizes, rank.reserve(place, which))
     sizes._cell_size += packed - sizes._compute_cell_size(configurator, configurator.layer_info.num_effective_layers)
 
 
@@ -79,8 +81,8 @@ def _configure(original: Callable[..., Any], configurator: Any, **named: Any) ->
     from kvtuner_search.serving.sglang import rank
 
     configurator.post_capture_kv_active = False
-    result = original(configurator, **named)
-    with launcher.refusing():
+    with launcher.refusing():  # the pool itself may find that a basis cannot be used
+        result = original(configurator, **named)
         place, which, world = _place(configurator), rank.served(hooks.active()), get_world_group()
         pool, tokens = result.token_to_kv_pool, result.max_total_num_tokens
         rank.agree(pool, tokens, place, which, world.rank_in_group, world.world_size)
@@ -103,6 +105,11 @@ PLACES: Final = hooks.Places(
         (
             "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__",
             _measure_cell,
+            HookType.AROUND,
+        ),
+        (
+            "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.calculate_pool_sizes",
+            hooks.leave_room,
             HookType.AROUND,
         ),
         (f"{_CONFIGURATOR}._resolve_kv_pool_class", _pool_class, HookType.AROUND),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[3]
@@ -25,6 +26,8 @@ from serving_checks.servers import Config, Server  # noqa: E402
 from serving_checks.speed import Sizes, Speed  # noqa: E402
 
 from kvtuner_kernels.layout import LayerSpec  # noqa: E402
+from kvtuner_kernels.reference import Centres, pack_rows  # noqa: E402
+from kvtuner_kernels.warm_up import example_centres  # noqa: E402
 from kvtuner_search.models.reference_model import reference_model_path  # noqa: E402
 from kvtuner_search.serving.model import served_model  # noqa: E402
 
@@ -45,9 +48,12 @@ def test_the_made_up_model_is_the_one_of_the_profiles(machine: Machine) -> None:
     from kvtuner_search.profile.canonical import load
     from kvtuner_search.profile.checks import check_model
 
-    subject = machine.subject(0.5, 4096)
-    for profile in subject.profiles.values():
+    subject = machine.subject(0.5, 4096, labels=["B4", "B3"])
+    bits = {}
+    for label, profile in subject.profiles.items():
         check_model(load(profile), served_model(subject.model), subject.model)
+        bits[label] = load(profile).storage.effective_bits
+    assert bits == {"K8V8": 8.25, "K4V4": 4.25, "K4V2": 3.25, "B4": 4.125, "B3": 3.125}
 
 
 def test_a_failed_check_counts_and_a_missed_target_does_not(tmp_path: Path) -> None:
@@ -259,6 +265,24 @@ def test_rows_that_are_missing_or_differ_are_found(tmp_path: Path) -> None:
     assert (same.complete, same.all_equal, same.equal) == (True, False, {0: 1.0, 1: 0.5})
     missing = {key: part for key, part in rows.items() if key != (0, 1)}
     assert not stored_rows.compare(rows, missing, 2, 2).all_equal
+
+
+@pytest.mark.parametrize("text", ["b65443322/b54433221", "b83322211/8-g32-asym", "16/b44332200"])
+def test_a_heads_bytes_are_the_same_however_many_heads_a_rank_has(tmp_path: Path, text: str) -> None:
+    """Also where keys and values share words."""
+    spec, dim, heads = LayerSpec.parse(text), 64, 3
+    centres = example_centres(spec, heads, dim, torch.device("cpu"))
+    key, value = torch.randn(2, 5, heads, dim, generator=torch.Generator().manual_seed(0)).half()
+    parts = [slice(0, 2), slice(2, 3)]
+    for folder, chosen in (("all", [slice(0, heads)]), ("each", parts)):
+        (tmp_path / folder).mkdir()
+        for part in chosen:
+            own = Centres(*(None if side is None else side[part].contiguous() for side in centres))
+            rows = pack_rows(key[:, part], value[:, part], spec, own, torch.arange(5) == 0)
+            stored_rows.write(tmp_path / folder, 0, part, {"0": rows.numpy()})
+    one, other = (stored_rows.read(tmp_path / folder, [spec], dim) for folder in ("all", "each"))
+    assert sum(part.shape[1] for part in one.values()) <= spec.bytes_per_token(heads, dim)
+    assert stored_rows.compare(one, other, 1, heads).all_equal
 
 
 def test_unknown_parts_are_refused() -> None:

@@ -23,6 +23,11 @@ def expected(offline: Callable[..., list[Greedy]], mixed_profile: Path) -> list[
 
 
 @pytest.fixture(scope="module")
+def expected_of_bases(offline: Callable[..., list[Greedy]], banded_profile: Path) -> list[list[int]]:
+    return [greedy.tokens for greedy in offline(banded_profile, "float32")]
+
+
+@pytest.fixture(scope="module")
 def roomy(mixed_profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Page size 1, prefix cache and overlap scheduling on, as by default."""
     arguments = ["--kvtuner-profile", str(mixed_profile), "--dtype", "float32", "--enable-cache-report"]
@@ -31,12 +36,12 @@ def roomy(mixed_profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def tight(mixed_profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Chunks of 64 tokens, no overlap, and a pool so small that requests are retracted."""
+def tight(banded_profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Chunks of 64 tokens, which go together with decode, no overlap, fitted bases, and a pool so small that requests are retracted."""
     arguments = [
-        "--kvtuner-profile", str(mixed_profile), "--dtype", "float32", "--chunked-prefill-size", "64",
+        "--kvtuner-profile", str(banded_profile), "--dtype", "float32", "--chunked-prefill-size", "64",
         "--max-total-tokens", str(TOKENS), "--disable-overlap-schedule", "--schedule-conservativeness", "0.1",
-        "--enable-metrics", "--enable-cache-report",
+        "--enable-metrics", "--enable-cache-report", "--enable-mixed-chunk",
     ]  # fmt: skip
     with running(tmp_path_factory.mktemp("logs"), *arguments) as server:
         yield server
@@ -75,20 +80,43 @@ def test_requests_that_come_and_go(roomy: Server, prompts: Sequence[Sequence[int
         assert list(pool.map(ask, range(len(prompts)))) == expected
 
 
-def test_chunks_change_nothing(tight: Server, prompts: Sequence[Sequence[int]], expected: list[list[int]]) -> None:
+def test_chunks_change_nothing(
+    tight: Server, prompts: Sequence[Sequence[int]], expected_of_bases: list[list[int]]
+) -> None:
     info = tight.info()
     assert (info["disable_overlap_schedule"], info["kvtuner"]["tokens"]) == (True, TOKENS)
-    assert [tight.generate(prompt, COUNT)["output_ids"] for prompt in prompts] == expected
+    assert [tight.generate(prompt, COUNT)["output_ids"] for prompt in prompts] == expected_of_bases
     log = tight.log()
     assert max(int(n) for n in re.findall(r"Prefill batch.*?#new-token: (\d+)", log)) <= 64
 
 
-def test_retracted_requests_are_finished_and_their_slots_come_back(
-    tight: Server, prompts: Sequence[Sequence[int]], expected: list[list[int]]
+def test_first_tokens_in_the_prefix_cache_and_in_mixed_batches_stay_first_tokens(
+    tight: Server, prompts: Sequence[Sequence[int]], expected_of_bases: list[list[int]]
 ) -> None:
-    long = prompts[-1]
+    """A prefix from the cache brings its first token along, and a chunk that is read with decode marks nothing but first tokens."""
+    for prompt, right in list(zip(prompts, expected_of_bases, strict=True))[
+        1:5
+    ]:  # short ones, which the first token matters to
+        again = tight.generate(prompt, COUNT)
+        assert again["meta_info"]["cached_tokens"] >= len(prompt) - 1
+        assert again["output_ids"] == right
+    tight.post("/flush_cache?timeout=60", {})
+
+    def ask(index: int) -> Any:
+        time.sleep(index * 0.15)
+        return tight.generate(prompts[index], COUNT)["output_ids"]
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(ask, range(len(prompts)))) == expected_of_bases
+    assert re.search(r"Prefill batch.*#running-req: [1-9]", tight.log())
+
+
+def test_retracted_requests_are_finished_and_their_slots_come_back(
+    tight: Server, prompts: Sequence[Sequence[int]], expected_of_bases: list[list[int]]
+) -> None:
+    long, right = prompts[-1], expected_of_bases[-1]
     alone = tight.generate(long, LONG)["output_ids"]
-    assert alone[:COUNT] == expected[-1]
+    assert alone[:COUNT] == right
     tight.post("/flush_cache?timeout=60", {})
 
     def ask(index: int) -> list[int]:
@@ -99,7 +127,7 @@ def test_retracted_requests_are_finished_and_their_slots_come_back(
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(ask, range(6)))
     assert [len(one) for one in found] == [LONG] * 6
-    assert all(one[:COUNT] == expected[-1] for one in found)
+    assert all(one[:COUNT] == right for one in found)
     assert "KV cache pool is full. Retract requests" in tight.log()
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:  # SGLang's own count of leaks would have ended the server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from copy import copy
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from torch_flashinfer import plain, stand_in
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.reference import NO_CENTRES, pack_rows, unpack_rows
+from kvtuner_kernels.warm_up import example_centres
 from kvtuner_search.errors import UsageError
 from kvtuner_search.serving.sglang import attention
 from kvtuner_search.serving.sglang import prefill as module
@@ -23,6 +25,7 @@ from kvtuner_search.serving.sglang.prefill import SWITCH, PrefillAttention, pref
 
 HEADS, KV_HEADS, DIM = 6, 2, 64
 SPEC = LayerSpec.parse("8-g64-asym/4-g64-asym")
+BANDED = LayerSpec.parse("b65443322/b54433221")
 
 
 def stored_16bit(rows: Tensor, slots: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
@@ -52,25 +55,32 @@ def make(capability: tuple[int, int] = (9, 0), **named: Any) -> PrefillAttention
 @pytest.mark.parametrize(
     ("lengths", "prefixes"), [([150, 60], [0, 0]), ([150], [40]), ([150, 3, 60], [40, 0, 7])], ids=str
 )
+@pytest.mark.parametrize("spec", [SPEC, BANDED], ids=str)
 def test_a_chunk_attends_to_its_own_prefix_as_stored_and_to_itself(
-    flashinfer: ModuleType, torch_gather: None, lengths: list[int], prefixes: list[int]
+    flashinfer: ModuleType, torch_gather: None, spec: LayerSpec, lengths: list[int], prefixes: list[int]
 ) -> None:
+    """Rows of prefixes say themselves which of them are first tokens."""
     prefill = make()
     assert prefill is not None
     assert prefill.plan(lengths, prefixes)
     torch.manual_seed(0)
     new, old, padding = sum(lengths), sum(prefixes), 5
     query, key, value = (torch.randn(new + padding, n, DIM).half() for n in (HEADS, KV_HEADS, KV_HEADS))
-    stored = pack_rows(*torch.randn(2, 300, KV_HEADS, DIM).half(), SPEC, NO_CENTRES)
     slots = torch.randperm(300)[: old + padding]  # SGLang's list may be longer than what is used
+    centres = example_centres(spec, KV_HEADS, DIM, torch.device("cpu"))
+    first = torch.zeros(300, dtype=torch.bool)
+    for request, prefix in enumerate(prefixes):
+        first[slots[sum(prefixes[:request])]] |= prefix > 0
+    stored = pack_rows(*torch.randn(2, 300, KV_HEADS, DIM).half(), spec, centres, first)
+    every_key, every_value = (side.half() for side in unpack_rows(stored, spec, KV_HEADS, DIM, centres, torch.float16))
     out = torch.full_like(query, torch.nan)
-    prefill.run(query, key, value, out, slots, LayerStorage(SPEC, NO_CENTRES, stored))
+    prefill.run(query, key, value, out, slots, LayerStorage(spec, centres, stored))
     assert out[new:].isnan().all()
     first = used = 0
     for length, prefix in zip(lengths, prefixes, strict=True):
         chunk = slice(first, first + length)
         prefix_slots = slots[used : used + prefix]
-        old_key, old_value = stored_16bit(stored, prefix_slots, SPEC, KV_HEADS, DIM, NO_CENTRES, torch.float16)
+        old_key, old_value = every_key[prefix_slots], every_value[prefix_slots]
         expected = plain(query[chunk], torch.cat([old_key, key[chunk]]), torch.cat([old_value, value[chunk]]))
         torch.testing.assert_close(out[chunk], expected)
         first, used = first + length, used + prefix
@@ -185,7 +195,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> attention.PackedTritonBackend:
     made._prefill = made.recorder = Recorder()
     made._planned = None
     made.token_to_kv_pool = SimpleNamespace(
-        head_num=KV_HEADS, storage=lambda _: LayerStorage(SPEC, NO_CENTRES, torch.empty(0))
+        head_num=KV_HEADS,
+        storage=lambda _: LayerStorage(SPEC, NO_CENTRES, torch.empty(0)),
+        storing=lambda *_: nullcontext(),
     )
     monkeypatch.setattr(attention, "extend", made.recorder.extend)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a build for the CPU has none
@@ -193,7 +205,13 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> attention.PackedTritonBackend:
 
 
 def batch_of(mode: ForwardMode = ForwardMode.EXTEND) -> SimpleNamespace:
-    return SimpleNamespace(forward_mode=mode, extend_seq_lens_cpu=[150], extend_prefix_lens_cpu=[0])
+    return SimpleNamespace(
+        forward_mode=mode,
+        extend_seq_lens_cpu=[150],
+        extend_prefix_lens_cpu=[0],
+        positions=None,
+        extend_prefix_lens=None,
+    )
 
 
 def ask(backend: attention.PackedTritonBackend, batch: SimpleNamespace, mask: Tensor | None = None) -> str:

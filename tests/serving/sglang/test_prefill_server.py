@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch_flashinfer
 from servers import Server, running
+from serving_checks.bases import example_profile
+
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_search.serving.model import served_model
 
 ROOT = Path(__file__).parents[3]
 CHUNK = 160
@@ -30,6 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     shape = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "head_dim": 64}
     folder = tmp_path_factory.mktemp("prefill")
     model = write_model(folder / "tiny", "Qwen3", max_position_embeddings=1024, **shape)
+    # One layer in fitted bases, whose first tokens FlashInfer finds in the prefix, and one without.
+    layers = [LayerSpec.parse("b87665544/b76655443"), LayerSpec.parse("8-g64-asym/4-g64-asym")]
+    profile = example_profile(folder / "tiny.json", served_model(str(model)), layers)
     paths = [
         torch_flashinfer.write_plugin(folder / "plugin"),
         Path(torch_flashinfer.__file__).parent,
@@ -41,8 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     }  # fmt: skip
     with running(
         folder / "log", "--dtype", "float16", "--max-total-tokens", "2048", "--attention-backend", "triton",
-        "--chunked-prefill-size", str(CHUNK), "--enable-kvtuner-quant", "--kvtuner-nbits-key", "8",
-        "--kvtuner-nbits-value", "4", "--kvtuner-asym", model=model, variables=variables,
+        "--chunked-prefill-size", str(CHUNK), "--kvtuner-profile", str(profile), model=model, variables=variables,
     ) as started:  # fmt: skip
         yield started
 

@@ -46,15 +46,15 @@ class Case:
 ROOT = Path(__file__).parents[3]
 ONE_RANK: dict[tuple[str, Path], stored_rows.Stored] = {}  # profile, weights -> what one rank stored
 CASES = [
-    Case("mixed_profile", "float32", 1, 1, 1, "kill the launcher"),
+    Case("banded_profile", "float32", 1, 1, 1, "kill the launcher"),
     Case("raw_profile", "float16", 1, 1, 1, "interrupt"),
-    Case("mixed_profile", "float32", 1, 2, 1, "kill a rank"),
+    Case("banded_profile", "float32", 1, 2, 1, "kill a rank"),
     Case("raw_profile", "float16", 1, 2, 1, "terminate"),
-    Case("mixed_profile", "float32", 2, 1, 1, "terminate"),
+    Case("banded_profile", "float32", 2, 1, 1, "terminate"),
     Case("raw_profile", "float16", 2, 1, 1, "kill a rank"),
-    Case("mixed_profile", "float32", 1, 2, 2, "kill the launcher"),
+    Case("banded_profile", "float32", 1, 2, 2, "kill the launcher"),
     Case("raw_profile", "float16", 1, 2, 2, "kill a rank"),
-    Case("mixed_profile", "float32", 2, 2, 2, "interrupt"),
+    Case("banded_profile", "float32", 2, 2, 2, "interrupt"),
 ]
 
 
