@@ -45,13 +45,19 @@ def _padded(side):
     return 1 << (side.words - 1).bit_length() if side.bands else side.padded
 
 
+@triton.constexpr_function
+def _step(side, plane):
+    """Distance of two levels, in scales; any number but 0 without bits, for there is one level, which is 0."""
+    return plane_step(side, plane) or 1.0
+
+
 @triton.jit
 def _steps(plane, SIDE: tl.constexpr):
     """fp32 distance of two levels of a banded side, in scales, for each of ``plane``."""
-    step = tl.zeros(plane.shape, tl.float32)
+    step = tl.full(plane.shape, 1.0, tl.float32)
     PLANES: tl.constexpr = SIDE.planes_a_group
     for x in tl.static_range(PLANES):
-        step = tl.where(plane == x, plane_step(SIDE, x), step)
+        step = tl.where(plane == x, _step(SIDE, x), step)
     return step
 
 
@@ -221,6 +227,22 @@ def _add_packed(rows, slot, head, p, decay, acc, SIDE: tl.constexpr, ROW: tl.con
 
 
 @triton.jit
+def _first_values(first_value, weight, SIDE: tl.constexpr):
+    """Accumulators that begin with one token's values, weighted with ``weight`` [M, 1], in units of :func:`_add_packed`."""
+    GROUPS: tl.constexpr = SIDE.groups
+    PLANES: tl.constexpr = SIDE.planes_a_group
+    column = tl.arange(0, _padded(SIDE) * PLANES)[None, :]
+    acc = ()
+    for group in tl.static_range(GROUPS):
+        channel, exists = _column_channel(column, group, SIDE)
+        number = tl.load(first_value + channel, mask=exists, other=0.0)
+        if banded(SIDE):
+            number /= _steps(column % PLANES, SIDE)
+        acc = acc + (weight * number,)
+    return acc
+
+
+@triton.jit
 def _softmax_step(scores, unit, top, total, softmax_scale, visible, CAP: tl.constexpr):
     """Probabilities [M, N] of a tile, and the new maximum, total and decay [M, 1]; ``unit`` is added to the raw scores."""
     scores = (scores + unit) * softmax_scale
@@ -297,16 +319,18 @@ def extend_kernel(
             seen = seen & (tl.load(mask_row, mask=seen, other=0) != 0)
         if WINDOW:
             seen = seen & (position < WINDOW)
-        first_weight, top, total, _ = _softmax_step(first_score, shift, top, total, softmax_scale, seen, CAP)
+        weight, top, total, _ = _softmax_step(first_score, shift, top, total, softmax_scale, seen, CAP)
+        acc = _first_values(first_value + first_at, weight, VALUE)
     # Low halves: a slot's number fits in 32 bits, its address does not.
     slots = kv_indices.to(tl.pointer_type(tl.int32))
     for tile in tl.range(earliest // TOKENS * TOKENS, end, TOKENS, num_stages=STAGES):
         index = tile + column
         # Beyond the end the last stored token is read again and hidden.
         slot = tl.load(slots + (first_slot + tl.minimum(index, stored - 1)) * 2).to(tl.int64)
-        visible = live & (index < end)[None, :]
-        if first_key is not None:
-            visible = visible & (index > 0)[None, :]
+        if first_key is None:
+            visible = live & (index < end)[None, :]
+        else:  # all but 0, by one comparison
+            visible = live & ((index - 1).to(tl.uint32) < (end - 1).to(tl.uint32))[None, :]
         if masked:
             if not SKIP_PREFIX_MASK:
                 visible = visible & (tl.load(mask_row + index[None, :], mask=visible, other=0) != 0)
@@ -316,8 +340,6 @@ def extend_kernel(
             visible = visible & (index[None, :] > position - WINDOW)
         scores = _packed_scores(rows, slot, head, operands, sums, KEY, ROW, DTYPE)
         p, top, total, decay = _softmax_step(scores, shift, top, total, softmax_scale, visible, CAP)
-        if first_key is not None:
-            first_weight *= decay
         acc = _add_packed(rows, slot, head, p, decay, acc, VALUE, ROW, VALUE_DTYPE)
 
     # Once: from neighbouring planes to neighbouring channels, with gaps where a plane is padded.
@@ -336,14 +358,11 @@ def extend_kernel(
     if banded(VALUE):
         acc = (acc[0] * _steps(place // PADDED, VALUE),)
 
-    if first_key is not None:
-        with_first = ()
-        for group in tl.static_range(GROUPS):
-            at = first_at + group * (PLANES * VALUE.words) + group_channel
-            number = tl.load(first_value + at, mask=exists, other=0.0)
-            with_first = with_first + (acc[group] + first_weight * number,)
-        acc = with_first
-
+    # Rows, worked out anew from a number that the compiler cannot know to be 0: else their addresses keep registers through the loop.
+    row = first_row + tl.load(qo_indptr + request, volatile=True) - first_query + tl.arange(0, TILE_ROWS)
+    token = (row // GROUP)[:, None]
+    query_head = head * GROUP + (row % GROUP)[:, None]
+    live = (row < new * GROUP)[:, None]
     if not AS_STORED:
         at = (first_query + token) * query_token_stride + query_head * query_head_stride
         q = tl.load(query + at + channel, mask=live & (channel < HEAD_DIM), other=0.0).to(DTYPE)

@@ -32,6 +32,7 @@ LEAST_TOKENS: Final = 16  # new ones of a request in the mean; fewer were not me
 ENOUGH_TOKENS: Final = 128  # new ones of a batch, whatever each request has
 LARGEST_SHARE: Final = 16  # tokens of prefixes for each new one, where the packed kernel has work for the whole chip
 TILE: Final = 128  # query heads of one group that a program of the packed kernel takes
+_FLOAT32: Final = 4  # bytes
 LARGEST_COPY: Final = 512 * 2**20  # bytes of dequantized keys and values of one layer, out of what SGLang leaves free
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ class PrefillAttention:
         """Prepare for chunks of these tokens over prefixes of those. False, and nothing is prepared, if it does not pay."""
         new, old = sum(lengths), sum(prefixes)
         heads, kv_heads, head_dim = self.shape
-        copied = 2 * (new + 2 * old) * kv_heads * head_dim * self.dtype.itemsize if old else 0
+        numbers, nbytes = kv_heads * head_dim, self.dtype.itemsize  # of one side of a token, and bytes of one
+        # At most at a time: the prefix, and prefix and chunk together; or, in a fitted basis, both sides in fp32 and one turned back.
+        copied = max(2 * (new + 2 * old) * nbytes, (2 * _FLOAT32 + nbytes) * old) * numbers if old else 0
         tiles = kv_heads * sum(-(-length * heads // kv_heads // TILE) for length in lengths)
         # Short chunks of many requests: dequantizing would cost more than attending to the packed rows.
         short = old > LARGEST_SHARE * new and tiles >= self.multiprocessors

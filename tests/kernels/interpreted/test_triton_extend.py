@@ -65,9 +65,7 @@ def check(
             continue
         rows = pool[slots[indptr[request] : indptr[request + 1]]]
         chunk = slice(int(starts[request]), int(starts[request + 1]))
-        keys = values = torch.zeros(0, heads, head_dim, dtype=torch.float64)
-        if len(rows):
-            keys, values = (x.double() for x in unpack_rows(rows, spec, heads, head_dim, centres, torch.float16))
+        keys, values = (x.double() for x in unpack_rows(rows, spec, heads, head_dim, centres, torch.float16))
         if not as_stored:
             keys, values = torch.cat((keys, key[chunk].double())), torch.cat((values, value[chunk].double()))
         folded = query[chunk].double().unflatten(1, (heads, group))

@@ -103,6 +103,11 @@ def test_short_chunks_of_many_requests_and_great_prefixes_are_left_to_the_packed
     monkeypatch.setattr(module, "LARGEST_COPY", 2 * (128 + 2 * 100) * KV_HEADS * DIM * 2)
     assert prefill.plan([128], [100])
     assert not prefill.plan([128], [101])
+    monkeypatch.setattr(
+        module, "LARGEST_COPY", (4 + 4 + 2) * 1000 * KV_HEADS * DIM
+    )  # what a gather from a fitted basis takes
+    assert prefill.plan([128], [1000])
+    assert not prefill.plan([128], [1001])
 
 
 def test_another_kind_of_layer_is_left_to_the_packed_kernels(flashinfer: ModuleType) -> None:
