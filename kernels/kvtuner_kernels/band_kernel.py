@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtuner_kernels.bands import FP16_MAX
+from kvtuner_kernels import bands
 from kvtuner_kernels.basis_kernel import FEW_TILES, bases, product
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.operands import (
+    FIRST_MARK,
+    SCALE_MIDDLE,
     Side,
     plane_bits,
     plane_run,
@@ -29,7 +31,17 @@ from kvtuner_kernels.operands import (
 )
 from kvtuner_kernels.reference import Centres
 
-HIGHEST = tl.constexpr(FP16_MAX)
+HIGHEST = tl.constexpr(bands.FP16_MAX)
+TRIED = tl.constexpr(bands.TRIED)
+TRIES = tl.constexpr(len(bands.TRIED))
+WEIGHTS = tl.constexpr(bands.WEIGHTS)
+THRESHOLDS = tl.constexpr(bands.THRESHOLDS)
+ROOTS = tl.constexpr(bands.ROOTS)
+FINE = tl.constexpr(bands.FINE)
+FAR = tl.constexpr(2.0**12)  # steps from zero; what lies beyond has the farthest error anyway
+FARTHEST = tl.constexpr(bands.FARTHEST)
+ENDS = tl.constexpr(bands.ENDS)
+RATIOS = tl.constexpr(bands.RATIOS)
 
 
 @triton.constexpr_function
@@ -57,11 +69,30 @@ def _either(key, value):
 
 
 @triton.jit
+def _scale_number(mean_square):
+    """:func:`kvtuner_kernels.bands.scale_number`."""
+    stored = mean_square.to(tl.int32, bitcast=True)
+    mantissa = stored & (2**23 - 1)
+    above = (mantissa >= THRESHOLDS[0]).to(tl.int32) + (mantissa >= THRESHOLDS[1]).to(tl.int32)
+    return ((stored >> 23) - 127) * 2 + SCALE_MIDDLE + above
+
+
+@triton.jit
+def _inverse_scale(number):
+    """Exact as in :func:`kvtuner_kernels.bands.quantize_bands`: a root, times a power of two."""
+    power = SCALE_MIDDLE - number  # in quarters of an octave
+    root = tl.full(power.shape, ROOTS[0], tl.float32)
+    for x in tl.static_range(1, 4):
+        root = tl.where((power & 3) == x, ROOTS[x], root)
+    return root * (((power >> 2) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _add_side(
-    words, x, matrix, mean, point, first, row, token, live, head, token_stride, head_stride,
+    words, x, matrix, mean, point, first, token, live, head, token_stride, head_stride,
     SIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write one side's scales, and add its codes to ``words``: int32 [R, words of a run] for each two runs of the head."""
+    """Add one side's codes and scales to ``words``: int32 [R, words of a run] for each two runs of the head."""
     PLANES: tl.constexpr = SIDE.planes_a_group
     # Codes that share a word are neighbouring columns, so that one thread or its neighbours hold them.
     column = tl.arange(0, power_of_2(SIDE.words) * PLANES)
@@ -78,12 +109,7 @@ def _add_side(
 
     scaled = tl.minimum(tl.maximum(y, -HIGHEST), HIGHEST).to(tl.float16).to(tl.float32)
     square = scaled.to(tl.float64)
-    square = tl.sum(square * square, 1).to(tl.float32) * (1 / HEAD_DIM)
-    scale16 = tl.sqrt_rn(square).to(tl.float16)
-    scale = scale16.to(tl.float32)
-    inverse = tl.where(
-        scale > 0, tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
-    )
+    nearest = _scale_number(tl.sum(square * square, 1).to(tl.float32) * (1 / HEAD_DIM))
     per_step = tl.zeros(band.shape, tl.float32)
     middle = per_step
     top = per_step
@@ -95,7 +121,22 @@ def _add_side(
         top = tl.where(band == x, 2.0 ** plane_bits(SIDE, x) - 1, top)
         start = tl.where(band == x, plane_run(SIDE, x) % 2 * 16 + plane_start(SIDE, x), start)
         pair_of = tl.where(band == x, plane_run(SIDE, x) // 2, pair_of)
-    code = tl.floor((scaled * inverse[:, None]) * per_step[None, :]) + middle[None, :]
+    counts = (exists & (top > 0))[None, :]
+    nearest = tl.minimum(tl.maximum(nearest, ENDS[0]), ENDS[1])
+    steps = (scaled * _inverse_scale(nearest)[:, None]) * per_step[None, :]
+    best = tl.full(nearest.shape, float("inf"), tl.float32)
+    number = nearest
+    ratio = best
+    for x in tl.static_range(TRIES):
+        these = tl.minimum(tl.maximum(steps * RATIOS[x], -FAR), FAR)
+        code = tl.minimum(tl.maximum(tl.floor(these) + middle[None, :], 0.0), top[None, :])
+        wrong = tl.floor(these * FINE).to(tl.int32) - ((code - middle[None, :]).to(tl.int32) * FINE + FINE // 2)
+        wrong = tl.minimum(tl.maximum(tl.where(counts, wrong, 0), -FARTHEST), FARTHEST)
+        cost = tl.sum(wrong * wrong, 1).to(tl.float32) * WEIGHTS[x]
+        number = tl.where(cost < best, nearest + TRIED[x], number)
+        ratio = tl.where(cost < best, RATIOS[x], ratio)
+        best = tl.minimum(cost, best)
+    code = tl.floor(steps * ratio[:, None]) + middle[None, :]
     code = tl.minimum(tl.maximum(code, 0.0), top[None, :]).to(tl.int32) << start[None, :]
     PAIRS: tl.constexpr = len(words)
     SHAPE: tl.constexpr = [code.shape[0], code.shape[1] // PLANES, PLANES]
@@ -107,12 +148,13 @@ def _add_side(
         else:
             result = result + (words[pair],)
 
-    sign = tl.zeros(scale.shape, tl.int16)
     if first is not None:
-        sign = tl.where(first, -32768, 0).to(tl.int16)
-    metadata = (row + SIDE.metadata).to(tl.pointer_type(tl.int16)) + head
-    tl.store(metadata, scale16.to(tl.int16, bitcast=True) | sign, mask=live)
-    return result
+        number += tl.where(first, FIRST_MARK, 0)
+    digit = tl.arange(0, power_of_2(SIDE.words)) - SIDE.digits.channel
+    mine = (digit >= 0) & (digit < 8 // SIDE.digits.bits)
+    shift = tl.where(mine, digit * SIDE.digits.bits, 0)
+    digits = ((number[:, None] >> shift[None, :]) & (2**SIDE.digits.bits - 1)) << SIDE.digits.start
+    return (result[0] + tl.where(mine[None, :], digits, 0),) + result[1:]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -135,12 +177,12 @@ def store_bands_kernel(
         words = words + (tl.zeros([TILE_ROWS, power_of_2(SIDE.words)], tl.int32),)
     if KEY is not None:
         words = _add_side(
-            words, key, key_matrix, key_mean, key_point, first, row, token, live, head, key_token_stride,
+            words, key, key_matrix, key_mean, key_point, first, token, live, head, key_token_stride,
             key_head_stride, KEY, HEAD_DIM,
         )  # fmt: skip
     if VALUE is not None:
         words = _add_side(
-            words, value, value_matrix, value_mean, value_point, first, row, token, live, head, value_token_stride,
+            words, value, value_matrix, value_mean, value_point, first, token, live, head, value_token_stride,
             value_head_stride, VALUE, HEAD_DIM,
         )  # fmt: skip
     word = tl.arange(0, power_of_2(SIDE.words))

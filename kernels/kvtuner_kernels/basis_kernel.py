@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-# ruff: noqa: RET505 - see operands.py
+# ruff: noqa: RUF005, RET505 - see operands.py
 """Heads times a matrix, and rows to numbers: what leads to a fitted basis, and out of it.
 
 Products take fp32 operands, split into three products of tf32, which is about the accuracy of fp32. Tiles have 16 or 32 rows,
@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvtuner_kernels.bands import Basis, basis
 from kvtuner_kernels.layout import LayerSpec, LayoutError
 from kvtuner_kernels.operands import (
+    FIRST_MARK,
     HEAD_DIMS,
     plane_bits,
     plane_half,
@@ -27,8 +28,11 @@ from kvtuner_kernels.operands import (
     plane_start,
     plane_step,
     power_of_2,
+    scale_byte,
+    scale_of,
     sides,
 )
+from kvtuner_kernels.planes import banded
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 
 FEW_TILES = 512  # of 16 rows, over all heads: up to there tiles are kept small, so that they spread over the chip
@@ -55,22 +59,36 @@ def product(x, live, before, weights, exists, column_stride, HEAD_DIM: tl.conste
     return acc
 
 
+@triton.jit
+def _product_later(x, live, weights, exists, column_stride, HEAD_DIM: tl.constexpr):
+    """:func:`product`, bit for bit, of ``x`` that the kernel before writes: the matrix is read while that one runs."""
+    matrix = ()
+    for start in tl.static_range(0, HEAD_DIM, CHUNK):
+        column = start + tl.arange(0, CHUNK)[None, :]
+        matrix = matrix + (tl.load(weights + column * column_stride, mask=exists & (column < HEAD_DIM), other=0.0),)
+    gdc_wait()
+    acc = tl.zeros([x.shape[0], weights.shape[0]], tl.float32)
+    for start in tl.static_range(0, HEAD_DIM, CHUNK):
+        column = start + tl.arange(0, CHUNK)[None, :]
+        part = tl.load(x + column, mask=live & (column < HEAD_DIM), other=0.0).to(tl.float32)
+        acc = tl.dot(part, tl.trans(matrix[start // CHUNK]), acc, input_precision="tf32x3")
+    return acc
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def transform_kernel(
     x, matrix, before, after, indptr, out, pairs, token_stride, head_stride, out_token_stride, out_head_stride,
     matrix_stride, matrix_row_stride, matrix_column_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    LEADS: tl.constexpr, FOLLOWS: tl.constexpr, READS: tl.constexpr,
+    LEADS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """``out = matrix @ (x - before) + after``, and 0 for a token whose span of ``indptr`` is empty.
 
     Grid: (tiles of pairs of a token and a query head of one KV head, KV heads, blocks of channels). LEADS: the next kernel may be
-    scheduled early. FOLLOWS: this one was, and waits for the one before, which READS says whether it reads from.
+    scheduled early. FOLLOWS: this one was, and waits for the one before.
     """
     if LEADS:
         gdc_launch_dependents()
-    if FOLLOWS and READS:
-        gdc_wait()
     head = tl.program_id(1)
     pair = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     live = (pair < pairs)[:, None]
@@ -81,7 +99,12 @@ def transform_kernel(
     weights = matrix + head * matrix_stride + column[:, None] * matrix_row_stride
     if before is not None:
         before += head * HEAD_DIM
-    acc = product(at, live, before, weights, (column < HEAD_DIM)[:, None], matrix_column_stride, HEAD_DIM)
+    if FOLLOWS and COLUMNS == CHUNK and before is None:  # more columns would not fit in registers
+        acc = _product_later(at, live, weights, (column < HEAD_DIM)[:, None], matrix_column_stride, HEAD_DIM)
+    else:
+        if FOLLOWS:
+            gdc_wait()
+        acc = product(at, live, before, weights, (column < HEAD_DIM)[:, None], matrix_column_stride, HEAD_DIM)
     column = column[None, :]
     if after is not None:
         acc += tl.load(after + head * HEAD_DIM + column, mask=column < HEAD_DIM, other=0.0)
@@ -90,8 +113,6 @@ def transform_kernel(
         acc = tl.where(exists, acc, 0.0)
     target = out + token * out_token_stride + query_head * out_head_stride + column
     tl.store(target, acc.to(out.dtype.element_ty), mask=live & (column < HEAD_DIM))
-    if FOLLOWS and not READS:
-        gdc_wait()  # whoever waits for this kernel relies on the one before, too
 
 
 class Overlap(NamedTuple):
@@ -99,7 +120,6 @@ class Overlap(NamedTuple):
 
     leads: bool = False  # the next kernel is scheduled early, and waits
     follows: bool = False  # this one is
-    reads: bool = True  # what the kernel before has written
 
 
 ALONE: Final = Overlap()
@@ -161,7 +181,7 @@ def transform_constants(pairs: int, heads: int, group: int, head_dim: int, overl
     columns = 32 if few else 64 if head_dim in (64, 192) else 128
     return {
         "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim, "TILE_ROWS": 16 if few else 32, "COLUMNS": columns,
-        "LEADS": overlap.leads, "FOLLOWS": overlap.follows, "READS": overlap.reads,
+        "LEADS": overlap.leads, "FOLLOWS": overlap.follows,
     }  # fmt: skip
 
 
@@ -172,12 +192,6 @@ def bases(spec: LayerSpec, centres: Centres) -> tuple[Basis | None, Basis | None
         for side, centre in zip((spec.key, spec.value), centres, strict=True)
     )
     return key, value
-
-
-@triton.constexpr_function
-def banded(side):
-    """Whether a side lies in a fitted basis."""
-    return len(side.bands) > 0
 
 
 @triton.jit
@@ -218,9 +232,11 @@ def dequantized(row, head, channel, mask, SIDE: tl.constexpr, HEAD_DIM: tl.const
         stored = tl.load(words[:, None] + at[None, :], mask=mask & (top > 0)[None, :], other=0).to(tl.int32)
         code = (stored >> start[None, :]) & top[None, :]
         some = tl.max(mask.to(tl.int32), 1, keep_dims=True) > 0
-        scale = tl.load(metadata[:, None] + head[:, None], mask=some, other=0.0)
-        marked = scale.to(tl.int16, bitcast=True) < 0
-        return (code.to(tl.float32) - half[None, :]) * step[None, :] * tl.abs(scale.to(tl.float32)), marked
+        word = tl.arange(0, power_of_2(SIDE.words))[None, :]
+        first = tl.load(words[:, None] + word, mask=some & (word < SIDE.words), other=0)
+        number = scale_byte(first, SIDE)[:, None]
+        scale = tl.where(some, scale_of(number & (FIRST_MARK - 1)), 0.0)
+        return (code.to(tl.float32) - half[None, :]) * step[None, :] * scale, number >= FIRST_MARK
     else:
         SEGMENT: tl.constexpr = SIDE.planes * SIDE.words
         EACH: tl.constexpr = 1 if SIDE.symmetric else 2
@@ -264,11 +280,9 @@ def _first_side(
 def first_rows_kernel(
     key, value, key_point, value_point, kv_indptr, kv_indices, rows, pairs, row_stride,
     KEY: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
-    RAW: tl.constexpr, LEADS: tl.constexpr,
+    RAW: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of pairs of a request and a KV head, 2); the second axis is keys, then values. LEADS: see transform_kernel."""
-    if LEADS:
-        gdc_launch_dependents()
+    """Grid: (tiles of pairs of a request and a KV head, 2); the second axis is keys, then values."""
     if tl.program_id(1) == 0:
         _first_side(
             key, key_point, kv_indptr, kv_indices, rows, pairs, row_stride, KEY, HEADS, HEAD_DIM, TILE_ROWS, RAW
@@ -288,8 +302,6 @@ def first_rows(
     head_dim: int,
     centres: Centres = NO_CENTRES,
     dtype: torch.dtype = torch.bfloat16,
-    *,
-    leads: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Key and value of each request's first slot, fp32 [B, H, D], in the basis in which kernels attend.
 
@@ -301,7 +313,6 @@ def first_rows(
         kv_indptr: int32 or int64 [B + 1]; request ``b`` has the slots ``kv_indices[kv_indptr[b]:kv_indptr[b + 1]]``.
         kv_indices: int64 slots.
         dtype: of 16-bit sides, which must be the type that was stored.
-        leads: see :class:`Overlap`.
 
     Returns:
         keys and values; zeros for a request without slots.
@@ -313,20 +324,18 @@ def first_rows(
     key, value = torch.empty(2, requests, heads, head_dim, dtype=torch.float32, device=rows.device)
     if requests:
         points = [None if found is None else found.first for found in bases(spec, centres)]
-        constants = first_rows_constants(spec, heads, head_dim, dtype, leads)
+        constants = first_rows_constants(spec, heads, head_dim, dtype)
         first_rows_kernel[(triton.cdiv(requests * heads, constants["TILE_ROWS"]), 2)](
             key, value, *points, kv_indptr, kv_indices, rows, requests * heads, rows.stride(0), **constants
         )
     return key, value
 
 
-def first_rows_constants(
-    spec: LayerSpec, heads: int, head_dim: int, dtype: torch.dtype, leads: bool = False
-) -> dict[str, Any]:
+def first_rows_constants(spec: LayerSpec, heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time constants of :func:`first_rows_kernel`."""
     key_side, value_side = sides(spec, heads, head_dim)
     return {
         "KEY": key_side, "VALUE": value_side, "HEADS": heads, "HEAD_DIM": head_dim,
         "TILE_ROWS": max(1, FIRST_TILE // triton.next_power_of_2(head_dim)),
-        "RAW": tl.float16 if dtype == torch.float16 else tl.bfloat16, "LEADS": leads,
+        "RAW": tl.float16 if dtype == torch.float16 else tl.bfloat16,
     }  # fmt: skip

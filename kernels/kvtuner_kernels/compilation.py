@@ -101,9 +101,11 @@ def variants(
         )
     )
     for batch, splits in ((64, 264), (1, 264)):
-        constants = merge_constants(spec, batch, splits, group, head_dim, launch, overlap=overlap)
+        constants = merge_constants(spec, batch, splits, heads, group, head_dim, dtype, launch, overlap=overlap)
         constants |= {"split_counts": None, "query_shift": None} | ({} if constants["CENTRED"] else {"centre": None})
-        constants |= {} if banded else {"query": None, "first_key": None, "first_value": None}
+        constants |= {} if banded else dict.fromkeys(("query", "rows", "kv_indices"))
+        constants |= {} if spec.key.banded else {"key_point": None}
+        constants |= {} if spec.value.banded else {"value_point": None}
         later = ("out",) if spec.value.banded else ()
         result.append(
             Variant(f"merge {batch}", merge_kernel, constants, {"num_warps": 4 if batch == 1 else 1}, turned + later)
@@ -138,7 +140,7 @@ def _banded_variants(
         constants = {**store_bands_constants(spec, heads, head_dim, tokens), **none}
         name, warps = f"store bands of {tokens}", {"num_warps": store_bands_warps(head_dim, constants["TILE_ROWS"])}
         result.append(Variant(name, store_bands_kernel, constants, warps))
-    constants = first_rows_constants(spec, heads, head_dim, dtype, overlap)
+    constants = first_rows_constants(spec, heads, head_dim, dtype)
     constants |= {name: None for name in ("key_point", "value_point") if name in none}
     result.append(Variant("first rows", first_rows_kernel, constants, {}, ("key", "value")))
     gathered = tuple(name for name, side in (("key", spec.key), ("value", spec.value)) if side.banded)
@@ -155,7 +157,7 @@ def _banded_variants(
                 "matrix_column_stride": 1,
             }
             for how, absent in (
-                (Overlap(leads=overlap, follows=overlap, reads=False), ("before", "after", "indptr")),
+                (Overlap(leads=overlap), ("before", "after", "indptr")),
                 (ALONE, ("after", "indptr")),
                 (Overlap(follows=overlap), ("before",)),
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvtuner_kernels.bands import basis
-from kvtuner_kernels.basis_kernel import Overlap, first_rows, transform_heads
+from kvtuner_kernels.basis_kernel import Overlap, banded, bases, dequantized, transform_heads
 from kvtuner_kernels.decode_kernel import LOG2E, SPLIT_ALIGNMENT, bounds, decode_kernel
 from kvtuner_kernels.layout import LayerSpec, LayoutError
 from kvtuner_kernels.operands import (
@@ -32,13 +32,23 @@ from kvtuner_kernels.rotation import rotate_heads
 from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors, overlaps, shared_memory
 
 
+@triton.jit
+def _first_number(row, head, channel, seen, point, SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, RAW: tl.constexpr):
+    """What ``row`` [1] holds in channels [W] of ``head`` [1], in the basis, as fp32 [1, W]; 0 where it is not ``seen``."""
+    exists = (channel < HEAD_DIM)[None, :] & seen
+    number, marked = dequantized(row, head, channel, exists, SIDE, HEAD_DIM, RAW)
+    if banded(SIDE):
+        number += tl.load(point + head[:, None] * HEAD_DIM + channel[None, :], mask=exists & marked, other=0.0)
+    return number
+
+
 @triton.jit(do_not_specialize=["batch", "splits"])
 def merge_kernel(
-    partial, lse, kv_indptr, split_counts, centre, out, query, query_shift, first_key, first_value, batch, splits,
-    out_token_stride, out_head_stride, query_token_stride, query_head_stride, softmax_scale,
+    partial, lse, kv_indptr, split_counts, centre, out, query, query_shift, rows, kv_indices, key_point, value_point, batch, splits,
+    out_token_stride, out_head_stride, query_token_stride, query_head_stride, row_stride, softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
     WINDOW: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
-    FIRST: tl.constexpr, CAP: tl.constexpr,
+    FIRST: tl.constexpr, CAP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """Softmax-weighted mean of a request's partial results, and of its first token where that is apart (FIRST).
 
@@ -62,21 +72,28 @@ def merge_kernel(
         last = (high - 1 - begin) // length + 1 + request
     if high == low:
         last = first
-    if OVERLAP:
-        gdc_wait()
     channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)[None, :]
     top = tl.full([1, 1], -1.0e30, tl.float32)
     total = tl.zeros([1, 1], tl.float32)
     acc = tl.zeros([1, WIDTH], tl.float32)
-    if FIRST:
+    if FIRST:  # nothing that the kernels before write: read while they run
         begins = tl.load(kv_indptr + request)
-        seen = (begins < high) & ((WINDOW == 0) | (begins >= high - WINDOW))
-        every = tl.arange(0, power_of_2(HEAD_DIM))[None, :]
-        at = (request * (query_heads // GROUP) + head // GROUP) * HEAD_DIM
-        q = tl.load(
-            query + request * query_token_stride + head * query_head_stride + every, mask=every < HEAD_DIM, other=0.0
-        )
-        k = tl.load(first_key + at + every, mask=every < HEAD_DIM, other=0.0)
+        token = tl.full([1, 1], begins, tl.int32)
+        seen = token < high
+        if WINDOW:
+            seen = seen & (token >= high - WINDOW)
+        slot = tl.load(kv_indices + begins, mask=begins < high, other=0)
+        first_row = rows + slot.to(tl.int64) * row_stride + tl.zeros([1], tl.int32)
+        kv_head = tl.zeros([1], tl.int32) + head // GROUP
+        every = tl.arange(0, power_of_2(HEAD_DIM))
+        k = _first_number(first_row, kv_head, every, seen, key_point, KEY, HEAD_DIM, RAW)
+        these = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+        acc = _first_number(first_row, kv_head, these, seen, value_point, VALUE, HEAD_DIM, RAW)
+    if OVERLAP:
+        gdc_wait()
+    if FIRST:
+        at = query + request * query_token_stride + head * query_head_stride + every[None, :]
+        q = tl.load(at, mask=(every < HEAD_DIM)[None, :], other=0.0)
         score = tl.sum(q.to(tl.float32) * k, 1, keep_dims=True)
         if query_shift is not None:
             score += tl.load(query_shift + request * query_heads + head)
@@ -85,8 +102,6 @@ def merge_kernel(
             score = CAP * (1 - 2 / (1 + tl.exp2(score * (2 / CAP * LOG2E))))
         top = tl.where(seen, score * LOG2E, top)
         total = tl.where(seen, total + 1.0, total)
-        value = tl.load(first_value + at + channel, mask=channel < HEAD_DIM, other=0.0)
-        acc = tl.where(seen, value, acc)
     for block in tl.range(first * RUNS, last * RUNS, PARTS, num_stages=2):
         part = (block + tl.arange(0, PARTS))[:, None]
         live = part < last * RUNS
@@ -195,15 +210,9 @@ def decode(
     if key_side.rotated:
         query = rotate_heads(query, inverse=True, dtype=query.dtype)
     apart, overlap = _has_first(spec), overlaps(rows.device)
-    first_key = first_value = None
-    if apart:
-        first_key, first_value = first_rows(
-            rows, kv_indptr, kv_indices, spec, heads, head_dim, centres, model, leads=overlap
-        )
-    if key_side.bands and centres.key is not None:
-        # Neighbour of two kernels that lead: it must not end before the one before it has.
-        between = Overlap(leads=overlap, follows=overlap, reads=False)
-        query = transform_heads(query, basis(centres.key).dual, heads, overlap=between)
+    key_basis, value_basis = bases(spec, centres)
+    if key_basis is not None:
+        query = transform_heads(query, key_basis.dual, heads, overlap=Overlap(leads=overlap))
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     programs = batch * splits if max_kv_splits else splits
     blocks = triton.cdiv(heads, launch.batch // launch.runs), triton.cdiv(group, launch.columns)
@@ -211,26 +220,28 @@ def decode(
         query, shift, rows, kv_indptr, kv_indices, num_kv_splits, workspace.partial, workspace.lse, batch, splits,
         query.stride(0), query.stride(1), scale,
         **decode_constants(spec, heads, group, head_dim, model, rows.stride(0), launch, soft_cap, window, overlap),
-        num_warps=launch.warps, **launch.options(), **({"launch_pdl": True} if overlap and apart else {}),
+        num_warps=launch.warps, **launch.options(), **({"launch_pdl": True} if overlap and key_basis is not None else {}),
     )  # fmt: skip
     rotated_later = value_side.rotated and rotation_block(head_dim) < head_dim
     later = rotated_later or bool(value_side.bands)  # undone by a kernel of its own
     merged = torch.empty(query.shape, dtype=torch.float32, device=query.device) if later else out
     # With splits of a request's own, what merges them must not depend on the batch either.
     constants = merge_constants(
-        spec, 1 if max_kv_splits else batch, splits, group, head_dim, launch, window, overlap, soft_cap
+        spec, 1 if max_kv_splits else batch, splits, heads, group, head_dim, model, launch, window, overlap, soft_cap
     )
     merge_kernel[(batch, query_heads, triton.cdiv(head_dim, constants["WIDTH"]))](
         workspace.partial, workspace.lse, kv_indptr, num_kv_splits, centres.value if constants["CENTRED"] else None, merged,
-        query if apart else None, shift if apart else None, first_key, first_value, batch, splits,
-        merged.stride(0), merged.stride(1), query.stride(0), query.stride(1), scale, **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4,
+        query if apart else None, shift if apart else None, rows if apart else None, kv_indices if apart else None,
+        None if key_basis is None else key_basis.first, None if value_basis is None else value_basis.first, batch, splits,
+        merged.stride(0), merged.stride(1), query.stride(0), query.stride(1), rows.stride(0), scale, **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4,
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
-    if value_side.bands and centres.value is not None:
-        side = basis(centres.value)
+    if value_basis is not None:
         # A request without tokens attends to nothing, so that no mean value is owed.
         behind = Overlap(follows=overlap)
-        transform_heads(merged, side.inverse, heads, after=side.mean, out=out, indptr=kv_indptr, overlap=behind)
+        transform_heads(
+            merged, value_basis.inverse, heads, after=value_basis.mean, out=out, indptr=kv_indptr, overlap=behind
+        )
     elif later:
         centre = None if centres.value is None else centres.value.repeat_interleave(group, 0)
         turned = rotate_heads(merged, inverse=True, dtype=out.dtype, centre=centre)
@@ -292,8 +303,10 @@ def merge_constants(
     spec: LayerSpec,
     batch: int,
     splits: int,
+    heads: int,
     group: int,
     head_dim: int,
+    dtype: torch.dtype,
     launch: DecodeLaunch,
     window: int = 0,
     overlap: bool = False,
@@ -303,6 +316,8 @@ def merge_constants(
 
     Few partial results: one warp merges a head. Many: its channels are spread over several programs.
     """
+    apart = _has_first(spec)
+    key_side, value_side = sides(spec, heads, head_dim)
     rotated = spec.value.rotated and rotation_block(head_dim) == head_dim
     few = splits * launch.runs <= 12 * batch or rotated
     width, parts = (triton.next_power_of_2(head_dim), 8) if few else (32, 128)
@@ -310,5 +325,6 @@ def merge_constants(
         "GROUP": group, "HEAD_DIM": head_dim, "WIDTH": width, "ROTATED": rotated,
         "CENTRED": spec.value.centred and (rotated or not spec.value.rotated),
         "WINDOW": window, "RUNS": launch.runs, "TILE": launch.runs * launch.tokens, "PARTS": parts, "OVERLAP": overlap,
-        "FIRST": _has_first(spec), "CAP": soft_cap if _has_first(spec) else 0.0,
+        "FIRST": apart, "CAP": soft_cap if apart else 0.0, "KEY": key_side if apart else None,
+        "VALUE": value_side if apart else None, "RAW": tl.float16 if dtype == torch.float16 else tl.bfloat16,
     }  # fmt: skip

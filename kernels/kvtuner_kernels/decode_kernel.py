@@ -23,20 +23,36 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvtuner_kernels.operands import (
     ASSEMBLY,
     approximate_log2,
-    exponent,
     fill,
-    first_run,
     grid_of,
     inverse_power,
     plane_bits,
-    plane_half,
-    plane_run,
-    plane_start,
-    plane_step,
     power_below,
     rounded,
-    runs,
+    scale_of,
     small,
+    small_by_position,
+)
+from kvtuner_kernels.planes import (
+    banded,
+    bits,
+    channels,
+    digit_fields,
+    digit_unit,
+    even,
+    fields,
+    least_unit,
+    masks,
+    middles,
+    plane_count,
+    plane_group,
+    plane_tile,
+    starts,
+    steps,
+    tile_count,
+    tile_run,
+    tile_words,
+    units,
 )
 
 SPLIT_ALIGNMENT = tl.constexpr(32)  # tokens; SGLang's _MIN_BLOCK_KV
@@ -44,16 +60,30 @@ LOG2E = tl.constexpr(1.4426950408889634)
 ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
 
 
-@triton.constexpr_function
-def plane_exponent(side, plane, dtype, asm):
-    """Codes of this plane, as :func:`small` returns them, are numbers times two to this power."""
-    return exponent(plane_bits(side, plane), plane_start(side, plane), dtype, asm)
+@triton.jit
+def _by_run(run, VALUES: tl.constexpr, RUNS: tl.constexpr):
+    """One of VALUES for each entry of ``run``, as fp32 or int32."""
+    result = tl.zeros(run.shape, tl.int32) + VALUES[0]
+    for r in tl.static_range(1, RUNS):
+        result = tl.where(run == r, VALUES[r], result)
+    return result
 
 
-@triton.constexpr_function
-def _base(side, dtype, asm):
-    """The least :func:`plane_exponent`: what all operands are brought to."""
-    return min(plane_exponent(side, plane, dtype, asm) for plane in range(side.count) if plane_bits(side, plane))
+@triton.jit
+def _codes(words, PLANE: tl.constexpr, AXIS: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """One plane of uint16 ``words``, a tile whose words lie along AXIS (1 or 2), as numbers of DTYPE in units of :func:`units`."""
+    if even(SIDE, PLANE):
+        return small(words, bits(SIDE, PLANE)[0], starts(SIDE, PLANE)[0], DTYPE, ASSEMBLY_BODY)
+    elif ASSEMBLY_BODY:
+        # A thread's words: along the words first, in blocks of 16 tokens, or along the tokens first. 32 threads hold a head.
+        EACH: tl.constexpr = SIDE.padded * (16 if AXIS == 2 else words.shape[2]) // 32
+        return small_by_position(words, fields(SIDE, PLANE), EACH)
+    else:
+        RUNS: tl.constexpr = words.shape[AXIS] // SIDE.padded
+        run = tl.arange(0, RUNS * SIDE.padded) // SIDE.padded
+        run = run[None, None, :] if AXIS == 2 else run[None, :, None]
+        start = _by_run(run, starts(SIDE, PLANE), RUNS).to(tl.uint16)
+        return ((words >> start) & _by_run(run, masks(SIDE, PLANE), RUNS).to(tl.uint16)).to(DTYPE)
 
 
 @triton.jit
@@ -76,38 +106,52 @@ def _query_operands(query, columns, mask, SIDE: tl.constexpr, DTYPE: tl.constexp
     Operands and sums are in units of powers of two, so that a query of any magnitude is exact in fp16 and operands make up for
     those of :func:`small`. Sums are what minima are multiplied with; for a symmetric side, what its codes are about, less.
     """
-    word = tl.arange(0, SIDE.padded)[None, :, None]
     operands = ()
     sums = ()
-    PLANES: tl.constexpr = SIDE.count
-    PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
-    BASE: tl.constexpr = _base(SIDE, DTYPE, ASSEMBLY_BODY)
+    PLANES: tl.constexpr = plane_count(SIDE)
+    LEAST: tl.constexpr = least_unit(SIDE, ASSEMBLY_BODY)
+    ONE: tl.constexpr = 2.0**-24 if ASSEMBLY_BODY else 1.0
     peak = tl.full([1, 1, 1], 0.0, tl.float32)
     for x in tl.static_range(PLANES):
-        part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0)
-        peak = tl.maximum(peak, tl.max(tl.abs(part.to(tl.float32)), 1, keep_dims=True) * plane_step(SIDE, x))
+        part, step, _, _ = _query_part(query, columns, mask, SIDE, x)
+        peak = tl.maximum(peak, tl.max(tl.abs(part) * step, 1, keep_dims=True))
     unit = tl.maximum(power_below(peak), 2.0**-60) * 2.0**-14  # the largest channel becomes 2**14 or more
     for x in tl.static_range(PLANES):
-        part = tl.load(query + columns + x * SIDE.words + word, mask=mask & (word < SIDE.words), other=0.0)
-        factor = inverse_power(unit) * (
-            plane_step(SIDE, x) * 2.0 ** (BASE - plane_exponent(SIDE, x, DTYPE, ASSEMBLY_BODY))
-        )
-        part = (part.to(tl.float32) * factor).to(DTYPE)
+        part, step, one, run = _query_part(query, columns, mask, SIDE, x)
+        part = (part * (inverse_power(unit) * (step * (LEAST / one)))).to(DTYPE)
         if SIDE.bits < 16:
             # Summed by a product: a second use keeps the operand in registers, instead of bringing it there for every tile.
-            ones = tl.full([part.shape[0], 16, SIDE.padded], 1.0, DTYPE)
-            total = tl.max(tl.dot(ones, part), 1, keep_dims=True)  # all rows are alike
-            total *= 2.0 ** plane_exponent(SIDE, x, DTYPE, ASSEMBLY_BODY)
+            weight = one / ONE
             if SIDE.symmetric:
-                total *= -plane_half(SIDE, x)
-            if x % PLANES_A_GROUP == 0:
+                weight *= -_by_run(run, middles(SIDE, x), tile_words(SIDE, plane_tile(SIDE, x)) // SIDE.padded)
+            weight = weight.to(DTYPE).reshape([1, 1, part.shape[1]])
+            total = tl.dot(tl.broadcast_to(weight, [part.shape[0], 16, part.shape[1]]), part)
+            total = tl.max(total, 1, keep_dims=True) * ONE  # all rows are alike
+            if x == 0:
                 group_sum = total
-            else:
+            elif plane_group(SIDE, x) == plane_group(SIDE, x - 1):
                 group_sum += total
-            if x % PLANES_A_GROUP == PLANES_A_GROUP - 1:
+            else:
+                sums = sums + (group_sum,)
+                group_sum = total
+            if x == PLANES - 1:
                 sums = sums + (group_sum,)
         operands = operands + (part,)
-    return operands, sums, unit * 2.0**-BASE
+    return operands, sums, unit / LEAST
+
+
+@triton.jit
+def _query_part(query, columns, mask, SIDE: tl.constexpr, PLANE: tl.constexpr):
+    """A plane's channels of the query, fp32 [BATCH, words, N]; and steps, units and runs [1, words, 1]."""
+    TILE: tl.constexpr = plane_tile(SIDE, PLANE)
+    RUNS: tl.constexpr = tile_words(SIDE, TILE) // SIDE.padded
+    word = tl.arange(0, tile_words(SIDE, TILE))[None, :, None]
+    run = word // SIDE.padded
+    word = word % SIDE.padded
+    exists = (word < SIDE.words) & (_by_run(run, bits(SIDE, PLANE), RUNS) > 0)
+    channel = _by_run(run, channels(SIDE, PLANE), RUNS) + word
+    part = tl.load(query + columns + channel, mask=mask & exists, other=0.0).to(tl.float32)
+    return part, _by_run(run, steps(SIDE, PLANE), RUNS), _by_run(run, units(SIDE, PLANE, ASSEMBLY_BODY), RUNS), run
 
 
 @triton.jit
@@ -129,57 +173,69 @@ def _load_words(
 
 @triton.jit
 def _tiles(rows, slot, heads, AXIS: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr, CONTIGUOUS: tl.constexpr):
-    """uint16 words of all runs that a side's planes lie in, a tile each; words lie along AXIS, 1 or 2.
-
-    Two runs are loaded at once and taken apart in registers: loads of 32 bytes a token and head reach half the rate of 64.
-    """
-    RUNS: tl.constexpr = runs(SIDE)
-    FIRST: tl.constexpr = first_run(SIDE)
-    P: tl.constexpr = SIDE.padded
+    """uint16 words of all of a side's tiles; words lie along AXIS, 1 or 2."""
+    COUNT: tl.constexpr = tile_count(SIDE)
     tiles = ()
-    for pair in tl.static_range(RUNS // 2):
-        column = tl.arange(0, 2 * P)
-        if AXIS == 2:
-            both = _load_words(rows, slot, heads, column[None, None, :], FIRST + 2 * pair, SIDE, ROW, CONTIGUOUS)
-            both = both.reshape([both.shape[0], both.shape[1], 2, P]).permute(0, 1, 3, 2)
-        else:
-            both = _load_words(rows, slot, heads, column[None, :, None], FIRST + 2 * pair, SIDE, ROW, CONTIGUOUS)
-            both = both.reshape([both.shape[0], 2, P, both.shape[2]]).permute(0, 2, 3, 1)
-        left, right = tl.split(both)
-        tiles = tiles + (left, right)
-    if RUNS % 2:
-        column = tl.arange(0, P)
-        if AXIS == 2:
-            one = _load_words(rows, slot, heads, column[None, None, :], FIRST + RUNS - 1, SIDE, ROW, CONTIGUOUS)
-        else:
-            one = _load_words(rows, slot, heads, column[None, :, None], FIRST + RUNS - 1, SIDE, ROW, CONTIGUOUS)
-        tiles = tiles + (one,)
+    for x in tl.static_range(COUNT):
+        column = tl.arange(0, tile_words(SIDE, x))
+        column = column[None, None, :] if AXIS == 2 else column[None, :, None]
+        tiles = tiles + (_load_words(rows, slot, heads, column, tile_run(SIDE, x), SIDE, ROW, CONTIGUOUS),)
     return tiles
 
 
 @triton.jit
+def _digit_weights(BATCH: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """What a tile's digits are multiplied with to give the number of a scale, [BATCH, words, N], N columns alike."""
+    word = tl.arange(0, RUNS * SIDE.padded)[None, :, None]
+    digit = word - SIDE.digits.channel
+    mine = (digit >= 0) & (digit < 8 // SIDE.digits.bits)
+    weight = tl.where(mine, 1 << tl.where(mine, digit * SIDE.digits.bits, 0), 0).to(DTYPE)
+    return tl.broadcast_to(weight, [BATCH, RUNS * SIDE.padded, N])
+
+
+@triton.jit
+def _digits(words, SIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """Digits of scales in a tile whose first run is a head's first, [BATCH, TOKENS, words], in units of :func:`digit_unit`."""
+    RUNS: tl.constexpr = words.shape[2] // SIDE.padded
+    if RUNS == 1:
+        return small(words, SIDE.digits.bits, SIDE.digits.start, DTYPE, ASSEMBLY_BODY)
+    elif ASSEMBLY_BODY:
+        return small_by_position(words, digit_fields(SIDE, RUNS), SIDE.padded * 16 // 32)
+    else:
+        here = tl.arange(0, words.shape[2])[None, None, :] < SIDE.padded
+        return tl.where(here, (words >> SIDE.digits.start) & (2**SIDE.digits.bits - 1), 0).to(DTYPE)
+
+
+@triton.jit
+def _scales(digits, weights, SHAPE: tl.constexpr, SIDE: tl.constexpr):
+    """fp32 scales [BATCH, TOKENS, N], N columns alike; rows hold no first tokens."""
+    number = tl.dot(digits, weights, tl.zeros(SHAPE, tl.float32))
+    return scale_of(number * (1 / digit_unit(SIDE, ASSEMBLY_BODY)))
+
+
+@triton.jit
 def _scores(
-    rows, slot, heads, operands, sums,
+    tiles, scales, rows, slot, heads, operands, sums,
     SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """q . k as [BATCH, TOKENS, N] in the query's unit; ``slot`` int64 [1 or BATCH, TOKENS], ``heads`` [BATCH, 1]."""
-    slot3 = slot[:, :, None]
-    heads3 = heads[:, :, None]
+    """q . k as [BATCH, TOKENS, N] in the query's unit; ``slot`` int64 [1 or BATCH, TOKENS], ``heads`` [BATCH, 1].
+
+    ``scales`` are those of a banded side.
+    """
     GROUPS: tl.constexpr = SIDE.groups
-    PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
-    FIRST: tl.constexpr = first_run(SIDE)
-    tiles = _tiles(rows, slot3, heads3, 2, SIDE, ROW, [1, 2, 1])
+    PLANES: tl.constexpr = plane_count(SIDE)
     for group in tl.static_range(GROUPS):
         if SIDE.symmetric and SIDE.bits < 16:
             part = tl.broadcast_to(sums[group], SHAPE)
         else:
             part = tl.full(SHAPE, 0.0, tl.float32)
-        for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
-            if plane_bits(SIDE, x) > 0:
-                words = tiles[plane_run(SIDE, x) - FIRST]
-                codes = small(words, plane_bits(SIDE, x), plane_start(SIDE, x), DTYPE, ASSEMBLY_BODY)
+        for x in tl.static_range(PLANES):
+            if plane_group(SIDE, x) == group:
+                codes = _codes(tiles[plane_tile(SIDE, x)], x, 2, SIDE, DTYPE)
                 part = tl.dot(codes, operands[x], part)
-        if SIDE.bits < 16:
+        if scales is not None:
+            part = part * scales
+        elif SIDE.bits < 16:
             scale, minimum = grid_of(rows, slot, heads, group, SIDE, ROW)
             part = part * scale[:, :, None]
             if not SIDE.symmetric:
@@ -193,14 +249,14 @@ def _scores(
 
 @triton.jit
 def _value_grids(rows, slot, heads, SIDE: tl.constexpr, ROW: tl.constexpr, SHAPE: tl.constexpr):
-    """Scales and minima fp32 [BATCH, TOKENS] of each group, and the tile's largest scale [BATCH, 1, 1]."""
+    """Scales and minima fp32 [BATCH, TOKENS, 1] of each group, and the tile's largest scale [BATCH, 1, 1]."""
     scales = ()
     minima = ()
     GROUPS: tl.constexpr = SIDE.groups
     for group in tl.static_range(GROUPS):
         scale, minimum = grid_of(rows, slot, heads, group, SIDE, ROW)
-        scales = scales + (scale,)
-        minima = minima + (minimum,)
+        scales = scales + (scale[:, :, None],)
+        minima = minima + (minimum[:, :, None],)
         if group == 0:
             largest = scale
         else:
@@ -240,8 +296,7 @@ def _add_values(
     slot3 = slot[:, None, :]
     heads3 = heads[:, :, None]
     GROUPS: tl.constexpr = SIDE.groups
-    PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
-    FIRST: tl.constexpr = first_run(SIDE)
+    PLANES: tl.constexpr = plane_count(SIDE)
     tiles = _tiles(rows, slot3, heads3, 1, SIDE, ROW, [1, 1, 2])
     new_acc = ()
     new_offsets = ()
@@ -249,7 +304,7 @@ def _add_values(
         if SIDE.bits == 16:
             weights = rounded(p, DTYPE, ASSEMBLY_BODY)
         else:
-            weights = rounded(p * scales[group][:, :, None], DTYPE, ASSEMBLY_BODY)
+            weights = rounded(p * scales[group], DTYPE, ASSEMBLY_BODY)
         weights = _transposed(weights, ASSEMBLY_BODY)
         if SIDE.bits == 16:
             new_offsets = new_offsets + (offsets[group],)
@@ -257,15 +312,32 @@ def _add_values(
             ones = tl.full([BATCH, 16, TOKENS], 1.0, DTYPE)
             new_offsets = new_offsets + (tl.dot(ones, weights, offsets[group] * decay),)
         else:
-            new_offsets = new_offsets + (offsets[group] * decay + lane_sums(p * minima[group][:, :, None]),)
-        for x in tl.static_range(group * PLANES_A_GROUP, (group + 1) * PLANES_A_GROUP):
-            if plane_bits(SIDE, x) > 0:
-                words = tiles[plane_run(SIDE, x) - FIRST]
-                numbers = small(words, plane_bits(SIDE, x), plane_start(SIDE, x), DTYPE, ASSEMBLY_BODY)
+            new_offsets = new_offsets + (offsets[group] * decay + lane_sums(p * minima[group]),)
+        for x in tl.static_range(PLANES):
+            if plane_group(SIDE, x) == group:
+                numbers = _codes(tiles[plane_tile(SIDE, x)], x, 1, SIDE, DTYPE)
                 new_acc = new_acc + (tl.dot(numbers, weights, acc[x] * decay),)
-            else:
-                new_acc = new_acc + (acc[x],)
     return new_acc, new_offsets
+
+
+@triton.jit
+def _store_plane(target, acc, offset, inverse, found, SIDE: tl.constexpr, PLANE: tl.constexpr):
+    """What a plane's accumulator [BATCH, words, N] and its offsets come to, times ``inverse``, to their channels from ``target`` on."""
+    WORDS: tl.constexpr = acc.shape[1]
+    RUNS: tl.constexpr = WORDS // SIDE.padded
+    word = tl.arange(0, WORDS)[None, :, None]
+    run = word // SIDE.padded
+    word = word % SIDE.padded
+    out = acc / _by_run(run, units(SIDE, PLANE, ASSEMBLY_BODY), RUNS)
+    if SIDE.bits < 16 and SIDE.symmetric:
+        offset = tl.broadcast_to(offset[:, None, :, :], [acc.shape[0], WORDS // 16, 16, acc.shape[2]])
+        out -= offset.reshape(acc.shape) * _by_run(run, middles(SIDE, PLANE), RUNS)
+        out *= _by_run(run, steps(SIDE, PLANE), RUNS)
+    elif SIDE.bits < 16:
+        out += tl.sum(offset, 1, keep_dims=True)
+    channel = _by_run(run, channels(SIDE, PLANE), RUNS) + word
+    exists = (word < SIDE.words) & (_by_run(run, bits(SIDE, PLANE), RUNS) > 0)
+    tl.store(target + channel, out * inverse, mask=found & exists)
 
 
 @triton.jit
@@ -290,15 +362,15 @@ def decode_kernel(
     that belongs to request ``b`` is partial result ``i + b``; neighbours differ in one or both, so the numbers are unique.
     """
     TILE: tl.constexpr = RUNS * TOKENS
+    SHAPE: tl.constexpr = [BATCH, TOKENS, COLUMNS]
     QUERY_HEADS: tl.constexpr = HEADS * GROUP
-    PLANES: tl.constexpr = VALUE.count
-    WORDS: tl.constexpr = VALUE.padded
+    PLANES: tl.constexpr = plane_count(VALUE)
+    BANDS: tl.constexpr = len(VALUE.bands)
     GROUPS: tl.constexpr = VALUE.groups
     OFFSET_ROWS: tl.constexpr = 16 if VALUE.symmetric and VALUE.bits < 16 else 8
-    BLOCKS: tl.constexpr = [BATCH, VALUE.padded // 16, 16, COLUMNS]
     if OVERLAP:
         gdc_launch_dependents()  # the merge may be scheduled once all programs have started; it waits for their end itself
-        if FIRST:
+        if banded(KEY):
             gdc_wait()  # for the queries in the basis
     program = tl.program_id(0)
     entry = tl.arange(0, BATCH)[:, None]
@@ -315,6 +387,15 @@ def decode_kernel(
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     query_heads = heads[:, :, None] * GROUP + column
     mask = (heads[:, :, None] < HEADS) & (column < GROUP)
+
+    # The tile that brings the scales has one run, or two of the keys.
+    if banded(KEY):
+        DIGIT_RUNS: tl.constexpr = tile_words(KEY, 0) // KEY.padded
+        key_weights = _digit_weights(BATCH, COLUMNS, DIGIT_RUNS, KEY, KEY_DTYPE)
+        if banded(VALUE):
+            value_weights = _digit_weights(BATCH, COLUMNS, DIGIT_RUNS, VALUE, KEY_DTYPE)
+    elif banded(VALUE):
+        value_weights = _digit_weights(BATCH, COLUMNS, 1, VALUE, VALUE_DTYPE)
 
     if split_counts is not None:
         first = program // splits
@@ -356,7 +437,9 @@ def decode_kernel(
             shift *= inverse_power(unit)
         top = tl.full([BATCH, 1, COLUMNS], -1.0e30, tl.float32)
         lane_total = tl.zeros([BATCH, 8, COLUMNS], tl.float32)
-        acc = fill(PLANES, [BATCH, WORDS, COLUMNS], 0.0)
+        acc = ()
+        for x in tl.static_range(PLANES):
+            acc = acc + (tl.zeros([BATCH, tile_words(VALUE, plane_tile(VALUE, x)), COLUMNS], tl.float32),)
         reference = top
         offsets = fill(GROUPS, [BATCH, OFFSET_ROWS, COLUMNS], 0.0)
         largest = tl.full([BATCH, 1, COLUMNS], 2.0**-24, tl.float32)
@@ -364,7 +447,21 @@ def decode_kernel(
             token = tile + run * TOKENS + tl.arange(0, TOKENS)[None, :]
             # Beyond the end the last token is read again and weighted with 0: no mask, and no row that is not in use.
             slot = tl.load(slots + tl.minimum(token, high - 1) * 2).to(tl.int64)
-            scores = _scores(rows, slot, stored_heads, operands, sums, KEY, ROW, KEY_DTYPE, [BATCH, TOKENS, COLUMNS])
+            key_tiles = _tiles(rows, slot[:, :, None], stored_heads[:, :, None], 2, KEY, ROW, [1, 2, 1])
+            key_scales = None
+            value_scales = None
+            if banded(KEY):
+                digits = _digits(key_tiles[0], KEY, KEY_DTYPE)
+                key_scales = _scales(digits, key_weights, SHAPE, KEY)
+                if banded(VALUE):
+                    value_scales = _scales(digits, value_weights, SHAPE, KEY)
+            elif banded(VALUE):
+                words = tl.arange(0, VALUE.padded)[None, None, :]
+                lone = _load_words(rows, slot[:, :, None], stored_heads[:, :, None], words, 0, VALUE, ROW, [1, 2, 1])
+                value_scales = _scales(_digits(lone, VALUE, VALUE_DTYPE), value_weights, SHAPE, VALUE)
+            scores = _scores(
+                key_tiles, key_scales, rows, slot, stored_heads, operands, sums, KEY, ROW, KEY_DTYPE, SHAPE
+            )
             if CAP != 0:
                 if query_shift is not None:
                     scores += shift
@@ -379,9 +476,12 @@ def decode_kernel(
             # Exponents are taken from a reference that makes the largest p * scale up to 2**14: fp16 weights neither overflow
             # nor lose what counts.
             if VALUE.bits < 16:
-                scales, minima, tile_largest = _value_grids(
-                    rows, slot, stored_heads, VALUE, ROW, [BATCH, TOKENS, COLUMNS]
-                )
+                if banded(VALUE):
+                    scales = (value_scales,)
+                    minima = ()
+                    tile_largest = tl.max(value_scales, 1, keep_dims=True)
+                else:
+                    scales, minima, tile_largest = _value_grids(rows, slot, stored_heads, VALUE, ROW, SHAPE)
                 largest = tl.maximum(largest, tile_largest)
                 new_reference = top + (approximate_log2(largest, ASSEMBLY_BODY) - 14)
             else:
@@ -401,17 +501,11 @@ def decode_kernel(
         partial_rows = (part.to(tl.int64) * RUNS + run[:, :, None]) * QUERY_HEADS + query_heads
         tl.store(lse + partial_rows, tl.where(total > 0, reference + tl.log2(total), float("-inf")), mask=found)
         inverse = 1 / tl.where(total > 0, total, 1.0)
-        word = tl.arange(0, WORDS)[None, :, None]
+        target = partial + partial_rows * HEAD_DIM
         for x in tl.static_range(PLANES):
-            out = acc[x] * 2.0 ** -plane_exponent(VALUE, x, VALUE_DTYPE, ASSEMBLY_BODY)
-            offset = offsets[x * GROUPS // PLANES]
-            if VALUE.bits < 16 and VALUE.symmetric:
-                offset = tl.broadcast_to(offset[:, None, :, :] * -plane_half(VALUE, x), BLOCKS)
-                out = (out + offset.reshape([BATCH, WORDS, COLUMNS])) * plane_step(VALUE, x)
-            elif VALUE.bits < 16:
-                out += tl.sum(offset, 1, keep_dims=True)
-            tl.store(
-                partial + partial_rows * HEAD_DIM + x * VALUE.words + word,
-                out * inverse,
-                mask=found & (word < VALUE.words),
-            )
+            _store_plane(target, acc[x], offsets[plane_group(VALUE, x)], inverse, found, VALUE, x)
+        for x in tl.static_range(BANDS):
+            if plane_bits(VALUE, x) == 0:
+                word = tl.arange(0, VALUE.padded)[None, :, None]
+                nothing = tl.zeros([BATCH, VALUE.padded, COLUMNS], tl.float32)
+                tl.store(target + (x * VALUE.words + word), nothing, mask=found & (word < VALUE.words))

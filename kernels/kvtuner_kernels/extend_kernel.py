@@ -19,6 +19,7 @@ import triton.language as tl
 from kvtuner_kernels.basis_kernel import banded
 from kvtuner_kernels.operands import (
     ASSEMBLY,
+    FIRST_MARK,
     codes,
     fill,
     first_run,
@@ -32,6 +33,8 @@ from kvtuner_kernels.operands import (
     power_of_2,
     rounded,
     runs,
+    scale_byte,
+    scale_of,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -179,11 +182,17 @@ def _band_tile(rows, slot, head, factor, SIDE: tl.constexpr, ROW: tl.constexpr, 
 
 
 @triton.jit
+def _band_scale(rows, slot, head, SIDE: tl.constexpr, ROW: tl.constexpr):
+    """fp32 scales [N] of a banded side; finite for the first token too, whose row is read, and hidden."""
+    return scale_of(scale_byte(_words(rows, slot, head, 0, SIDE, ROW), SIDE) & (FIRST_MARK - 1))
+
+
+@triton.jit
 def _packed_scores(rows, slot, head, operands, sums, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr):
     """q . k as [M, N] without the softmax scale."""
     GROUPS: tl.constexpr = SIDE.groups
     if banded(SIDE):
-        scale, _ = grid_of(rows, slot, head, 0, SIDE, ROW)
+        scale = _band_scale(rows, slot, head, SIDE, ROW)
         return tl.dot(operands[0], tl.trans(_band_tile(rows, slot, head, None, SIDE, ROW, DTYPE))) * scale[None, :]
     else:
         for group in tl.static_range(GROUPS):
@@ -210,7 +219,7 @@ def _add_packed(rows, slot, head, p, decay, acc, SIDE: tl.constexpr, ROW: tl.con
     GROUPS: tl.constexpr = SIDE.groups
     weights = rounded(p, DTYPE, ASSEMBLY_BODY)
     if banded(SIDE):
-        scale, _ = grid_of(rows, slot, head, 0, SIDE, ROW)
+        scale = _band_scale(rows, slot, head, SIDE, ROW)
         values = _band_tile(rows, slot, head, scale[:, None], SIDE, ROW, DTYPE)
         return (tl.dot(weights, values, acc[0] * decay),)
     else:

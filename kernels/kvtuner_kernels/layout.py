@@ -9,10 +9,13 @@ A **row** holds everything that one layer stores for one token and all local KV 
   channels ``j, j + W, j + 2*W, ...`` from its low bits to its high bits. So the words of a segment are the tile that a
   16-bit matrix instruction loads, each plane is that tile with one shift and one mask, and a plane lies within one group.
 * A **banded** side is stored in a fitted basis whose channels form :data:`BANDS` equal bands, each with bits of its own. A band's
-  ``U = head_dim / BANDS`` codes lie at one place of ``U`` consecutive 16-bit words, code ``j`` in word ``j``. Bands are put into words
-  first fit, in order (:meth:`LayerSpec.places`). Where keys and values are both banded they share the words of a head.
+  ``U = head_dim / BANDS`` codes lie at one place of ``U`` consecutive 16-bit words, code ``j`` in word ``j``. Bands are put into
+  the fewest words (:func:`place_bands`). Where keys and values are both banded they share the words of a head.
 * Metadata of a head is, for each group of ``group_size`` consecutive channels, one fp16 scale, followed for an asymmetric
-  spec by one fp16 minimum. A banded side has one fp16 scale, whose sign bit marks a row that holds the first token of a sequence.
+  spec by one fp16 minimum.
+* A banded side has no metadata. Its scale is one byte a head (:mod:`kvtuner_kernels.bands`), whose digits lie in the top bits of the words
+  of the head's first run, the lowest digit in the first word: one bit a word, or two where a run has fewer than 16 words. Where keys and
+  values are both banded, the keys' byte comes first. So a head is whole words, a row is aligned, and whoever reads codes has the scale.
 * 16 bits means the model's own dtype, stored raw: two bytes a channel, no metadata.
 
 The order of bytes is part of ``LAYOUT_VERSION``: a profile made for another version is refused. Version 2 added bands; everything
@@ -22,6 +25,7 @@ else is stored as in version 1.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -37,6 +41,7 @@ MIN_CLIP: Final = 0.3  # a narrower range would drop most of a group
 BANDS: Final = 8  # equal bands of a head in a fitted basis
 MAX_BAND_BITS: Final = 8
 WORD_BITS: Final = 16
+SCALE_BITS: Final = 8  # of a banded side's scale
 
 _BANDED = re.compile(rf"b(?P<bands>[0-{MAX_BAND_BITS}]{{{BANDS}}})", re.ASCII)
 _SPEC = re.compile(
@@ -142,10 +147,8 @@ class TensorSpec:
             )
 
     def groups(self, head_dim: int) -> int:
-        """Number of groups (scales) in one head."""
-        if self.banded:
-            return 1
-        return 0 if self.raw else head_dim // self.group_size
+        """Number of groups (scales) in one head; 0 for a banded side, whose scale is no metadata."""
+        return 0 if self.raw or self.banded else head_dim // self.group_size
 
     def segment(self, head_dim: int) -> int:
         """Channels that are packed together: the most groups (a power of two) for which a plane stays within one group.
@@ -156,14 +159,14 @@ class TensorSpec:
         return self.group_size * min(16 // self.bits, groups & -groups) if groups else head_dim
 
     def code_bytes(self, head_dim: int) -> int:
-        """Bytes of codes (or of raw channels) for one head of one token; of a banded side's, if it has its words to itself."""
+        """Bytes of codes (or of raw channels) for one head of one token; of a banded side's, with its scale, if it has its words to itself."""
         if self.banded:
-            return place_bands(self.bands)[1] * head_dim // BANDS * 2
+            return place_bands(digit_bits(head_dim), self.bands)[1] * head_dim // BANDS * 2
         return head_dim * self.bits // 8
 
     def metadata_bytes(self, head_dim: int) -> int:
         """Bytes of scales and minima for one head of one token."""
-        return self.groups(head_dim) * METADATA_BYTES * (1 if self.symmetric or self.banded else 2)
+        return self.groups(head_dim) * METADATA_BYTES * (1 if self.symmetric else 2)
 
     def effective_bits(self, head_dim: int) -> float:
         """Bits per channel with the metadata counted; row padding is counted by LayerSpec."""
@@ -219,36 +222,92 @@ class Place(NamedTuple):
     bits: int  # 0 is stored nowhere
 
 
-@functools.cache
-def place_bands(*sides: tuple[int, ...]) -> tuple[tuple[tuple[Place, ...], ...], int]:
-    """Put bands into 16-bit words: each into the first word that has room for it, side after side.
+class Digits(NamedTuple):
+    """Where a banded side's scale lies: its digits, the lowest first, in one word each of a head's first run."""
 
-    A side begins in the last word of the side before it, so that both lie in neighbouring words, which are read at once.
+    word: int  # the lowest digit's
+    start: int  # lowest bit within each word
+    bits: int  # a digit
+
+
+def digit_bits(head_dim: int) -> int:
+    """Bits of a digit of a scale: as few as bring two scales into the words of one run."""
+    return -(-2 * SCALE_BITS // (head_dim // BANDS))
+
+
+@functools.cache
+def place_bands(digit: int, *sides: tuple[int, ...]) -> tuple[tuple[tuple[Place, ...], ...], int]:
+    """Put bands into 16-bit words: into as few as a side needs, then so that decode reads it in few planes.
+
+    The top ``digit`` bits of the first word are left to the scales. A side begins in the last word of the side before it, so that both lie in neighbouring words, which are read at once. Within a word
+    a side's bands lie in the order of their bits, the most first.
 
     Args:
+        digit: bits of a word that hold scales.
         sides: bits of each band.
 
     Returns:
         the place of each side's bands, and the number of runs of words.
 
     Example:
-        >>> place_bands((8, 8, 4, 0))
-        (((Place(word=0, start=0, bits=8), Place(word=0, start=8, bits=8), Place(word=1, start=0, bits=4), Place(word=0, start=0, bits=0)),), 2)
+        >>> place_bands(1, (8, 7, 4, 0))
+        (((Place(word=0, start=0, bits=8), Place(word=0, start=8, bits=7), Place(word=1, start=0, bits=4), Place(word=0, start=0, bits=0)),), 2)
     """
-    used: list[int] = []
+    words, room, used = 1, WORD_BITS - digit, 0  # runs in use, and what the last has left and where
     placed = []
-    for side in sides:
-        places, begin = [], max(0, len(used) - 1)
-        for bits in side:
-            room = (w for w in range(begin, len(used)) if used[w] + bits <= WORD_BITS)
-            word = next(room, len(used)) if bits else 0
-            if bits and word == len(used):
-                used.append(0)
-            places.append(Place(word, used[word] if bits else 0, bits))
-            if bits:
-                used[word] += bits
-        placed.append(tuple(places))
-    return tuple(placed), len(used)
+    for number, side in enumerate(sides):
+        bits = tuple(sorted((b for b in side if b), reverse=True))
+        if not bits:
+            placed.append((Place(0, 0, 0),) * len(side))
+            continue
+        ways = _ways(bits, room)
+        # A side that follows can use what the last word has left, and that alone.
+        last = not any(map(any, sides[number + 1 :]))
+        chosen = min(ways, key=lambda way: (len(way), 0 if last else sum(way[-1]), _planes(way), way))
+        begin = words - 1 if room else words
+        starts: dict[int, list[Place]] = {}
+        for at, word in enumerate(chosen, start=begin):
+            if at >= words and word:
+                words, room, used = at + 1, WORD_BITS, 0
+            for b in word:
+                starts.setdefault(b, []).append(Place(at, used, b))
+                used += b
+                room -= b
+        placed.append(tuple(starts[b].pop(0) if b else Place(0, 0, 0) for b in side))
+    return tuple(placed), words
+
+
+@functools.cache
+def _ways(bits: tuple[int, ...], room: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Every way to put ``bits`` into the fewest words, of which the first has ``room`` bits if that is not 0; equal bits are alike."""
+
+    def fill(left: tuple[int, ...], rooms: tuple[int, ...]) -> set[tuple[tuple[int, ...], ...]]:
+        if not rooms:
+            return set() if left else {()}
+        if sum(left) > sum(rooms):
+            return set()
+        found = set()
+        for count in range(len(left) + 1):
+            for word in set(itertools.combinations(left, count)):
+                if sum(word) <= rooms[0]:
+                    rest = list(left)
+                    for b in word:
+                        rest.remove(b)
+                    found |= {(word, *others) for others in fill(tuple(rest), rooms[1:])}
+        return found
+
+    for count in itertools.count(1 if room else -(-sum(bits) // WORD_BITS)):
+        rooms = (room,) * bool(room) + (WORD_BITS,) * (count - bool(room))
+        found = fill(bits, rooms)
+        if found:
+            return tuple(sorted(found))
+    raise AssertionError
+
+
+def _planes(way: tuple[tuple[int, ...], ...]) -> int:
+    """Planes in which words are read, two runs at once."""
+    words = way if way[0] else way[1:]
+    return sum(max(map(len, words[at : at + 2])) for at in range(0, len(words), 2))
 
 
 @dataclass(frozen=True, order=True)
@@ -279,12 +338,16 @@ class LayerSpec:
             raise LayoutError(f"{text!r} is no layer spec: write KEY/VALUE, e.g. 8-g64-asym/4-g64-asym")
         return cls(TensorSpec.parse(key), TensorSpec.parse(value))
 
-    def places(self) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+    def places(self, head_dim: int) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
         """The places of the bands of keys and of values; empty for a side that is not banded."""
-        (key, value), _ = place_bands(self.key.bands, self.value.bands)
-        if self.shares_words:
-            return key, value
-        return place_bands(self.key.bands)[0][0], place_bands(self.value.bands)[0][0]
+        key, value = place_bands(digit_bits(head_dim), self.key.bands, self.value.bands)[0]
+        return key, value
+
+    def digits(self, head_dim: int) -> tuple[Digits | None, Digits | None]:
+        """Where the scales of keys and of values lie; None for a side that is not banded."""
+        bits = digit_bits(head_dim)
+        key, value = (Digits(first, WORD_BITS - bits, bits) for first in (0, SCALE_BITS // bits * self.key.banded))
+        return key if self.key.banded else None, value if self.value.banded else None
 
     @property
     def shares_words(self) -> bool:
@@ -300,7 +363,8 @@ class LayerSpec:
         self.key.check(head_dim)
         self.value.check(head_dim)
         if self.shares_words:
-            key_head = value_head = place_bands(self.key.bands, self.value.bands)[1] * head_dim // BANDS * 2
+            words = place_bands(digit_bits(head_dim), self.key.bands, self.value.bands)[1]
+            key_head = value_head = words * head_dim // BANDS * 2
             value_codes, key_metadata = 0, kv_heads * key_head
         else:
             key_head, value_head = self.key.code_bytes(head_dim), self.value.code_bytes(head_dim)

@@ -17,10 +17,16 @@ import torch
 import triton
 import triton.language as tl
 
+from kvtuner_kernels import bands
 from kvtuner_kernels.bands import EXTRA_ROWS, STEPS
-from kvtuner_kernels.layout import BANDS, LayerSpec, LayoutError, Place, TensorSpec
+from kvtuner_kernels.layout import BANDS, Digits, LayerSpec, LayoutError, Place, TensorSpec
+from kvtuner_kernels.planes import Field, Plane, Tile, band_planes, digit_field, uniform_planes
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # what the kernels are compiled and tested for
+ASSEMBLY_BODY = tl.constexpr(not triton.knobs.runtime.interpret)
+SCALES_AN_OCTAVE = tl.constexpr(bands.SCALES_AN_OCTAVE)
+SCALE_MIDDLE = tl.constexpr(bands.SCALE_MIDDLE)
+FIRST_MARK = tl.constexpr(bands.FIRST_MARK)
 ASSEMBLY = not triton.knobs.runtime.interpret  # Triton's interpreter has no inline assembly
 
 
@@ -42,9 +48,11 @@ class Side:
     planes_a_group: int
     words: int  # 16-bit words a segment
     padded: int  # the power of two that holds `words`; at least 16, the depth of a matrix instruction
-    bands: tuple[
-        Place, ...
-    ] = ()  # of a banded side: where each plane lies; it has one plane a band, one group, and no segments
+    tiles: tuple[Tile, ...]
+    fields: tuple[Plane, ...]  # of the tiles
+    # Of a banded side: where each band lies; it has one plane a band for kernels that go by bands, one group, and no segments.
+    bands: tuple[Place, ...] = ()
+    digits: Field | None = None  # of its scale, in a head's first run
 
     @property
     def quantized(self) -> bool:
@@ -67,17 +75,31 @@ def sides(spec: LayerSpec, heads: int, head_dim: int) -> tuple[Side, Side]:
     if head_dim not in HEAD_DIMS:
         raise LayoutError(f"the Triton kernels have no head_dim={head_dim}: use one of {HEAD_DIMS}, or the CPU path")
     row = spec.row(heads, head_dim)
+    key, value = spec.places(head_dim)
+    key_digits, value_digits = spec.digits(head_dim)
+    key_at, value_at = (
+        (row.key_codes, row.key_head, row.key_metadata),
+        (row.value_codes, row.value_head, row.value_metadata),
+    )
     return (
-        _side(spec.key, head_dim, row.key_codes, row.key_head, row.key_metadata, spec.places()[0]),
-        _side(spec.value, head_dim, row.value_codes, row.value_head, row.value_metadata, spec.places()[1]),
+        _side(spec.key, head_dim, key_at, key, key_digits, True),
+        _side(spec.value, head_dim, value_at, value, value_digits, not spec.key.banded),
     )
 
 
 def _side(
-    spec: TensorSpec, head_dim: int, codes: int, head_codes: int, metadata: int, places: tuple[Place, ...]
+    spec: TensorSpec,
+    head_dim: int,
+    offsets: tuple[int, int, int],
+    places: tuple[Place, ...],
+    digits: Digits | None,
+    leads: bool,
 ) -> Side:
+    codes, head_codes, metadata = offsets
     if spec.banded:
         unit = head_dim // BANDS
+        tiles, fields = band_planes(places, unit, leads)
+        assert digits is not None  # as of every banded side
         return Side(
             bits=0,
             groups=1,
@@ -93,10 +115,14 @@ def _side(
             planes_a_group=BANDS,
             words=unit,
             padded=max(16, triton.next_power_of_2(unit)),
+            tiles=tiles,
+            fields=fields,
             bands=places,
+            digits=digit_field(digits),
         )
     segment = spec.segment(head_dim)
     words = segment * spec.bits // 16
+    tiles, fields = uniform_planes(spec.bits, head_dim // segment, words)
     return Side(
         bits=spec.bits,
         groups=max(1, spec.groups(head_dim)),
@@ -112,6 +138,8 @@ def _side(
         planes_a_group=head_dim // words // max(1, spec.groups(head_dim)),
         words=words,
         padded=max(16, triton.next_power_of_2(words)),
+        tiles=tiles,
+        fields=fields,
     )
 
 
@@ -303,6 +331,43 @@ def small(words, BITS: tl.constexpr, START: tl.constexpr, DTYPE: tl.constexpr, A
         return ((words >> START) & (2**BITS - 1)).to(DTYPE)
 
 
+@triton.constexpr_function
+def _by_position(fields, registers):
+    """Assembly that takes codes out of words: of every ``registers`` registers, in turn, those of one of ``fields``."""
+    count = registers * len(fields)
+    lines = []
+    for i in range(count):
+        f = fields[i // registers]
+        mask = ((2**f.bits - 1) << f.low) * 0x10001
+        if f.shift and f.bits:
+            lines.append(f"shr.b32 t, ${count + i}, {f.shift}; and.b32 ${i}, t, {mask};")
+        else:
+            lines.append(f"and.b32 ${i}, ${count + i}, {mask};")
+    return "{ .reg .b32 t; " + " ".join(lines) + " }"
+
+
+@triton.constexpr_function
+def _registers(count):
+    return ",".join(["=&r"] * count + ["r"] * count)
+
+
+@triton.jit
+def small_by_position(words, FIELDS: tl.constexpr, EACH: tl.constexpr):
+    """:func:`small` for words of several runs, of which a thread holds EACH words of one after as many of another (assembly body).
+
+    This goes by where a thread holds what: words must be in the layout of a matrix instruction's left operand, which they are
+    because nothing else is done with them, and which a test and the comparison before serving hold the compiler to.
+    """
+    return tl.inline_asm_elementwise(
+        _by_position(FIELDS, EACH // 2),
+        _registers(EACH // 2 * len(FIELDS)),
+        [words],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=EACH * len(FIELDS),
+    )
+
+
 @triton.jit
 def codes(words, BITS: tl.constexpr, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """One plane of uint16 ``words`` as plain codes in DTYPE, for kernels in which conversion is not what takes the time."""
@@ -362,8 +427,9 @@ def grid_of(rows, slot, heads, GROUP: tl.constexpr, SIDE: tl.constexpr, ROW: tl.
     """
     if SIDE.symmetric:
         # Two bytes cannot be copied asynchronously: load the four in which the scale lies, which a row holds whole.
+        words = rows.to(tl.pointer_type(tl.uint32))
         place = SIDE.metadata // 2 + heads * SIDE.groups + GROUP
-        pair = tl.load(rows.to(tl.pointer_type(tl.uint32)) + place // 2 + slot * (ROW // 4))
+        pair = tl.load(words + place // 2 + slot * (ROW // 4))
         scale = (pair >> (place % 2 * 16).to(tl.uint32)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return scale, scale * (-(2**SIDE.bits - 1) / 2)
     elif SIDE.metadata % 4 == 0:  # scale and minimum in one load
@@ -376,6 +442,28 @@ def grid_of(rows, slot, heads, GROUP: tl.constexpr, SIDE: tl.constexpr, ROW: tl.
         pointer = rows.to(tl.pointer_type(tl.float16)) + SIDE.metadata // 2 + (heads * SIDE.groups + GROUP) * 2
         pointer += slot * (ROW // 2)
         return tl.load(pointer).to(tl.float32), tl.load(pointer + 1).to(tl.float32)
+
+
+@triton.jit
+def scale_of(number):
+    """The scale that ``number``, int32 or fp32, stands for, to the accuracy of the exponential (:func:`kvtuner_kernels.bands.scale_values`)."""
+    power = number.to(tl.float32) * (1 / SCALES_AN_OCTAVE) - SCALE_MIDDLE // SCALES_AN_OCTAVE
+    if ASSEMBLY_BODY:  # never near the subnormal numbers, which the compiler would take care of
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [power], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(power)
+
+
+@triton.jit
+def scale_byte(words, SIDE: tl.constexpr):
+    """A banded side's scale as it is stored, int32 [N], from the words of a head's first run, integers [N, words or more]."""
+    BITS: tl.constexpr = SIDE.digits.bits
+    digit = tl.arange(0, words.shape[1])[None, :] - SIDE.digits.channel
+    mine = (digit >= 0) & (digit < 8 // BITS)
+    value = (words.to(tl.int32) >> SIDE.digits.start) & (2**BITS - 1)
+    return tl.sum(tl.where(mine, value << tl.where(mine, digit * BITS, 0), 0), 1)
 
 
 @triton.jit

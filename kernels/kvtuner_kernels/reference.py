@@ -231,7 +231,7 @@ def pack_rows(
     tokens, heads, head_dim = key.shape
     row = spec.row(heads, head_dim)
     rows = torch.zeros(tokens, row.nbytes, dtype=torch.uint8, device=key.device)
-    banded: list[Tensor | None] = []
+    banded: list[BandCodes | None] = []
     for x, side, centre, codes_at, metadata_at in (
         (key, spec.key, centres.key, row.key_codes, row.key_metadata),
         (value, spec.value, centres.value, row.value_codes, row.value_metadata),
@@ -246,10 +246,7 @@ def pack_rows(
             assert centre is not None  # as just checked
             y = to_basis(x, basis(centre), first)
             _check_peak(y, True)
-            found = quantize_bands(y, side.bands, first)
-            metadata = found.scale.contiguous().view(torch.uint8)
-            rows[:, metadata_at : metadata_at + metadata.shape[1]] = metadata
-            banded[-1] = found.codes
+            banded[-1] = quantize_bands(y, side.bands, first)
             continue
         else:
             quantized = quantize(x, side, centre)
@@ -266,7 +263,7 @@ def pack_rows(
         else [(row.key_codes, (banded[0], None)), (row.value_codes, (None, banded[1]))]
     ):
         if any(side is not None for side in pair):
-            packed = pack_bands(spec, *pair).flatten(1)
+            packed = pack_bands(spec, head_dim, *pair).flatten(1)
             rows[:, at : at + packed.shape[1]] = packed
     return rows
 
@@ -293,17 +290,15 @@ def unpack_rows(
         if side.raw:
             sides.append(codes.contiguous().view(dtype))
             continue
-        metadata = (
-            rows[:, metadata_at : metadata_at + heads * side.metadata_bytes(head_dim)].contiguous().view(torch.float16)
-        )
         if side.banded:
             check_basis(centre, heads, head_dim)
             assert centre is not None  # as just checked
-            scale = metadata.view(len(rows), heads)
-            plain = unpack_bands(codes, spec, len(sides), head_dim)
-            y = dequantize_bands(BandCodes(plain, scale), side.bands)
-            sides.append(from_basis(y, basis(centre), is_first(scale)))
+            found = unpack_bands(codes, spec, len(sides), head_dim)
+            sides.append(from_basis(dequantize_bands(found, side.bands), basis(centre), is_first(found.scale)))
             continue
+        metadata = (
+            rows[:, metadata_at : metadata_at + heads * side.metadata_bytes(head_dim)].contiguous().view(torch.float16)
+        )
         grid = metadata.view(len(rows), heads, side.groups(head_dim), 1 if side.symmetric else 2)
         minimum = None if side.symmetric else grid[..., 1]
         plain = unpack(codes, side.bits, side.segment(head_dim))

@@ -59,8 +59,6 @@ def decode_launch(
     stages = 5 if tokens == 64 and wide == 4 else 4
     if shared < HOPPER_SHARED:
         tokens, stages = min(tokens, 32), 4
-    if head_dim == 128 and tokens == 64 and (spec.key.banded or spec.value.banded):
-        return DecodeLaunch(batch, runs, tokens, columns, 4, 4, 3, 168)  # bound by shared memory (docs/log.md, 30)
     # Left to itself, the compiler for sm_100 takes 168 registers here and spills.
     registers = 184 if {_width(spec.key), _width(spec.value)} == {2, 8} and tokens == 64 else 0
     return DecodeLaunch(batch, runs, tokens, columns, stages, 4, 2, registers)

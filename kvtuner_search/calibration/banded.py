@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, WORD_BITS, LayerSpec, TensorSpec, place_bands
+from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, WORD_BITS, LayerSpec, TensorSpec, digit_bits, place_bands
 from kvtuner_search.calibration.basis import LayerWorth
 from kvtuner_search.calibration.candidates import GRAIN, Pair, StorageClass, banded_classes
 
@@ -76,9 +76,9 @@ def class_spec(candidate: StorageClass, worth: Sequence[float]) -> TensorSpec:
 
 
 def banded_pairs(
-    worth: LayerWorth, key_ratio: Mapping[int, float], value_ratio: Mapping[int, float]
+    worth: LayerWorth, key_ratio: Mapping[int, float], value_ratio: Mapping[int, float], head_dim: int
 ) -> dict[Pair, BandedPair]:
-    """Every pair of banded classes that fills its words, with the best patterns that do pack into as many.
+    """Every pair of banded classes that fills its words, with the best patterns that do pack into as many beside the scales.
 
     Args:
         worth: of the layer.
@@ -92,7 +92,7 @@ def banded_pairs(
         words, over = divmod(key.total + value.total, WORD_BITS)
         if over:
             continue
-        k, v = _packed(best[0][key.total], best[1][value.total], words)
+        k, v = _packed(best[0][key.total], best[1][value.total], words, digit_bits(head_dim))
         found[key, value] = BandedPair(
             LayerSpec(TensorSpec(bits=0, bands=k[0]), TensorSpec(bits=0, bands=v[0])),
             k[1] * interpolated(key_ratio, key.total),
@@ -111,10 +111,12 @@ def _near(total: int, worth: Sequence[float]) -> list[Pattern]:
     return sorted(found, key=lambda pattern: (pattern[1], pattern[0]))
 
 
-def _packed(keys: Sequence[Pattern], values: Sequence[Pattern], words: int) -> tuple[Pattern, Pattern]:
-    """The two patterns of least summed loss that fit into so many words; the best ones if none do."""
-    order = sorted(itertools.product(keys, values), key=lambda pair: pair[0][1] + pair[1][1])
-    return next((pair for pair in order if place_bands(pair[0][0], pair[1][0])[1] <= words), order[0])
+def _packed(keys: Sequence[Pattern], values: Sequence[Pattern], words: int, digit: int) -> tuple[Pattern, Pattern]:
+    """The two patterns of least summed loss that fit into so many words; the best ones that might if none do."""
+    room = words * WORD_BITS - digit
+    fit = [(k, v) for k, v in itertools.product(keys, values) if sum(k[0]) + sum(v[0]) <= room]
+    order = sorted(fit, key=lambda pair: pair[0][1] + pair[1][1])
+    return next((pair for pair in order if place_bands(digit, pair[0][0], pair[1][0])[1] <= words), order[0])
 
 
 def interpolated(ratio: Mapping[int, float], total: int) -> float:

@@ -74,7 +74,9 @@ class Plan:
                 heads = layer["worth_by_head"]
                 worth.append(LayerWorth(*(SideWorth(tuple(map(tuple, heads[side]))) for side in ("keys", "values"))))
             options.append(
-                layer_options(keys, values, key_loss, value_loss, rows, worth[index] if "worth" in layer else None)
+                layer_options(
+                    keys, values, key_loss, value_loss, rows, head_dim, worth[index] if "worth" in layer else None
+                )
             )
             errors.append(rows)
             centres[index] = Centres(*(_decode(text, kv_heads, head_dim) for text in layer["centres"]))
@@ -87,6 +89,7 @@ def layer_options(
     key_loss: Mapping[StorageClass, float],
     value_loss: Mapping[StorageClass, float],
     errors: Sequence[PairError],
+    head_dim: int,
     worth: LayerWorth | None = None,
 ) -> LayerOptions:
     """Look up the output error of every pair of chosen variants, and predict the losses of banded pairs.
@@ -95,6 +98,7 @@ def layer_options(
         keys, values: chosen spec of each class; of banded classes, those of which the loss was measured.
         key_loss, value_loss: layer-alone loss of each.
         errors: of every measured pair.
+        head_dim: channels of a head.
         worth: of the layer's bands; None where bands are left out.
     """
     by_spec = {(error.spec.key, error.spec.value): error.e_o for error in errors}
@@ -114,7 +118,7 @@ def layer_options(
             }
             for specs, loss, side in ((keys, key_loss, worth.keys), (values, value_loss, worth.values))
         ]
-        banded = banded_pairs(worth, *ratios)
+        banded = banded_pairs(worth, ratios[0], ratios[1], head_dim)
     return LayerOptions(keys, values, key_loss, value_loss, pair_error, banded)
 
 
@@ -182,6 +186,7 @@ def make_plan(
             losses[layer][0],
             losses[layer][1],
             list(errors[layer].values()),
+            _head_dim(centres[layer]),
             fitted[1][layer] if fitted is not None else None,
         )
         for layer in range(layers)
@@ -193,6 +198,11 @@ def make_plan(
 def _sides(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[StorageClass, TensorSpec], dict[StorageClass, float]]:
     specs = {StorageClass.parse(name): TensorSpec.parse(row[0]) for name, row in rows.items()}
     return specs, {StorageClass.parse(name): float(row[1]) for name, row in rows.items()}
+
+
+def _head_dim(transforms: Centres) -> int:
+    assert transforms.key is not None, "moments and fits give both sides"
+    return transforms.key.shape[-1]
 
 
 def _encode(transform: torch.Tensor | None) -> str:

@@ -51,19 +51,19 @@ def _read_back(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres, fi
     needed = transform_of(spec.key, centres.key, key.device), transform_of(spec.value, centres.value, value.device)
     sides = list(zip((key, value), (spec.key, spec.value), needed, strict=True))
     found = [_banded(x, side, each, first) if side.banded else None for x, side, each in sides]
-    codes = [None if side is None else side.codes for side in found]
     # Bands of keys and values that share words are packed together.
-    groups = [codes] if spec.shares_words else [[codes[0], None], [None, codes[1]]]
-    packed = [pack_bands(spec, *group) if any(each is not None for each in group) else None for group in groups]
+    groups = [found] if spec.shares_words else [[found[0], None], [None, found[1]]]
+    head_dim = key.shape[-1]
+    packed = [pack_bands(spec, head_dim, *g) if any(each is not None for each in g) else None for g in groups]
     out = []
     for at, (x, side, each) in enumerate(sides):
         held, packed_side = found[at], packed[min(at, len(packed) - 1)]
         if held is None or packed_side is None or each is None:
             out.append(_grouped(x, side, each))
             continue
-        again = BandCodes(unpack_bands(packed_side, spec, at, x.shape[-1]), held.scale)
+        again = unpack_bands(packed_side, spec, at, head_dim)
         y = dequantize_bands(again, side.bands)
-        out.append(from_basis(y, basis(each), is_first(held.scale)).view_as(x).to(x.dtype))
+        out.append(from_basis(y, basis(each), is_first(again.scale)).view_as(x).to(x.dtype))
     return out[0], out[1]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvtuner_kernels.bands import dequantize_bands, quantize_bands
+from kvtuner_kernels.bands import SCALE_MIDDLE, STEPS, BandCodes, dequantize_bands, quantize_bands
 from kvtuner_kernels.layout import BANDS, LayerSpec, place_bands
 from kvtuner_search.calibration.banded import (
     COST,
@@ -35,11 +35,20 @@ def make_worth(seed: int, heads: int = 2) -> LayerWorth:
 
 
 def test_distortions_are_those_of_the_codes() -> None:
-    y = torch.randn(500, 1, 2048, generator=torch.Generator().manual_seed(0))  # so wide that the scale is one
+    y = torch.special.ndtri((torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20).view(-1, 1, 64)
+    one = torch.full(y.shape[:2], SCALE_MIDDLE, dtype=torch.uint8)
     for bits in range(1, 9):
-        bands = (bits,) * BANDS
-        error = float((dequantize_bands(quantize_bands(y, bands), bands) - y).square().mean())
-        assert error == pytest.approx(DISTORTION[bits], rel=0.04)
+        half = 2 ** (bits - 1)
+        codes = ((y / STEPS[bits]).floor() + half).clamp(0, 2 * half - 1).to(torch.uint8)
+        error = float((dequantize_bands(BandCodes(codes, one), (bits,) * BANDS) - y).square().mean())
+        assert error == pytest.approx(DISTORTION[bits], rel=0.01)
+
+
+def test_the_choice_of_a_scale_takes_nothing_from_what_is_predicted() -> None:
+    y = torch.randn(2000, 1, 64, generator=torch.Generator().manual_seed(0))
+    bands = (6, 5, 5, 4, 4, 3, 3, 2)
+    error = (dequantize_bands(quantize_bands(y, bands), bands) - y).square().mean((0, 1)).view(BANDS, -1).mean(-1)
+    assert all(found < 1.1 * DISTORTION[b] for found, b in zip(error.tolist(), bands, strict=True))
     assert DISTORTION[0] == 1
     assert all(a > b for a, b in itertools.pairwise(COST))
 
@@ -71,17 +80,21 @@ def test_a_band_worth_nothing_gets_nothing_and_even_worth_even_bits() -> None:
 
 def test_pairs_fill_the_words_that_they_pay_for() -> None:
     worth = make_worth(1)
-    found = banded_pairs(worth, {}, {})
+    found = banded_pairs(worth, {}, {}, 64)
     assert len(found) == 16 * 4  # sixteen totals of each side, those of one rest to sixteen together
     for (key, value), pair in found.items():
         spec = pair.spec
         assert 0 <= key.total - sum(spec.key.bands) < GRAIN
         assert 0 <= value.total - sum(spec.value.bands) < GRAIN
         assert (key.total + value.total) % 16 == 0
-        words = place_bands(spec.key.bands, spec.value.bands)[1]
+        words = place_bands(2, spec.key.bands, spec.value.bands)[1]
         assert words * 16 == key.total + value.total
-        assert spec.bytes_per_token(2, 64) == 2 * words * 8 * 2 + 2 * 2 * 2
-        least = best_patterns(key.total, worth.keys.bands)[0][1] + best_patterns(value.total, worth.values.bands)[0][1]
+        assert spec.bytes_per_token(2, 64) == 2 * words * 8 * 2
+        least = min(  # two bits hold digits of the scales
+            best_patterns(key.total - less, worth.keys.bands)[0][1]
+            + best_patterns(value.total - 2 + less, worth.values.bands)[0][1]
+            for less in (0, 1, 2)
+        )
         assert (
             least <= pair.predicted <= (1.05 if words < 4 else 1.5) * least
         )  # where bands are wide, little packs well
@@ -94,11 +107,12 @@ def test_what_packs_is_the_best_that_packs() -> None:
     key, value = StorageClass(0, total=8), StorageClass(0, total=8)
     expected = min(
         predicted_loss(tuple(map(int, k)), worth.keys.bands) + predicted_loss(tuple(map(int, v)), worth.values.bands)
-        for k in patterns(8)
-        for v in patterns(8)
-        if place_bands(tuple(map(int, k)), tuple(map(int, v)))[1] == 1
+        for total in (6, 7, 8)
+        for k in patterns(total)
+        for v in patterns(14 - total)
+        if place_bands(2, tuple(map(int, k)), tuple(map(int, v)))[1] == 1
     )
-    assert banded_pairs(worth, {}, {})[key, value].predicted == pytest.approx(expected)
+    assert banded_pairs(worth, {}, {}, 64)[key, value].predicted == pytest.approx(expected)
 
 
 def test_measured_losses_scale_predictions() -> None:
@@ -110,7 +124,7 @@ def test_measured_losses_scale_predictions() -> None:
     assert interpolated({}, 20) == 1
     assert all(total in [c.total for c in banded_classes()] for total in MEASURED)
     worth = make_worth(3)
-    plain, scaled = banded_pairs(worth, {}, {}), banded_pairs(worth, ratio, {20: 0.5})
+    plain, scaled = banded_pairs(worth, {}, {}, 64), banded_pairs(worth, ratio, {20: 0.5}, 64)
     for pair, found in scaled.items():
         assert found.spec == plain[pair].spec
         assert found.predicted == plain[pair].predicted
@@ -119,7 +133,7 @@ def test_measured_losses_scale_predictions() -> None:
 
 
 def test_more_bits_lose_less_and_every_head_size_takes_them() -> None:
-    found = banded_pairs(make_worth(4), {}, {})
+    found = banded_pairs(make_worth(4), {}, {}, 64)
     by_words: dict[int, float] = {}
     for (key, value), pair in found.items():
         words = (key.total + value.total) // 16

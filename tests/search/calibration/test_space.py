@@ -36,7 +36,7 @@ def make_banded_layer(seed: int, hurt: float = 1.0) -> LayerOptions:
     sides = [-np.sort(-rng.lognormal(0, 1.5, 8)) * hurt * 0.1 for _ in range(2)]
     worth = LayerWorth(*(SideWorth((tuple(map(float, side)),)) for side in sides))
     plain = make_layer(seed, hurt)
-    pairs = banded_pairs(worth, {20: float(rng.uniform(0.5, 2))}, {20: float(rng.uniform(0.5, 2))})
+    pairs = banded_pairs(worth, {20: float(rng.uniform(0.5, 2))}, {20: float(rng.uniform(0.5, 2))}, 64)
     return LayerOptions(plain.keys, plain.values, plain.key_loss, plain.value_loss, plain.pair_error, pairs)
 
 
