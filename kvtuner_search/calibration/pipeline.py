@@ -69,7 +69,9 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
         UsageError, DataError: if something cannot be used.
     """
     with reporter.stage("load the model"):
-        loaded = load_model(options.model)
+        loaded = load_model(options.model, options.length)
+    for note in loaded.notes:
+        reporter.say(note)
     info = loaded.info
     classes = storage_classes(options.bits, options.group_sizes, info.head_dim, options.symmetric, options.bands)
     _check_targets(options, classes, info.num_kv_heads, info.head_dim, info.num_layers)

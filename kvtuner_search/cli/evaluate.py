@@ -95,7 +95,10 @@ def command(
     elif fewshot is not None or limit is not None or task_folder is not None:
         raise UsageError("--fewshot, --limit and --task-folder are about tasks: name one with --tasks")
     opened = [open_profile(path) for path in profiles]
-    loaded = load_model(loading(options))
+    reporter = Reporter(quiet)
+    loaded = load_model(loading(options), options["length"])
+    for note in loaded.notes:
+        reporter.say(note)
     settings = []
     for profile, centres in opened:
         check_belongs(profile, loaded.info)
@@ -108,7 +111,6 @@ def command(
             raise UsageError(str(error)) from error
         settings.append((text, uniform(spec, loaded.info.num_layers), {}))
     options["sources"] = options["sources"] or DEFAULT_SOURCES
-    reporter = Reporter(quiet)
     found = evaluate(loaded, settings, reporter=reporter, **options)
     if names:
         chosen = TaskOptions(names, fewshot, limit, task_folder, batch_size)

@@ -129,6 +129,7 @@ def greedy(
     width = int(lengths.max())
     tokens = torch.zeros(len(prompts), width, dtype=torch.int64)  # padded on the right: slots that answers overwrite
     for index, prompt in enumerate(prompts):
+        runner.check_tokens(prompt, "a prompt")
         tokens[index, : len(prompt)] = torch.tensor(list(prompt))
     cache = PackedCache(setting, centres, width + count)
     at = torch.arange(width, device=device).expand(len(prompts), width)

@@ -58,6 +58,7 @@ class StoredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     @torch.inference_mode()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, T, vocabulary] of right-padded token ids [B, T]; causality keeps the padding out."""
+        self.runner.check_tokens((int(inps.min()), int(inps.max())), "a task")
         with tapped(stored_cache(self.setting, self.centres)):
             logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
         self.advance(len(inps))

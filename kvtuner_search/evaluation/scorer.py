@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.data.types import Sample
+from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.stored import Setting, stored_cache
 from kvtuner_search.models.attention import Observer, Tap
 from kvtuner_search.models.runner import Runner
@@ -109,6 +110,9 @@ class Scorer:
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.runner, self.tiers, self.advance = runner, [tuple(tier) for tier in tiers], advance
+        for tier in self.tiers:
+            for sample in tier:
+                runner.check_tokens(sample.tokens, f"source {sample.source}")
         scored = sum(sample.scored_tokens for tier in self.tiers for sample in tier)
         keep = scored * runner.vocabulary * 4 <= KEPT_BYTES
         self._batches = [
@@ -192,6 +196,11 @@ class Scorer:
         hidden = self.runner.hidden(tokens, observe).flatten(0, 1)
         at = torch.tensor(rows, device=hidden.device)
         hidden = hidden[at]
+        if not bool(torch.isfinite(hidden).all()):
+            raise DataError(
+                f"hidden states of {self.runner.loaded.info.id} on {tier[members[0]].source} are not finite in"
+                f" {str(hidden.dtype).removeprefix('torch.')}: give another --dtype, or restore the checkpoint"
+            )
         self.advance(tokens.numel())
         return _Batch(
             tuple(tier[index] for index in members),

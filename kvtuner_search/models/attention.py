@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvtuner_search.errors import DataError
 
 NAME: Final = "kvtuner"
+_HARMLESS: Final = ("cache_position", "position_ids", "position_embeddings")  # tensors that say where tokens stand
 
 
 class Tap(Protocol):
@@ -64,7 +65,8 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention from position 0; [B, H, T, D] in, [B, T, Hq, D] out. Padding on the right needs no mask."""
     layer = getattr(module, "layer_idx", None)
@@ -84,6 +86,10 @@ def _attention(
         raise DataError(
             f"layer {layer} attends with {'a soft cap' if softcap is not None else 'sinks'}: only standard attention is supported"
         )
+    unknown = sorted(name for name, value in more.items() if isinstance(value, Tensor) and name not in _HARMLESS)
+    if unknown or is_causal is False:
+        what = f"with {', '.join(unknown)}" if unknown else "in both directions"
+        raise DataError(f"layer {layer} attends {what}: only standard causal attention is supported")
     tap, visible = _TAP.get(), None
     if tap is not None:
         found = tap(layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))

@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import DataError, KVTunerError, UsageError
 from kvtuner_search.models import attention
-from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
-from kvtuner_search.models.support import check_supported
-from kvtuner_search.profile.model_config import model_info
+from kvtuner_search.models.reference_model import REFERENCE_NAME
+from kvtuner_search.models.source import (
+    REMEDY,
+    TOKENIZERS,
+    check_length,
+    check_pointers,
+    has_tokenizer,
+    local_folder,
+    read_source,
+)
+from kvtuner_search.models.support import check_hooked
+from kvtuner_search.models.weights import check_loaded, check_quantization, quantization_of
+from kvtuner_search.profile.model_config import model_info, name_of
+from kvtuner_search.profile.model_support import check_supported
 from kvtuner_search.profile.schema import ModelInfo
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_REMEDY: Final = "give a local folder with config.json, tokenizer and safetensors weights, or a hub id while online"
 
 
 @dataclass(frozen=True)
@@ -45,16 +53,22 @@ class LoadedModel:
     info: ModelInfo
     device: torch.device  # where token ids go
     dtype: torch.dtype
+    notes: tuple[str, ...] = ()  # what the user must be told
 
 
-def load_model(options: ModelOptions) -> LoadedModel:
+def load_model(options: ModelOptions, length: int | None = None) -> LoadedModel:
     """Load a model with its tokenizer.
 
+    Args:
+        options: which model, and how.
+        length: most tokens of a sequence that it will be run on.
+
     Raises:
-        DataError: if the model or tokenizer cannot be loaded, or has a layer that is not supported.
-        UsageError: for an unknown dtype or a device that is not there.
+        DataError: if the model or tokenizer cannot be loaded, has a layer that is not supported, or its weights are not those of the
+            checkpoint: missing, left over, of another shape, quantized codes without their scales, or not finite.
+        UsageError: for an unknown dtype, a device that is not there, or a length beyond the model's positions.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     device, dtype = pick_device(options.device), options.dtype
@@ -64,7 +78,17 @@ def load_model(options: ModelOptions) -> LoadedModel:
         raise UsageError(f"dtype {dtype!r} is unknown: use auto or one of {', '.join(DTYPES)}")
     if device.type == "cpu" and dtype == "float16":
         raise UsageError("dtype float16 is not supported on the CPU: use float32 or bfloat16")
-    folder = _folder(options.source)
+    folder = local_folder(options.source)
+    file, content = read_source(options.source, options.revision)
+    check_supported(content, options.source)
+    notes = check_length(content, length, options.source)
+    if folder is not None:
+        check_pointers(folder)
+    found = name_of(file.parent)
+    public = options.source if options.source == REFERENCE_NAME else found[0] or options.source
+    info = model_info(content, options.source, public, options.revision or found[1])
+    if not options.random_weights:
+        check_quantization(content, file.parent, options.source)
     name = options.source if folder is None else str(folder)
     common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     if folder is None and options.revision:
@@ -72,43 +96,91 @@ def load_model(options: ModelOptions) -> LoadedModel:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _loading(options.source, "config"):
         config = AutoConfig.from_pretrained(name, **common)
-    check_supported(config.get_text_config())
+    _check_shape(config.get_text_config(), info, options.source)
+    with _loading(options.source, "model's class"):
+        check_hooked(config, options.source, options.trust_remote_code)
     tokenizer = None
-    if folder is not None and not _has_tokenizer(folder):
+    if folder is not None and not has_tokenizer(folder):
         if not options.random_weights:  # transformers would make up an empty one
-            raise DataError(f"model folder {options.source} has no tokenizer ({', '.join(_TOKENIZERS)}): copy it there")
+            raise DataError(f"model folder {options.source} has no tokenizer ({', '.join(TOKENIZERS)}): copy it there")
     else:
         with _loading(options.source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, **common)
     with _loading(options.source, "weights"):
-        if options.random_weights:
-            torch.manual_seed(0)
-            with torch.device(device):
-                model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config, dtype=DTYPES[dtype], attn_implementation=attention.NAME
-                )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=DTYPES[dtype],
-                attn_implementation=attention.NAME,
-                use_safetensors=True,
-                device_map=options.device_map,
-                **common,
-            )
-            if options.device_map is None:
-                model = model.to(device)
+        model = (
+            _random(config, options, device, dtype)
+            if options.random_weights
+            else _saved(name, options, dtype, common, content, file.parent)
+        )
+        if options.device_map is None:
+            model = model.to(device)
     model.eval().requires_grad_(False)
-    info = model_info(
-        {"architectures": [type(model).__name__], **config.to_dict()},
-        options.source,
-        _public_id(options.source, folder),
-        _revision(config, options),
-    )
     if folder is not None and not options.random_weights:
         info = info.model_copy(update={"weights_digest": weights_digest(folder)})
     embedding: nn.Module = model.get_input_embeddings()
-    return LoadedModel(model, tokenizer, info, next(embedding.parameters()).device, DTYPES[dtype])
+    return LoadedModel(model, tokenizer, info, next(embedding.parameters()).device, DTYPES[dtype], notes)
+
+
+def _random(config: Any, options: ModelOptions, device: torch.device, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention.NAME,
+            trust_remote_code=options.trust_remote_code,
+        )
+
+
+def _saved(
+    name: str, options: ModelOptions, dtype: str, common: dict[str, Any], config: dict[str, Any], folder: Path
+) -> Any:
+    """The model with the weights of its checkpoint, and no others."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of keys is ours to give, in one line
+    try:
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+            device_map=options.device_map,
+            ignore_mismatched_sizes=True,  # they are named below, all of them
+            output_loading_info=True,
+            **common,
+        )
+    finally:
+        logging.set_verbosity(before)
+    model, found = both
+    check_quantization(config, folder, options.source)  # again: now the hub's files are here too
+    check_loaded(model, found, quantization_of(config) is not None, options.source)
+    return model
+
+
+def _check_shape(config: Any, info: ModelInfo, source: str) -> None:
+    """Refuse a model that transformers understands otherwise than its config.json was read here.
+
+    Raises:
+        DataError: names what differs.
+    """
+    heads = config.num_attention_heads
+    theirs = {
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or info.num_kv_heads,
+        "head_dim": getattr(config, "head_dim", None) or info.head_dim,
+    }
+    for name, value in theirs.items():
+        if getattr(info, name) != value:
+            raise DataError(
+                f"{source}: config.json says {name}={getattr(info, name)}, transformers takes it to be {value}: write the field into"
+                " config.json"
+            )
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,33 +217,6 @@ def weights_digest(folder: Path) -> str:
     return f"sha256:{state.hexdigest()}"
 
 
-def _folder(source: str) -> Path | None:
-    """The local folder that ``source`` means, or None for a hub id."""
-    if source == REFERENCE_NAME:
-        return reference_model_path()
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise DataError(f"model folder {source} has no config.json: {_REMEDY}")
-        return path
-    if path.exists() or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise DataError(f"model folder {source} {'is a file' if path.exists() else 'does not exist'}: {_REMEDY}")
-    return None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZERS)
-
-
-def _public_id(source: str, folder: Path | None) -> str:
-    """What the profile calls the model: never a private path."""
-    return folder.resolve().name if folder is not None and source != REFERENCE_NAME else source
-
-
-def _revision(config: Any, options: ModelOptions) -> str | None:
-    return getattr(config, "_commit_hash", None) or options.revision
-
-
 class _loading:
     """Turn what transformers raises into one line."""
 
@@ -186,6 +231,10 @@ class _loading:
             raise DataError(
                 f"the GPU has no room for {self.source}: use --device-map auto, a larger GPU, or --device cpu"
             ) from error
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)):
+        if isinstance(error, Exception) and not isinstance(
+            error, KVTunerError
+        ):  # of transformers, over the user's files
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise DataError(f"cannot load the {self.part} of {self.source}: {first.rstrip('.')}: {_REMEDY}") from error
+            raise DataError(
+                f"cannot load the {self.part} of {self.source}: {first.rstrip('.')[:300]}: {REMEDY}"
+            ) from error

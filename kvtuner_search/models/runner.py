@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kvtuner_search.errors import DataError
 from kvtuner_search.models.attention import Tap, tapped
 from kvtuner_search.models.load import LoadedModel
+from kvtuner_search.models.support import Noting, check_seen, owner_of_layers
 
 
 class Runner:
@@ -26,10 +27,25 @@ class Runner:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.base: Any = loaded.model.base_model
-        self.layers: nn.ModuleList = self.base.layers
+        self._owner, self._list = owner_of_layers(self.base, loaded.info.num_layers, loaded.info.id)
+        self.layers: nn.ModuleList = getattr(self._owner, self._list)
         self.head: nn.Linear = loaded.model.get_output_embeddings()
         self.vocabulary = int(self.head.weight.shape[0])
+        self.embedded = int(loaded.model.get_input_embeddings().weight.shape[0])
         self.can_resume = self._probe()
+
+    def check_tokens(self, tokens: Iterable[int], what: str) -> None:
+        """Refuse token ids that the model has no embedding for; ``what`` says where they are from.
+
+        Raises:
+            DataError: names the id and the number of embeddings.
+        """
+        for token in tokens:
+            if not 0 <= token < self.embedded:
+                raise DataError(
+                    f"token id {token} of {what} is beyond the {self.embedded} embeddings of {self.loaded.info.id}: its tokenizer is"
+                    " another model's, or has tokens that were added to it alone; take both from the same model"
+                )
 
     @torch.inference_mode()
     def hidden(self, tokens: Tensor, tap: Tap | None = None, positions: Tensor | None = None) -> Tensor:
@@ -115,19 +131,33 @@ class Runner:
 
     @contextmanager
     def _only(self, which: range) -> Iterator[None]:
-        kept = self.base.layers
-        self.base.layers = nn.ModuleList([kept[index] for index in which])
+        setattr(self._owner, self._list, nn.ModuleList([self.layers[index] for index in which]))
         try:
             yield
         finally:
-            self.base.layers = kept
+            setattr(self._owner, self._list, self.layers)
 
     @torch.inference_mode()
     def _probe(self) -> bool:
         """Check what the other methods rely on, on a few tokens."""
-        tokens = torch.arange(1, 9, device=self.loaded.device).unsqueeze(0)
-        hidden = self.hidden(tokens)
-        expected = self.loaded.model(input_ids=tokens, use_cache=False).logits
+        tokens = torch.arange(1, 9, device=self.loaded.device).remainder(self.embedded).unsqueeze(0)
+        seen: set[int] = set()
+        try:
+            hidden = self.hidden(tokens, Noting(seen))
+            expected = self.loaded.model(input_ids=tokens, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise DataError(
+                f"{self.loaded.info.id} cannot be run: {first[:200].rstrip('.')}: its config.json and its class do not go together"
+            ) from error
+        check_seen(seen, len(self.layers), self.loaded.info.id, self.loaded.model.config)
+        if not bool(torch.isfinite(expected).all()):
+            raise DataError(
+                f"the logits of {self.loaded.info.id} are not finite in {str(self.loaded.dtype).removeprefix('torch.')}, though its"
+                " weights are: give another --dtype, or restore the checkpoint"
+            )
         if not torch.allclose(self.head(hidden), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
             raise DataError(
                 f"{self.loaded.info.architecture} changes its logits after the output embedding: this architecture is not supported"

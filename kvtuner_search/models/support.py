@@ -1,43 +1,92 @@
-"""Which architectures can be calibrated: dense decoders in which every layer has standard, full attention."""
+"""Whether calibration can see and replace the keys and values of a model's layers. What its config.json says is looked at before that
+(:mod:`kvtuner_search.profile.model_support`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from kvtuner_search.errors import DataError
+from kvtuner_search.models.attention import NAME, tapped
 
-_MLA_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")
 
+def check_hooked(config: Any, source: str, trust_remote_code: bool = False) -> None:
+    """Refuse a model whose attention does not go through our function; it is built without weights, so nothing is read.
 
-def check_supported(config: Any) -> None:
-    """Refuse a transformers config that has a layer without standard, full attention.
+    Args:
+        config: a transformers config.
+        source: what messages call the model.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        DataError: names the first such layer and why.
+        DataError: with the reason.
     """
-    kind = getattr(config, "model_type", "unknown")
-    if getattr(config, "is_encoder_decoder", False):
-        raise DataError(f"model type {kind!r} is an encoder-decoder: only decoders are supported")
-    if getattr(config, "kv_lora_rank", None):
-        fields = ", ".join(f"{name}={getattr(config, name)}" for name in _MLA_FIELDS if getattr(config, name, None))
-        raise DataError(
-            f"layer 0 of model type {kind!r} has multi-head latent attention ({fields}): its cache is not keys and values"
-        )
-    layers = config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    for layer, name in enumerate(types[:layers]):
-        if name not in ("full_attention", "attention"):
-            span = f" (window {config.sliding_window})" if name == "sliding_attention" else ""
-            raise DataError(
-                f"layer {layer} of model type {kind!r} is {name}{span}: only models with full attention everywhere are supported"
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation=NAME, trust_remote_code=trust_remote_code
             )
-    window = getattr(config, "sliding_window", None)
-    if (
-        getattr(config, "layer_types", None) is None
-        and getattr(config, "use_sliding_window", True)
-        and window is not None
-    ):
+    except (KeyError, ValueError, AttributeError, NotImplementedError) as error:
+        if isinstance(error, ValueError) and "attn_implementation" not in str(error) and NAME not in str(error):
+            raise
         raise DataError(
-            f"layer 0 of model type {kind!r} attends in a sliding window of {window} tokens: if texts stay below that,"
-            " set sliding_window to null in config.json"
-        )
+            f"{source}: {_unseen(config)}: transformers has no place for another attention in it"
+        ) from error
+    model.eval()
+    owner_of_layers(model.base_model, config.get_text_config().num_hidden_layers, source)
+    seen: set[int] = set()
+    try:
+        with torch.device("meta"), tapped(Noting(seen)), torch.inference_mode():
+            model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+    except DataError:
+        raise
+    except Exception:  # not every model can be run without its weights; the loaded one is looked at once more
+        return
+    check_seen(seen, config.get_text_config().num_hidden_layers, source, config)
+
+
+def check_seen(seen: set[int], layers: int, source: str, config: Any) -> None:
+    """Refuse a model of which only these layers showed their keys and values.
+
+    Raises:
+        DataError: names the first layer that did not.
+    """
+    unseen = sorted(set(range(layers)) - seen)
+    if unseen:
+        raise DataError(f"{source}: {_unseen(config)}: layer {unseen[0]} computes attention in code of its own")
+
+
+def owner_of_layers(base: nn.Module, count: int, source: str) -> tuple[Any, str]:
+    """The module that holds the decoder's layers, and the name of its list of them.
+
+    Raises:
+        DataError: if there is none of ``count`` layers.
+    """
+    for module in base.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count and _attends(child[0]):
+                return module, name
+    raise DataError(f"{source}: {type(base).__name__} has no list of {count} layers that attend: it is not supported")
+
+
+def _attends(layer: nn.Module) -> bool:
+    return any(isinstance(getattr(part, "layer_idx", None), int) for part in layer.modules())
+
+
+def _unseen(config: Any) -> str:
+    return f"the keys and values of model type {getattr(config, 'model_type', 'unknown')!r} cannot be seen or replaced"
+
+
+class Noting:
+    """A tap that notes which layers call it."""
+
+    def __init__(self, seen: set[int]) -> None:
+        self.seen = seen
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.add(layer)
+        return key, value

@@ -23,6 +23,8 @@ from kvtuner_search.profile.schema import SCHEMA_VERSION, Profile
 MAX_BYTES: Final = 16 * 2**20  # a 128-layer profile with a long front takes about 1 MB
 MAX_DEPTH: Final = 32
 
+LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
+
 _BRACKET: Final = re.compile(r"[\[\]{}]")
 _SURROGATE: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
@@ -91,7 +93,14 @@ def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) ->
         raise ProfileError(f"cannot read {path}: {reason}: check the path and its permissions") from error
     if size > limit:
         raise ProfileError(f"{path} has more than {limit} bytes: {what} never has; check the path")
+    if data.startswith(LFS_POINTER):
+        raise ProfileError(lfs_message(path))
     return data
+
+
+def lfs_message(path: Path) -> str:
+    """Why a file that only says where its content lies cannot be read."""
+    return f"{path} is a Git LFS pointer, not the file itself: install git-lfs and run 'git lfs pull' in its repository"
 
 
 def loads(data: bytes, source: str, *, any_layout: bool = False) -> Profile:

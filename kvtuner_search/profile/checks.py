@@ -14,6 +14,7 @@ from typing import Any, Final, TypeGuard
 
 from kvtuner_search.errors import NotComparableError, ProfileError
 from kvtuner_search.profile.canonical import dumps, parse_json, read_limited
+from kvtuner_search.profile.model_config import MAX_NAMED, differences
 from kvtuner_search.profile.schema import SCHEMA_VERSION, ModelInfo, Profile
 from kvtuner_search.profile.validation_text import is_stale
 
@@ -37,14 +38,21 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
     Raises:
         NotComparableError: if the profile belongs to another model.
     """
-    names = ("architecture", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim", "config_digest")
-    for name in names:
-        stated, actual = getattr(profile.model, name), getattr(model, name)
-        if stated != actual and not (name == "config_digest" and None in (stated, actual)):
-            raise NotComparableError(
-                f"profile {profile.name} is for {name}={stated}, {source} has {actual}: it is for another model;"
-                " choose its own, or calibrate this one"
-            )
+    names = ("architecture", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim")
+    pairs = [(name, getattr(profile.model, name), getattr(model, name)) for name in names]
+    found = [f"{name}={stated}, {source} has {actual}" for name, stated, actual in pairs if stated != actual]
+    stated, actual = profile.model.config_digest, model.config_digest
+    if not found and None not in (stated, actual) and not model.has_digest(str(stated)):
+        fields = differences(profile.model, model)
+        which = (
+            f"they differ in {'; '.join(fields[:MAX_NAMED])}" if fields else "which of its fields differ is not stored"
+        )
+        more = f" and {len(fields) - MAX_NAMED} more" if len(fields) > MAX_NAMED else ""
+        found = [f"config_digest={str(stated)[:19]}…, {source} has {str(actual)[:19]}…: {which}{more}"]
+    if found:
+        raise NotComparableError(
+            f"profile {profile.name} is for {'; '.join(found)}: it is for another model; choose its own, or calibrate this one"
+        )
 
 
 def transform_shapes(profile: Profile) -> dict[str, list[int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.profile.changes import QualityChange, change_message, make_finding, measure_change, short
 from kvtuner_search.profile.compare_validation import validation_changes, validation_findings
+from kvtuner_search.profile.model_config import MAX_NAMED, differences
 from kvtuner_search.profile.rules import RULES, Finding
 from kvtuner_search.profile.schema import Profile
 
@@ -89,7 +90,9 @@ def _incomparable(old: Profile, new: Profile) -> Iterator[Finding]:
             )
     before, after = old.model.config_digest, new.model.config_digest
     if before and after and before != after:
+        fields = differences(old.model, new.model, ("old", "new"))
         message = "the config digests differ: attention is computed in another way"
+        message += f", by {'; '.join(fields[:MAX_NAMED])}" if fields else ""
         yield make_finding("incomparable-model", new, "model.config_digest", message, before, after)
     if old.layout_version != new.layout_version:
         message = f"layout versions {old.layout_version} and {new.layout_version} store different bytes"

@@ -1,21 +1,26 @@
-"""A model's config.json as far as a profile depends on it: its shape, and a digest of the fields that attention reads.
+"""A model's config.json as far as a profile depends on it: its shape, and one normal form of the fields that attention reads.
 
-Neither torch nor transformers is imported. Both the flat fields of older files (``rope_theta``, ``rope_scaling``) and the
-``rope_parameters`` that transformers 5 writes give the same digest, so saving a model again does not orphan its profiles.
+Neither torch nor transformers is imported. A file as it was published, the same file with fields left out that have a default, and
+what transformers 4 or 5 writes when the model is saved again all have one normal form, and so one digest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from pydantic import ValidationError
 
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.canonical import canonical_json, first_error, parse_json, read_limited
-from kvtuner_search.profile.schema import ModelInfo
+from kvtuner_search.profile.model_families import family_of, spelled_out
+from kvtuner_search.profile.schema import MAX_CONFIG_FIELDS, ModelInfo
 
 _PLAIN: Final = (  # read as they are; absent and null are the same
     "architectures",
@@ -28,18 +33,45 @@ _PLAIN: Final = (  # read as they are; absent and null are the same
     "query_pre_attn_scalar",
 )
 _SCALED_ROPE: Final = ("llama3", "longrope", "yarn")  # types that need the pretraining length
+_EXTENDING_ROPE: Final = ("dynamic", "linear", "llama3", "longrope", "yarn")  # types that reach beyond it
+_FULL: Final = ("full_attention", "attention")
+_SHOWN: Final = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "layers": "num_hidden_layers"}
+_SNAPSHOT: Final = re.compile(r"models--([A-Za-z0-9._-]+)/snapshots/([0-9a-f]{40})")
+_MAX_GUESSED: Final = 8192  # characters of a normal form that is tried with other values: some thousand times
+MAX_NAMED: Final = 6  # fields that a message names
+_MAX_SHOWN: Final = 120  # characters of a field's value in a profile or a message
+# What other models' files have in place of a field, to find out which one differs where a profile holds a digest alone.
+_THETAS: Final = (10000, 100000, 500000, 1000000, 2000000, 5000000, 10000000)
+_WINDOWS: Final = (None, 512, 1024, 2048, 4096, 8192, 32768, 131072, 262144)
 
 
 def read_config(path: Path, model_id: str | None = None, revision: str | None = None) -> ModelInfo:
     """The shape of the model whose config.json is ``path``, or lies in the folder ``path``.
 
-    ``model_id`` defaults to the folder's name; the file's ``_name_or_path`` is not used, as it may be someone's private path.
+    Id and revision default to what a path in the hub's cache says, else the id to the folder's name; the file's ``_name_or_path`` is
+    not used, as it may be someone's private path.
 
     Raises:
         DataError: if the file cannot be read, or lacks a field that the cache's shape needs.
     """
     file = path / "config.json" if os.path.isdir(path) else path  # noqa: PTH112 - unlike Path's, it never raises
-    return model_info(load_config(file), str(file), model_id or file.absolute().parent.name, revision)
+    found = name_of(file.parent)
+    return model_info(load_config(file), str(file), model_id or found[0], revision or found[1])
+
+
+def name_of(folder: Path) -> tuple[str, str | None]:
+    """Id and revision of the model in a folder: of the hub where the path is a snapshot in its cache, else the folder's name.
+
+    Example:
+        ``name_of(Path("hub/models--Qwen--Qwen2.5-7B/snapshots/" + "a" * 40))`` is ``("Qwen/Qwen2.5-7B", "aaa...")``.
+    """
+    place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolves "..", but neither fails nor follows links of the cache
+    found = _SNAPSHOT.fullmatch("/".join(place.parts[-3:]))
+    if found is None:  # a link to a snapshot
+        found = _SNAPSHOT.fullmatch("/".join(Path(os.path.realpath(place)).parts[-3:]))
+    if found:
+        return found[1].replace("--", "/"), found[2]
+    return place.name, None
 
 
 def load_config(file: Path) -> dict[str, Any]:
@@ -49,10 +81,27 @@ def load_config(file: Path) -> dict[str, Any]:
         DataError: if the file cannot be read, or holds no JSON object.
     """
     source = str(file)
-    content = parse_json(read_limited(file, "a model's config.json"), source)
+    if not os.path.lexists(file) and os.path.isfile(file.parent / "adapter_config.json"):  # noqa: PTH113
+        raise DataError(adapter_message(file.parent))
+    content = parse_json(read_limited(file, "a model's config.json"), source, "model's config.json")
     if not isinstance(content, dict):
         raise DataError(f"{source} holds a JSON {type(content).__name__}, not an object: it is no model's config.json")
     return content
+
+
+def adapter_message(folder: Path) -> str:
+    """Why a folder with an adapter is no model, and which model the adapter is for."""
+    file = folder / "adapter_config.json"
+    try:
+        content = parse_json(read_limited(file, "an adapter's config"), str(file), "adapter's config")
+    except DataError:
+        content = None
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    name = f" of {base[:200]}" if isinstance(base, str) and base else ""
+    return (
+        f"{folder} has an adapter{name} (adapter_config.json), which is not a whole model: merge it into its base model"
+        " (peft: merge_and_unload, then save_pretrained) and name the merged folder"
+    )
 
 
 def model_info(
@@ -63,7 +112,7 @@ def model_info(
     Raises:
         DataError: if a field is missing or out of range.
     """
-    text = text_config(config)
+    text = spelled_out(text_config(config))
     heads = _count(text, "num_attention_heads", source)
     head_dim = text.get("head_dim")
     if head_dim is None:
@@ -74,15 +123,20 @@ def model_info(
                 " add head_dim"
             )
         head_dim = hidden // heads
-    architectures = config.get("architectures") or text.get("architectures")
+    architectures = _architectures(config)
     if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
-        raise DataError(f"{source}: architectures={architectures!r} names no class: it is no model's config.json")
+        raise DataError(
+            f"{source}: architectures={_shown(architectures)} names no class, and model_type={_shown(text.get('model_type'))} is"
+            " not known here: it is no model's config.json, or lacks architectures"
+        )
     try:
-        return ModelInfo(
+        content = normal_form(config)
+        info = ModelInfo(
             id=model_id or "unnamed",
             revision=revision,
             architecture=architectures[0],
-            config_digest=config_digest(config),
+            config_digest=_digest(content),
+            config=_fields(content),
             num_layers=_count(text, "num_hidden_layers", source),
             num_attention_heads=heads,
             num_kv_heads=heads if text.get("num_key_value_heads") is None else text["num_key_value_heads"],
@@ -90,38 +144,94 @@ def model_info(
         )
     except ValidationError as error:
         raise DataError(f"{source}: {first_error(error)}: this model's cache cannot be described") from error
+    info.remember(content, _digest(_content(config, text_config(config), None)))
+    return info
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part that describes the decoder: multimodal models nest it."""
     for name in ("text_config", "llm_config", "language_config"):
         nested = config.get(name)
-        if isinstance(nested, dict) and "num_hidden_layers" in nested:
+        if isinstance(nested, dict) and ("num_hidden_layers" in nested or "n_layer" in nested):
             return nested
     return config
 
 
-def config_digest(config: dict[str, Any]) -> str:
-    """``sha256:...`` over the fields that attention depends on, after bringing old and new spellings to one form.
+def positions(config: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Positions that a model was made for, and how far the scaling of its rotary embedding reaches; None if they are not said."""
+    text = spelled_out(text_config(config))
+    length = text.get("max_position_embeddings")
+    if not _is_count(length):
+        return None, None
+    reach = length
+    ropes = _rope(text)
+    for rope in ropes.values() if all(isinstance(value, dict) for value in ropes.values()) else [ropes]:
+        start, factor = rope.get("original_max_position_embeddings") or length, rope.get("factor")
+        if rope["rope_type"] in _EXTENDING_ROPE and _is_count(start) and isinstance(factor, (int, float)):
+            reach = max(reach, int(start * min(factor, 2.0**20)))
+    return length, reach
 
-    Left out, because nothing stored depends on them: ``max_position_embeddings`` (except as the pretraining length of a
-    scaled rotary embedding that names none), dtypes, token ids, dropout, and library versions.
+
+def config_digest(config: dict[str, Any]) -> str:
+    """``sha256:...`` over the normal form."""
+    return _digest(normal_form(config))
+
+
+def normal_form(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that attention depends on, under one name each, with defaults filled in; what is null or false is left out.
+
+    Left out too, because nothing stored depends on them: ``max_position_embeddings`` (except as the pretraining length of a
+    scaled rotary embedding that names none), dtypes, token ids, dropout, and library versions. A window that is at least as long
+    as the positions is full attention.
     """
-    text = text_config(config)
+    return _content(config, spelled_out(text_config(config)), positions(config)[1])
+
+
+def differences(stated: ModelInfo, actual: ModelInfo, sides: tuple[str, str] = ("there", "here")) -> list[str]:
+    """The fields in which two models' configs differ, each with both values; empty if that cannot be told.
+
+    The fields stand in profiles of today; of older ones that hold a digest alone, values of other models are tried.
+    """
+    here = actual.config
+    there = stated.config
+    if there is None and actual.normal is not None:
+        there = _guess(actual.normal, stated.config_digest)
+    if here is None or there is None:
+        return []
+    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+    return [f"{name} ({there.get(name, 'absent')} {sides[0]}, {here.get(name, 'absent')} {sides[1]})" for name in names]
+
+
+def _content(config: dict[str, Any], text: dict[str, Any], reach: int | None) -> dict[str, Any]:
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
     derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else None
     content = {name: text.get(name) for name in _PLAIN}
+    if text.get("model_type") in ("gptj", "codegen"):
+        content["rotary_dim"] = text.get("rotary_dim")
     content |= {
-        "architectures": config.get("architectures") or text.get("architectures"),
+        "architectures": _architectures(config),
         "head_dim": text.get("head_dim") or derived,
         "layers": text.get("num_hidden_layers"),
         "heads": heads,
         "kv_heads": heads if text.get("num_key_value_heads") is None else text["num_key_value_heads"],
         "rope": _rope(text),
-        "window": _window(text),
+        "window": _window(text, reach),
     }
-    body = canonical_json(_plain_numbers({key: value for key, value in content.items() if value not in (None, False)}))
-    return "sha256:" + hashlib.sha256(body.encode()).hexdigest()
+    plain = _plain_numbers({key: value for key, value in content.items() if value not in (None, False)})
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return "sha256:" + hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _architectures(config: dict[str, Any]) -> Any:
+    """The classes that the file names, or the one that its ``model_type`` means."""
+    text = text_config(config)
+    named = config.get("architectures") if config.get("architectures") is not None else text.get("architectures")
+    family = family_of(text)
+    return [family.architecture] if named is None and family is not None else named
 
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
@@ -140,27 +250,94 @@ def _one_rope(text: dict[str, Any], given: Any) -> dict[str, Any]:
     rope = {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else {}
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
-    rope["rope_type"] = kind
+    rope["rope_type"] = "longrope" if kind == "su" else kind  # the first Phi-3 called it so
     for name, default in (("rope_theta", 10000), ("partial_rotary_factor", 1)):
         rope.setdefault(name, default if text.get(name) is None else text[name])
-    if kind in _SCALED_ROPE:
+    if rope["rope_type"] in _SCALED_ROPE:
         length = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
         rope["original_max_position_embeddings"] = length or text.get("max_position_embeddings")
     return rope
 
 
-def _window(text: dict[str, Any]) -> dict[str, Any] | None:
-    """The sliding window where a layer uses one; None where attention is full everywhere."""
+def _window(text: dict[str, Any], reach: int | None) -> dict[str, Any] | None:
+    """The sliding window where a layer uses one; None where attention is full everywhere. ``reach`` is the most positions."""
     window = text.get("sliding_window")
     types = text.get("layer_types")
     layers, first = text.get("num_hidden_layers"), text.get("max_window_layers")
     if window is None or text.get("use_sliding_window") is False:
         return None
+    if reach is not None and _is_count(window) and window >= reach:
+        return None
     if types is None and isinstance(first, int) and isinstance(layers, int) and 0 < layers <= 4096:
         types = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
-    if isinstance(types, list) and set(map(str, types)) == {"full_attention"}:
+    if isinstance(types, list) and types and set(map(str, types)) <= set(_FULL):
         return None
     return {"size": window, "layers": types}
+
+
+def windowed_layers(config: dict[str, Any]) -> tuple[int, list[int]] | None:
+    """Size of the sliding window and the layers that use it, [] for all; None where attention is full everywhere."""
+    found = normal_form(config).get("window")
+    if not isinstance(found, dict):
+        return None
+    types = found["layers"]
+    layers = [i for i, kind in enumerate(types) if kind not in _FULL] if isinstance(types, list) else []
+    return (found["size"], layers) if layers or not isinstance(types, list) else None
+
+
+def _fields(content: dict[str, Any]) -> dict[str, str]:
+    """The normal form as config.json's names and short texts, for a profile and for messages."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if key == "rope" and isinstance(value, dict):
+            nested = all(isinstance(item, dict) for item in value.values())
+            for part, rope in value.items() if nested else [("", value)]:
+                start = f"{part}." if part else ""
+                for name, item in rope.items():
+                    plain = name in ("rope_theta", "partial_rotary_factor")
+                    flat[f"{start}{name}" if plain else f"rope_scaling.{start}{name}"] = item
+        elif key == "window" and isinstance(value, dict):
+            flat["sliding_window"] = value["size"]
+            flat["layer_types"] = value["layers"] if isinstance(value["layers"], list) else "all"
+        else:
+            flat[_SHOWN.get(key, key)] = value
+    return {name[:_MAX_SHOWN]: shorten(flat[name]) for name in sorted(flat)[:MAX_CONFIG_FIELDS]}
+
+
+def shorten(value: Any) -> str:
+    """A value as JSON; a long one is cut and ends with a digest of the whole."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    if len(text) <= _MAX_SHOWN:
+        return text
+    return f"{text[: _MAX_SHOWN - 20]}… {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _guess(content: dict[str, Any], digest: str | None) -> dict[str, str] | None:
+    """The fields of a config that is like ``content`` but for one or two of them, and has this digest; None if none is found."""
+    if len(canonical_json(content)) > _MAX_GUESSED:
+        return None
+    changes = list(_variants(content))
+    for pair in itertools.chain(((change,) for change in changes), itertools.combinations(changes, 2)):
+        changed = {**content, **{key: value for change in pair for key, value in change.items()}}
+        changed = {key: value for key, value in changed.items() if value not in (None, False)}
+        if len({key for change in pair for key in change}) == len(pair) and _digest(changed) == digest:
+            return _fields(changed)
+    return None
+
+
+def _variants(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    rope = content.get("rope")
+    rope = rope if isinstance(rope, dict) and "rope_type" in rope else {"rope_theta": 10000, "partial_rotary_factor": 1}
+    for theta in dict.fromkeys((rope["rope_theta"], *_THETAS)):
+        for part in dict.fromkeys((rope["partial_rotary_factor"], 1, 0.5, 0.25)):
+            yield {"rope": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part}}
+        yield {"rope": {**rope, "rope_theta": theta}}
+    for size in _WINDOWS:
+        yield {"window": None if size is None else {"size": size, "layers": None}}
+    yield from ({"attention_bias": value} for value in (None, True))
+    for name in ("attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "attention_chunk_size"):
+        if name in content:
+            yield {name: None}
 
 
 def _plain_numbers(value: Any) -> Any:
@@ -172,8 +349,18 @@ def _plain_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut to what fits in a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _count(text: dict[str, Any], name: str, source: str) -> int:
     value = text.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{source}: {name}={value!r} is no positive integer: it is no decoder's config.json")
+        raise DataError(f"{source}: {name}={_shown(value)} is no positive integer: it is no decoder's config.json")
     return value

@@ -12,17 +12,25 @@ from __future__ import annotations
 import itertools
 import math
 from functools import lru_cache
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from kvtuner_kernels.layout import BANDS, LAYOUT_VERSION, MAX_BAND_BITS, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.layout import bytes_per_token as layout_bytes_per_token
 from kvtuner_kernels.layout import effective_bits as layout_effective_bits
-from kvtuner_search.profile.fields import Count, DataInfo, Digest, Measure, Name, Number, Positive, Strict
+from kvtuner_search.profile.fields import ConfigText, Count, DataInfo, Digest, Measure, Name, Number, Positive, Strict
 from kvtuner_search.profile.validation import Validation
 
 SCHEMA_VERSION: Final = 2
+MAX_CONFIG_FIELDS: Final = 64
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
@@ -37,6 +45,8 @@ class ModelInfo(Strict):
     """The class named by config.json, e.g. Qwen2ForCausalLM."""
     config_digest: Digest | None = None
     """Digest of the fields of config.json that attention depends on; absent if no config was seen."""
+    config: Annotated[dict[ConfigText, ConfigText], Field(max_length=MAX_CONFIG_FIELDS)] | None = None
+    """The fields that the config digest is of, each as a short text, to name those in which another model differs; absent in profiles of before and if no config was seen."""
     weights_digest: Digest | None = None
     """Digest of the safetensors files' names, sizes, headers and last 4 KiB; absent if no weights were seen."""
     num_layers: Annotated[int, Field(ge=1, le=4096)]
@@ -47,6 +57,37 @@ class ModelInfo(Strict):
     """Key/value heads of a layer, before tensor parallelism."""
     head_dim: Annotated[int, Field(ge=8, le=1024)]
     """Channels of one head."""
+
+    _normal: dict[str, Any] | None = PrivateAttr(default=None)
+    _earlier: str | None = PrivateAttr(default=None)
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_config(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Profiles that were written before the field existed keep their canonical form."""
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if key != "config" or value is not None}
+
+    def __eq__(self, other: object) -> bool:
+        """The digest stands for the config; its texts are there to be read."""
+        if not isinstance(other, ModelInfo):
+            return NotImplemented
+        return self.model_dump(exclude={"config"}) == other.model_dump(exclude={"config"})
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.revision, self.config_digest, self.weights_digest, self.num_layers))
+
+    def remember(self, normal: dict[str, Any], earlier: str) -> None:
+        """Keep what a config.json gave, for comparisons in this process; it is not written."""
+        self._normal, self._earlier = normal, earlier
+
+    @property
+    def normal(self) -> dict[str, Any] | None:
+        """The normal form of the config.json that this was read from; None for a profile's own."""
+        return self._normal
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether this model's config has the digest, by the normal form of today or by that of releases before it."""
+        return digest in (self.config_digest, self._earlier)
 
 
 class TensorEntry(Strict):

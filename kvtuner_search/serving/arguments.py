@@ -34,6 +34,7 @@ class ServerOptions:
     model_path: str
     revision: str | None
     json_model_override_args: str | None
+    context_length: int | None
     host: str | None
     port: int
     tp_size: int
@@ -100,6 +101,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--revision")
     parser.add_argument("--json-model-override-args")
+    parser.add_argument("--context-length", type=int)
     parser.add_argument("--host")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=int, default=1)
@@ -178,7 +180,7 @@ def _check_abbreviations(rest: Sequence[str]) -> None:
 
 
 def _check_sizes(options: ServerOptions) -> None:
-    for name in ("tp_size", "pp_size", "nnodes", "page_size", "max_total_tokens"):
+    for name in ("tp_size", "pp_size", "nnodes", "page_size", "max_total_tokens", "context_length"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number")

@@ -17,7 +17,7 @@ from kvtuner_search.errors import ServingError, UsageError
 from kvtuner_search.serving import flags
 from kvtuner_search.serving.arguments import ServerOptions, parse_flags, read_options
 from kvtuner_search.serving.configuration import ServingConfiguration
-from kvtuner_search.serving.model import served_model, weight_bytes
+from kvtuner_search.serving.model import context_remark, served_config, served_model, weight_bytes
 from kvtuner_search.serving.plan import Memory, Plan, make_plan
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
 from kvtuner_search.serving.sglang.refusals import REFUSALS, attention_backend
@@ -52,7 +52,11 @@ def prepare(
         raise UsageError(f"nothing says how layers are stored: give --profile FILE, or {flags.ENABLE} and its bits")
     options = read_options(rest)
     backend = _check_options(options)
-    model = served_model(options.model_path, options.revision, options.json_model_override_args)
+    named = options.model_path, options.revision, options.json_model_override_args
+    model = served_model(*named, options.context_length)
+    remark = context_remark(served_config(*named), options.context_length, options.model_path)
+    if remark is not None:
+        print(f"kvtuner-search: {remark}", file=sys.stderr)
     loaded, path = flags.profile_of(namespace, model, options.model_path)
     added = [] if options.host is not None else ["--host", "127.0.0.1"]
     added += [] if options.attention_backend is not None else ["--attention-backend", backend]

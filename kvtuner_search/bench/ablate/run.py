@@ -110,7 +110,7 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablation:
         UsageError, DataError: if an option, the model or the data cannot be used; finished rows are kept.
     """
     with reporter.stage("load the model"):
-        loaded = load_model(options.model)
+        loaded = load_model(options.model, options.length)
     info = loaded.info
     variants = catalogue(info, options.families)
     own: dict[str, dict[int, Centres]] = {}

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from kvtuner_search.errors import ExitCode, KVTunerError, ServingError
 from kvtuner_search.profile.checks import check_model
+from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.serving import flags, partition
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.model import served_model
@@ -58,7 +59,7 @@ def configure(arguments: argparse.Namespace, device: str) -> ServingConfiguratio
     """
     found = ServingConfiguration.from_environment()
     if flags.requested(arguments):
-        model = served_model(arguments.model_path, arguments.revision, arguments.json_model_override_args)
+        model = _model(arguments)
         found = flags.resolve(arguments, model, arguments.model_path)
     if found is None:
         return None
@@ -68,6 +69,12 @@ def configure(arguments: argparse.Namespace, device: str) -> ServingConfiguratio
     os.environ.update(found.to_environment())
     os.environ.update(partition.of_profile(profile, arguments.tp_size, arguments.pp_size).to_environment())
     return found
+
+
+def _model(arguments: Any) -> ModelInfo:
+    return served_model(
+        arguments.model_path, arguments.revision, arguments.json_model_override_args, arguments.context_length
+    )
 
 
 def check_server(arguments: Any, configuration: ServingConfiguration, more: Iterable[Refusal] = ()) -> None:
@@ -82,7 +89,7 @@ def check_server(arguments: Any, configuration: ServingConfiguration, more: Iter
         KVTunerError: with the reason and the remedy.
     """
     profile, _ = configuration.open()
-    model = served_model(arguments.model_path, arguments.revision, arguments.json_model_override_args)
+    model = _model(arguments)
     check_model(profile, model, arguments.model_path)
     check_arguments(arguments, more)
 

@@ -1,4 +1,4 @@
-"""What cannot be combined with a profile, by name. Pure functions over SGLang's server arguments and a model's config.json."""
+"""What cannot be combined with a profile, by name. Pure functions over SGLang's server arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kvtuner_search.errors import UsageError
-from kvtuner_search.profile.model_config import text_config
 
 ATTENTION: Final = {"cuda": "triton", "cpu": "torch_native"}  # the backend that reads packed rows on a device
 SPECULATION: Final = ("STANDALONE", "NGRAM")  # tried on GPUs; the others are not
@@ -113,32 +112,3 @@ def attention_backend(device: str) -> str:
         return ATTENTION[device]
     except KeyError:
         raise UsageError(f"--device {device}: a profile is served on {' and '.join(ATTENTION)} only") from None
-
-
-def check_config(config: dict[str, Any], source: str) -> None:
-    """Look for attention that has no plain keys and values for each layer.
-
-    Args:
-        config: the content of config.json.
-        source: what the error message calls the model.
-
-    Raises:
-        UsageError: names the kind of attention.
-    """
-    text = text_config(config)
-    rank = text.get("kv_lora_rank")
-    if rank:
-        raise UsageError(
-            f"{source} has multi-head latent attention, MLA (kv_lora_rank={rank}): its cache is not keys and values; serve it"
-            " without a profile"
-        )
-    if config.get("is_encoder_decoder"):
-        raise UsageError(f"{source} is an encoder-decoder: only decoders can be served with a profile")
-    kinds = sorted(set(map(str, text.get("layer_types") or [])) - {"full_attention", "attention"})
-    if kinds or any(
-        text.get(name) for name in ("full_attention_interval", "attn_type_list", "hybrid_override_pattern")
-    ):
-        raise UsageError(
-            f"{source} has layers of several kinds ({', '.join(kinds) or 'a hybrid of attention and others'}): only models"
-            " with full attention in every layer can be served with a profile"
-        )

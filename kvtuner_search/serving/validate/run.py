@@ -17,12 +17,13 @@ from kvtuner_search.evaluation.stored import stored_cache
 from kvtuner_search.files import write_atomic
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
+from kvtuner_search.models.source import check_length
 from kvtuner_search.profile.canonical import canonical_json, digest_without_validation, save, seal
 from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.validation import Semantics, ServerRecord, Validation
 from kvtuner_search.progress import Reporter
-from kvtuner_search.serving.model import served_model
+from kvtuner_search.serving.model import served_config, served_model
 from kvtuner_search.serving.validate import figures
 from kvtuner_search.serving.validate.client import Client
 from kvtuner_search.serving.validate.explained import Explained, Side, notes_on_rounding
@@ -61,6 +62,8 @@ class Run:
         self.model_path = str(reference_model_path()) if options.model == REFERENCE_NAME else options.model
         self.profile, self.centres = open_profile(options.profile)
         check_model(self.profile, served_model(self.model_path), options.model)
+        for note in check_length(served_config(self.model_path), options.length, options.model):
+            reporter.say(note)
         self.tokenizer, self.config_dtype = _tokenizer(self.model_path)
         with reporter.stage("prompts"):
             self.prompts = build(

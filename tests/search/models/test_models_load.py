@@ -1,6 +1,7 @@
 """Loading models, refusing what is not supported, and what the runner relies on."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from kvtuner_search.evaluation.stored import stored_cache
 from kvtuner_search.models.attention import tapped
 from kvtuner_search.models.load import ModelOptions, load_model, pick_device
 from kvtuner_search.models.runner import Runner
-from kvtuner_search.models.support import check_supported
+from kvtuner_search.profile.model_support import check_supported
 
 TOKENS = torch.arange(7, 47).view(2, 20)
 
@@ -85,16 +86,16 @@ def test_padding_on_the_right_changes_nothing_before_it(tiny_model: Path) -> Non
         (Qwen3NextConfig(num_hidden_layers=4), "layer 0 .*linear_attention"),
     ],
 )
-def test_layers_without_full_attention_are_refused_by_number(config: object, says: str) -> None:
+def test_layers_without_full_attention_are_refused_by_number(config: Any, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        check_supported(config)
+        check_supported(config.to_dict(), "model")
 
 
 def test_latent_attention_is_refused() -> None:
     from transformers import DeepseekV3Config
 
-    with pytest.raises(DataError, match=r"latent attention \(kv_lora_rank=512"):
-        check_supported(DeepseekV3Config())
+    with pytest.raises(DataError, match=r"latent attention, MLA \(kv_lora_rank=512"):
+        check_supported(DeepseekV3Config().to_dict(), "model")
 
 
 def test_logits_that_are_changed_after_the_head_are_refused(tmp_path: Path) -> None:

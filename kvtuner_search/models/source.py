@@ -1,0 +1,127 @@
+"""Where a model's files lie: a local folder, or the hub's cache. Nothing heavy is imported but to ask the hub."""
+
+from __future__ import annotations
+
+import os
+from importlib import util
+from pathlib import Path
+from typing import Any, Final
+
+from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
+from kvtuner_search.profile.canonical import LFS_POINTER, lfs_message
+from kvtuner_search.profile.model_config import adapter_message, load_config, positions
+
+REMEDY: Final = "give a local folder with config.json, tokenizer and safetensors weights, or a hub id while online"
+TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def local_folder(source: str) -> Path | None:
+    """The local folder that ``source`` means, or None for a hub id.
+
+    Raises:
+        DataError: if it is a path, but of no folder with a config.json, or the folder holds an adapter.
+    """
+    if source == REFERENCE_NAME:
+        return reference_model_path()
+    path = Path(source)
+    if os.path.isdir(path):  # noqa: PTH112 - unlike Path's, it never raises
+        if os.path.isfile(path / "adapter_config.json"):  # noqa: PTH113
+            raise DataError(
+                f"{adapter_message(path)}; if its weights are merged already, remove adapter_config.json from the folder"
+            )
+        if not os.path.isfile(path / "config.json"):  # noqa: PTH113
+            raise DataError(f"model folder {source} has no config.json: {REMEDY}")
+        return path
+    there = os.path.lexists(path)
+    if there or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source:
+        raise DataError(f"model folder {source} {'is a file' if there else 'does not exist'}: {REMEDY}")
+    return None
+
+
+def config_file(source: str, revision: str | None = None) -> Path:
+    """The config.json of a folder or hub id.
+
+    The hub is asked through transformers' loader: its cache, token, mirror and offline mode hold here too.
+
+    Raises:
+        DataError: if it cannot be found.
+    """
+    folder = local_folder(source)
+    if folder is not None:
+        return folder / "config.json"
+    try:
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(source, "config.json", revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"cannot read the config.json of {source}: {first.rstrip('.')}: {REMEDY}") from error
+    if found is None:
+        raise DataError(f"the hub has no config.json for {source}: {REMEDY}")
+    return Path(found)
+
+
+def read_source(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The config.json of a folder or hub id, and its content.
+
+    Raises:
+        DataError: if it cannot be found or read.
+    """
+    file = config_file(source, revision)
+    return file, load_config(file)
+
+
+def check_pointers(folder: Path) -> None:
+    """Refuse a folder whose weights or tokenizer are Git LFS pointers.
+
+    Raises:
+        DataError: names the first one.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and path.is_file():
+            with path.open("rb") as stream:
+                if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise DataError(lfs_message(path))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer that can be loaded.
+
+    Raises:
+        DataError: if it has only files of a kind that is not read here, or whose package is missing.
+    """
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return True
+    if (folder / "tokenizer.model").is_file():
+        if util.find_spec("sentencepiece") is None:
+            raise DataError(
+                f"{folder} has no tokenizer.json, and its tokenizer.model needs the package sentencepiece, which is not installed:"
+                " pip install 'kvtuner-search[sentencepiece]', or copy tokenizer.json there"
+            )
+        return True
+    if (folder / "tekken.json").is_file():
+        raise DataError(
+            f"{folder} has only tekken.json, which the package mistral-common reads and this command does not: tokenizer.json is"
+            " missing; copy it there from a repository of the same model that has it"
+        )
+    return False
+
+
+def check_length(config: dict[str, Any], length: int | None, source: str) -> tuple[str, ...]:
+    """Compare a length with the model's positions; what is returned is to be said.
+
+    Raises:
+        UsageError: if it is beyond them.
+    """
+    made_for, reach = positions(config)
+    if length is None or made_for is None or reach is None or length <= made_for:
+        return ()
+    if length > reach:
+        raise UsageError(
+            f"--length {length} is beyond the {reach} positions of {source} (max_position_embeddings): give at most {reach}"
+        )
+    return (
+        f"--length {length} is beyond the {made_for} positions that {source} was made for; its rope_scaling reaches {reach}, so it is"
+        " measured there",
+    )
