@@ -31,11 +31,13 @@ def local_folder(source: str) -> Path | None:
                 f"{adapter_message(path)}; if its weights are merged already, remove adapter_config.json from the folder"
             )
         if not os.path.isfile(path / "config.json"):  # noqa: PTH113
-            raise DataError(f"model folder {source} has no config.json: {REMEDY}")
+            raise DataError(
+                f"{path / 'config.json'} does not exist, and a folder with no config.json is no model: {REMEDY}"
+            )
         return path
     there = os.path.lexists(path)
     if there or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source:
-        raise DataError(f"model folder {source} {'is a file' if there else 'does not exist'}: {REMEDY}")
+        raise DataError(f"model {source} {'is a file' if there else 'does not exist'}: {REMEDY}")
     return None
 
 

@@ -35,29 +35,29 @@ _ONLY: Final = "only models with full attention in every layer are supported"
 
 
 def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
-    """Why a model cannot be calibrated or served with a profile; None if nothing in its config.json speaks against it.
+    """Why a model cannot be calibrated or served with a profile, as what follows its name; None if nothing in its config.json speaks against it.
 
     Args:
         config: the content of config.json.
         most: most tokens of a sequence, if that is known: a window of as many is full attention.
 
     Example:
-        ``unsupported({"model_type": "bloom"})`` says that it attends with ALiBi.
+        ``unsupported({"model_type": "bloom"})`` says what it attends with, and what is supported.
     """
     text = spelled_out(text_config(config))
     kind = text.get("model_type") if isinstance(text.get("model_type"), str) else "unknown"
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
-        return f"model type {kind!r} is an encoder-decoder: only decoders are supported"
+        return f"is an encoder-decoder (model type {kind!r}): only decoders are supported"
     why = _OTHER.get(str(kind)) or _NO_CACHE.get(str(kind))
     if why is None and text.get("alibi"):
         why = _OTHER["bloom"]
     if why is not None:
-        return f"model type {kind!r} {why}: {_ONLY}"
+        return f"{why} (model type {kind!r}): {_ONLY}"
     if text.get("kv_lora_rank"):
         fields = ", ".join(f"{name}={shorten(text[name])}" for name in _MLA if text.get(name))
         return (
-            f"model type {kind!r} has multi-head latent attention, MLA ({fields}): its cache is not keys and values, so no profile"
-            " is for it"
+            f"has multi-head latent attention, MLA ({fields}; model type {kind!r}): its cache is not keys and values, so no profile is"
+            " for it"
         )
     return _mixed(config, text, str(kind), most)
 
@@ -77,19 +77,21 @@ def _mixed(config: dict[str, Any], text: dict[str, Any], kind: str, most: int | 
         if name not in plain:
             span = f" (window {shorten(text.get('sliding_window'))})" if name == "sliding_attention" else ""
             kinds = ", ".join(sorted({shorten(each).strip('"') for each in types if each not in plain})[:4])
-            return f"layers of several kinds ({kinds}): layer {layer} of model type {kind!r} is {shorten(name)[1:-1]}{span}; {_ONLY}"
+            return f"has layers of several kinds ({kinds}): layer {layer} of model type {kind!r} is {shorten(name)[1:-1]}{span}; {_ONLY}"
     named = next((name for name in _HYBRID if text.get(name)), None)
     if named is not None:
-        return f"layers of several kinds (a hybrid of attention and others: {named}={shorten(text[named])}); {_ONLY}"
+        return (
+            f"has layers of several kinds (a hybrid of attention and others: {named}={shorten(text[named])}); {_ONLY}"
+        )
     chunk = text.get("attention_chunk_size")
     if chunk and not (reach is not None and isinstance(chunk, int) and chunk >= reach) and not types:
-        return f"layer 0 of model type {kind!r} attends in chunks of {shorten(chunk)} tokens; {_ONLY}"
+        return f"has no full attention: layer 0 of model type {kind!r} attends in chunks of {shorten(chunk)} tokens; {_ONLY}"
     if not full and window is not None:
         first = window[1][0] if window[1] else 0
         several = (
-            "layers of several kinds (sliding_attention): "
+            "has layers of several kinds (sliding_attention): "
             if window[1] and window[1] != list(range(len(window[1])))
-            else ""
+            else "has no full attention: "
         )
         return (
             f"{several}layer {first} of model type {kind!r} is sliding_attention, in a window of {shorten(window[0])} tokens"
@@ -107,4 +109,4 @@ def check_supported(config: dict[str, Any], source: str, most: int | None = None
     """
     reason = unsupported(config, most)
     if reason is not None:
-        raise DataError(f"{source}: {reason}")
+        raise DataError(f"{source} {reason}")

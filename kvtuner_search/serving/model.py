@@ -35,7 +35,7 @@ def served_model(
     context_remark(config, context, model_path)
     reason = unsupported(config, context)
     if reason is not None:
-        raise UsageError(f"{model_path}: {reason}; or serve it without a profile")
+        raise UsageError(f"{model_path} {reason}; or serve it without a profile")
     found, commit = name_of(file.parent)
     return model_info(config, model_path, found or model_path, revision or commit)
 
