@@ -124,7 +124,7 @@ def model_info(
             )
         head_dim = hidden // heads
     architectures = _architectures(config)
-    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+    if not (isinstance(architectures, list) and architectures and _is_class(architectures[0])):
         raise DataError(
             f"{source}: architectures={_shown(architectures)} names no class, and model_type={_shown(text.get('model_type'))} is"
             " not known here: it is no model's config.json, or lacks architectures"
@@ -144,6 +144,11 @@ def model_info(
         )
     except ValidationError as error:
         raise DataError(f"{source}: {first_error(error)}: this model's cache cannot be described") from error
+    if heads % info.num_kv_heads:
+        raise DataError(
+            f"{source}: num_attention_heads={heads} do not share num_key_value_heads={info.num_kv_heads} evenly: this model's cache"
+            " cannot be described"
+        )
     info.remember(content, _digest(_content(config, text_config(config), None)))
     return info
 
@@ -301,7 +306,8 @@ def _fields(content: dict[str, Any]) -> dict[str, str]:
             flat["layer_types"] = value["layers"] if isinstance(value["layers"], list) else "all"
         else:
             flat[_SHOWN.get(key, key)] = value
-    return {name[:_MAX_SHOWN]: shorten(flat[name]) for name in sorted(flat)[:MAX_CONFIG_FIELDS]}
+    shown = {json.dumps(name)[1:-1][:_MAX_SHOWN] or "?": shorten(value) for name, value in flat.items()}
+    return {name: shown[name] for name in sorted(shown)[:MAX_CONFIG_FIELDS]}
 
 
 def shorten(value: Any) -> str:
@@ -349,6 +355,10 @@ def _plain_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _is_class(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w{0,127}", name, re.ASCII) is not None
+
+
 def _shown(value: Any) -> str:
     """A value as Python writes it, cut to what fits in a line."""
     text = repr(value)
@@ -356,7 +366,7 @@ def _shown(value: Any) -> str:
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2**53
 
 
 def _count(text: dict[str, Any], name: str, source: str) -> int:

@@ -45,10 +45,10 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
         ``unsupported({"model_type": "bloom"})`` says what it attends with, and what is supported.
     """
     text = spelled_out(text_config(config))
-    kind = text.get("model_type") if isinstance(text.get("model_type"), str) else "unknown"
+    kind = str(text.get("model_type"))[:60] if isinstance(text.get("model_type"), str) else "unknown"
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
         return f"is an encoder-decoder (model type {kind!r}): only decoders are supported"
-    why = _OTHER.get(str(kind)) or _NO_CACHE.get(str(kind))
+    why = _OTHER.get(kind) or _NO_CACHE.get(kind)
     if why is None and text.get("alibi"):
         why = _OTHER["bloom"]
     if why is not None:
@@ -59,7 +59,7 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
             f"has multi-head latent attention, MLA ({fields}; model type {kind!r}): its cache is not keys and values, so no profile is"
             " for it"
         )
-    return _mixed(config, text, str(kind), most)
+    return _mixed(config, text, kind, most)
 
 
 def _mixed(config: dict[str, Any], text: dict[str, Any], kind: str, most: int | None) -> str | None:
