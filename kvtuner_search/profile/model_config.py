@@ -21,6 +21,7 @@ from kvtuner_search.errors import DataError
 from kvtuner_search.profile.canonical import canonical_json, first_error, parse_json, read_limited
 from kvtuner_search.profile.model_families import family_of, spelled_out
 from kvtuner_search.profile.schema import MAX_CONFIG_FIELDS, ModelInfo
+from kvtuner_search.profile.text import printable
 
 _PLAIN: Final = (  # read as they are; absent and null are the same
     "architectures",
@@ -97,7 +98,7 @@ def adapter_message(folder: Path) -> str:
     except DataError:
         content = None
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-    name = f" of {base[:200]}" if isinstance(base, str) and base else ""
+    name = f" of {printable(base[:200])}" if isinstance(base, str) and base else ""
     return (
         f"{folder} has an adapter{name} (adapter_config.json), which is not a whole model: merge it into its base model"
         " (peft: merge_and_unload, then save_pretrained) and name the merged folder"

@@ -17,7 +17,7 @@ from kvtuner_search.evaluation.stored import stored_cache
 from kvtuner_search.files import write_atomic
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
-from kvtuner_search.models.source import check_length
+from kvtuner_search.models.source import TOKENIZERS, check_length, check_pointers, has_tokenizer, local_folder
 from kvtuner_search.profile.canonical import canonical_json, digest_without_validation, save, seal
 from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import Profile
@@ -314,6 +314,11 @@ def _tokenizer(model_path: str) -> tuple[Any, str]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    folder = local_folder(model_path)
+    if folder is not None:
+        check_pointers(folder)
+        if not has_tokenizer(folder):
+            raise DataError(f"model folder {model_path} has no tokenizer ({', '.join(TOKENIZERS)}): copy it there")
     try:
         dtype = AutoConfig.from_pretrained(model_path).dtype
         tokenizer = AutoTokenizer.from_pretrained(model_path)

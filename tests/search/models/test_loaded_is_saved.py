@@ -16,6 +16,7 @@ from torch import Tensor
 from kvtuner_search.cli.main import run
 from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.models.load import ModelOptions, load_model
+from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.models.source import has_tokenizer
 from kvtuner_search.profile.canonical import LFS_POINTER
@@ -268,3 +269,17 @@ def test_shapes_that_transformers_reads_otherwise_are_refused(
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", other)
     with pytest.raises(DataError, match="num_kv_heads=2, transformers takes it to be 1"):
         load_model(ModelOptions(source=str(folder)))
+
+
+def test_validate_asks_the_same_of_tokenizer_and_length(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = str(Path(__file__).resolve().parents[3] / "profiles" / "reference" / "reference-4.00bit.json")
+    folder = shutil.copytree(reference_model_path(), tmp_path / "reference")
+    given = ["validate", "--profile", profile, "--folder", str(tmp_path / "out"), "--url", "http://127.0.0.1:9"]
+    given += ["--baseline-url", "http://127.0.0.1:9", "--model-path", str(folder)]
+    assert run([*given, "--length", "4097"]) == 2
+    assert "--length 4097 is beyond the 4096 positions" in capsys.readouterr().err
+    (folder / "tokenizer.json").write_bytes(POINTER)
+    assert run(given) == 3
+    assert "tokenizer.json is a Git LFS pointer" in capsys.readouterr().err

@@ -364,6 +364,60 @@ def test_every_refusal(
     assert "Traceback" not in err
 
 
+def test_a_context_beyond_the_positions_is_refused_or_remarked(
+    command: Run, small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = folder(tmp_path / "short", SMALL_CONFIG | {"max_position_embeddings": 4096})
+    scaled = SMALL_CONFIG | {"max_position_embeddings": 4096, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    yarn = folder(tmp_path / "yarn", scaled)
+    given = ("--profile", small[0], "--dry-run", "--model-path")
+    assert command(*given, model, "--context-length", "4096")[::2] == (0, "")
+    code, out, err = command(*given, model, "--context-length", "4097")
+    assert (code, out) == (2, "")
+    assert "--context-length 4097: " in err
+    assert "was made for 4096 positions" in err
+    code, _, err = command(*given, yarn, "--context-length=16384")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "--context-length 16384 is beyond the 4096 positions" in err
+    assert command(*given, yarn, "--context-length=16385")[0] == 2
+    for odd in ("0", "-1", "many"):
+        assert command(*given, model, f"--context-length={odd}")[0] == 2
+    monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1")  # SGLang's own way to insist
+    code, _, err = command(*given, model, "--context-length", "9999")
+    assert (code, "nothing was measured there" in err) == (0, True)
+
+
+def test_a_window_counts_by_the_context_that_is_served(command: Run, small: tuple[Path, Path], tmp_path: Path) -> None:
+    window = {"max_position_embeddings": 32768, "sliding_window": 4096, "model_type": "mistral", "rope_theta": 10000.0}
+    model = folder(tmp_path / "window", SMALL_CONFIG | window)
+    given = ("--profile", small[0], "--dry-run", "--model-path", model)
+    assert command(*given)[0] == 2
+    assert command(*given, "--context-length", "4097")[0] == 2
+    assert command(*given, "--context-length", "4096")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, "{", '{"a": NaN}', '"x"', '{"a": 1, "a": 2}'])
+def test_overrides_that_are_no_object_are_refused(command: Run, small: tuple[Path, Path], text: str) -> None:
+    code, out, err = command(
+        "--profile", small[0], "--model-path", small[1], "--dry-run", "--json-model-override-args", text
+    )
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--json-model-override-args" in err
+    assert len(err) < 500
+
+
+def test_a_folder_with_an_adapter_is_refused(command: Run, small: tuple[Path, Path]) -> None:
+    (small[1] / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    code, _, err = command("--profile", small[0], "--model-path", small[1], "--dry-run")
+    assert (code, "an adapter of org/base" in err) == (3, True)
+
+
+def test_a_pointer_for_a_config_is_named(command: Run, small: tuple[Path, Path]) -> None:
+    (small[1] / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    code, _, err = command("--profile", small[0], "--model-path", small[1], "--dry-run")
+    assert (code, "is a Git LFS pointer" in err) == (3, True)
+
+
 @pytest.mark.parametrize("version", ["0.5.13", "0.5.14.post1", "0.6.0", "1.0"])
 def test_another_sglang_is_refused(
     command: Run, small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, version: str
