@@ -97,8 +97,7 @@ def load_model(options: ModelOptions, length: int | None = None) -> LoadedModel:
     with _loading(options.source, "config"):
         config = AutoConfig.from_pretrained(name, **common)
     _check_shape(config.get_text_config(), info, options.source)
-    with _loading(options.source, "model's class"):
-        check_hooked(config, options.source, options.trust_remote_code)
+    check_hooked(config, info.num_layers, options.source, options.trust_remote_code)
     tokenizer = None
     if folder is not None and not has_tokenizer(folder):
         if not options.random_weights:  # transformers would make up an empty one
@@ -168,10 +167,9 @@ def _check_shape(config: Any, info: ModelInfo, source: str) -> None:
     Raises:
         DataError: names what differs.
     """
-    heads = config.num_attention_heads
     theirs = {
-        "num_layers": config.num_hidden_layers,
-        "num_attention_heads": heads,
+        "num_layers": getattr(config, "num_hidden_layers", info.num_layers),
+        "num_attention_heads": getattr(config, "num_attention_heads", info.num_attention_heads),
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or info.num_kv_heads,
         "head_dim": getattr(config, "head_dim", None) or info.head_dim,
     }

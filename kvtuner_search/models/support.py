@@ -12,11 +12,12 @@ from kvtuner_search.errors import DataError
 from kvtuner_search.models.attention import NAME, tapped
 
 
-def check_hooked(config: Any, source: str, trust_remote_code: bool = False) -> None:
+def check_hooked(config: Any, layers: int, source: str, trust_remote_code: bool = False) -> None:
     """Refuse a model whose attention does not go through our function; it is built without weights, so nothing is read.
 
     Args:
         config: a transformers config.
+        layers: how many the model has.
         source: what messages call the model.
         trust_remote_code: run code that comes with the model.
 
@@ -30,23 +31,23 @@ def check_hooked(config: Any, source: str, trust_remote_code: bool = False) -> N
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation=NAME, trust_remote_code=trust_remote_code
             )
-    except (KeyError, ValueError, AttributeError, NotImplementedError) as error:
-        if isinstance(error, ValueError) and "attn_implementation" not in str(error) and NAME not in str(error):
-            raise
-        raise DataError(
-            f"{source}: {_unseen(config)}: transformers has no place for another attention in it"
-        ) from error
+    except Exception as error:
+        if NAME in str(error) or "attn_implementation" in str(error):  # it looks for a class of attention of that name
+            raise DataError(
+                f"{source}: {_unseen(config)}: transformers has no place for another attention in it"
+            ) from error
+        return  # not every model can be built without its weights; the loaded one is looked at
     model.eval()
-    owner_of_layers(model.base_model, config.get_text_config().num_hidden_layers, source)
+    owner_of_layers(model.base_model, layers, source)
     seen: set[int] = set()
     try:
         with torch.device("meta"), tapped(Noting(seen)), torch.inference_mode():
             model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
     except DataError:
         raise
-    except Exception:  # not every model can be run without its weights; the loaded one is looked at once more
+    except Exception:  # nor run without them
         return
-    check_seen(seen, config.get_text_config().num_hidden_layers, source, config)
+    check_seen(seen, layers, source, config)
 
 
 def check_seen(seen: set[int], layers: int, source: str, config: Any) -> None:

@@ -56,7 +56,7 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
     if text.get("kv_lora_rank"):
         fields = ", ".join(f"{name}={shorten(text[name])}" for name in _MLA if text.get(name))
         return (
-            f"has multi-head latent attention, MLA ({fields}; model type {kind!r}): its cache is not keys and values, so no profile is"
+            f"has multi-head latent attention, MLA ({fields}): its cache is not keys and values, so no profile is"
             " for it"
         )
     return _mixed(config, text, kind, most)

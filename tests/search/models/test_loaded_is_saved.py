@@ -19,6 +19,7 @@ from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.models.source import has_tokenizer
+from kvtuner_search.models.weights import check_loaded
 from kvtuner_search.profile.canonical import LFS_POINTER
 
 POINTER = LFS_POINTER + b"v1\noid sha256:" + b"4d" * 32 + b"\nsize 123456\n"
@@ -120,6 +121,29 @@ def test_buffers_that_follow_from_the_config_may_be_left_over(tiny_model: Path, 
         "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4),
     }
     load_model(ModelOptions(source=str(edited(tiny_model, tmp_path / "m", plus(**more)))))
+
+
+def test_a_quantization_that_was_not_applied_is_refused(tiny_model: Path) -> None:
+    """transformers knows the method, and loaded the model without it all the same."""
+    model = load_model(ModelOptions(source=str(tiny_model))).model
+    check_loaded(model, {}, quantized=False, source="m")
+    with pytest.raises(DataError, match="m has a quantization_config that transformers did not apply"):
+        check_loaded(model, {}, quantized=True, source="m")
+    with pytest.raises(DataError, match=r"cannot be loaded: size mismatch"):
+        check_loaded(model, {"error_msgs": ["size mismatch"]}, quantized=False, source="m")
+
+
+def test_a_shard_that_the_index_names_and_nobody_has(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weights = {name: "model-0000{}-of-00002.safetensors".format(1 + ("layers.3" in name)) for name in names}
+    index = {"metadata": {}, "weight_map": weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        DataError, match=r"cannot load the weights of .*model-00002-of-00002\.safetensors|model\.layers\.3"
+    ):
+        load_model(ModelOptions(source=str(folder)))
 
 
 def test_model_opts_own_file_is_read(tiny_model: Path, tmp_path: Path) -> None:

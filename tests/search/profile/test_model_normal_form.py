@@ -12,6 +12,7 @@ from kvtuner_search.cli.main import run
 from kvtuner_search.errors import DataError, NotComparableError
 from kvtuner_search.profile.canonical import canonical_json, load
 from kvtuner_search.profile.checks import check_model
+from kvtuner_search.profile.compare import compare
 from kvtuner_search.profile.model_config import (
     config_digest,
     model_info,
@@ -23,6 +24,7 @@ from kvtuner_search.profile.model_config import (
 )
 from kvtuner_search.profile.model_families import FAMILIES, spelled_out
 from kvtuner_search.profile.model_support import unsupported
+from kvtuner_search.profile.schema import Profile
 from tests.search.profile_factory import profile, write
 
 # config.json of published models, with the fields that matter here
@@ -195,15 +197,15 @@ def test_a_name_that_older_families_give_a_field_is_understood() -> None:
 # mismatches
 
 
-def sealed(config: dict[str, Any], fields: bool) -> Any:
+def sealed(config: dict[str, Any], fields: bool) -> Profile:
+    """A profile of the model, with the fields of its config or with the digest alone; its layers do not matter here."""
     info = model_info(config, "config.json", "m")
     if not fields:
         info = info.model_copy(update={"config": None})
-    heads, dim, layers = info.num_kv_heads, info.head_dim, info.num_layers
     made = profile("16/16")
     return made.model_copy(
         update={"model": made.model.model_copy(update=info.model_dump(exclude={"id"}) | {"config": info.config})}
-    ), (heads, dim, layers)
+    )
 
 
 CHANGES: list[tuple[str, dict[str, Any], str]] = [
@@ -220,7 +222,7 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "change", "says"), CHANGES)
 def test_a_mismatch_names_the_fields_that_differ(name: str, change: dict[str, Any], says: str) -> None:
-    stored, _ = sealed(PUBLISHED[name], fields=True)
+    stored = sealed(PUBLISHED[name], fields=True)
     check_model(stored, model_info(PUBLISHED[name], "same", "m"), "same")
     with pytest.raises(NotComparableError, match=says) as raised:
         check_model(stored, model_info(PUBLISHED[name] | change, "other", "m"), "other")
@@ -231,20 +233,28 @@ def test_a_mismatch_names_the_fields_that_differ(name: str, change: dict[str, An
 def test_of_a_profile_with_a_digest_alone_the_usual_values_are_tried(
     name: str, change: dict[str, Any], says: str
 ) -> None:
-    stored, _ = sealed(PUBLISHED[name], fields=False)
+    stored = sealed(PUBLISHED[name], fields=False)
     with pytest.raises(NotComparableError, match=says):
         check_model(stored, model_info(PUBLISHED[name] | change, "other", "m"), "other")
 
 
 def test_what_cannot_be_found_out_is_said_to_be_unknown() -> None:
-    stored, _ = sealed(PUBLISHED["qwen2.5"] | {"rope_theta": 12345.0, "attention_bias": True}, fields=False)
+    stored = sealed(PUBLISHED["qwen2.5"] | {"rope_theta": 12345.0, "attention_bias": True}, fields=False)
     odd = PUBLISHED["qwen2.5"] | {"rope_scaling": {"type": "linear", "factor": 3.0}}
     with pytest.raises(NotComparableError, match="which of its fields differ is not stored"):
         check_model(stored, model_info(odd, "other", "m"), "other")
 
 
+def test_diff_names_them_too() -> None:
+    old = sealed(PUBLISHED["qwen2.5"], fields=True)
+    new = sealed(PUBLISHED["qwen2.5"] | {"rope_theta": 10000.0}, fields=True)
+    [finding] = compare(old, new).findings
+    assert finding.where == "model.config_digest"
+    assert "rope_theta (1000000 old, 10000 new)" in finding.message
+
+
 def test_shapes_that_differ_are_all_named() -> None:
-    stored, _ = sealed(PUBLISHED["qwen2.5"], fields=True)
+    stored = sealed(PUBLISHED["qwen2.5"], fields=True)
     with pytest.raises(NotComparableError, match=r"num_layers=28, other has 12; .*num_kv_heads=4, other has 2"):
         check_model(
             stored,
