@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     NOT_COMPARABLE = 4  # two profiles describe different models or layouts
     SERVER = 5  # a server could not be started as asked, e.g. its ranks disagree or one serves another cache
     INTERRUPTED = 130  # Ctrl-C; what was finished is kept
+    UNREAD = 141  # the reader of standard output went away, as SIGPIPE ends other programs: no verdict was delivered
 
 
 class KVTunerError(Exception):

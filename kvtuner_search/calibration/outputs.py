@@ -23,11 +23,12 @@ from kvtuner_search.calibration.plan import Plan
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Space
 from kvtuner_search.calibration.study import Finished, hypervolume, rung_ratio
-from kvtuner_search.data.types import Dataset
+from kvtuner_search.data.types import Dataset, Split
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.statistics import measures
 from kvtuner_search.profile.fields import DataInfo
-from kvtuner_search.profile.schema import LayerEntry, SearchInfo, storage_of
+from kvtuner_search.profile.schema import MAX_FRONT, MAX_POINTS, LayerEntry, SearchInfo, storage_of
+from kvtuner_search.profile.text import shortened
 
 RECORD_VERSION: Final = 1
 LIBRARIES: Final = ("torch", "transformers", "optuna", "numpy")
@@ -42,6 +43,22 @@ def data_info(data: Dataset) -> list[dict[str, Any]]:
         for split in data
         for name, part in split.by_source().items()
     ]
+
+
+def without_interval(test: Split) -> str:
+    """What a reader must know of sources with one sample in the test split; empty if there are none."""
+    names = [name for name, part in test.by_source().items() if len(part.samples) == 1]
+    return (
+        shortened(f"one sample gives no interval, so quality is unproven on {', '.join(names)}", 4000) if names else ""
+    )
+
+
+def thinned(front: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most as many points as a profile may have, evenly spread, both ends among them."""
+    most = max(2, min(MAX_POINTS, MAX_FRONT // len(front[0]["layers"]))) if front else 0
+    if len(front) <= most:
+        return front
+    return [front[round(index * (len(front) - 1) / (most - 1))] for index in range(most)]
 
 
 def profile_content(
@@ -78,6 +95,9 @@ def profile_content(
     notes = [
         "quality was measured offline, with attention reading every key and value as stored; no server was measured"
     ]
+    unproven = without_interval(run.data.test)
+    if unproven:
+        notes.append(f"{unproven}: calibrate with more --samples")
     if run.loaded.info.id == "reference":
         notes.insert(
             0, "made on the embedded reference model, a 13.9 M-parameter test instrument: of no use for another model"
@@ -88,7 +108,7 @@ def profile_content(
         "layers": [LayerEntry.of(spec).model_dump() for spec in setting],
         "storage": storage_of(setting, heads, head_dim).model_dump(),
         "quality": [m.model_dump() for m in measures(target.chosen.scores, test.baseline_all(), "test")],
-        "pareto": front,
+        "pareto": thinned(front),
         "provenance": {
             "origin": "calibrated",
             "tool": f"kvtuner-search {__version__}",

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from kvtuner_search.calibration.choosing import Target, choose
 from kvtuner_search.calibration.options import CalibrationOptions
-from kvtuner_search.calibration.outputs import profile_content, record
+from kvtuner_search.calibration.outputs import profile_content, record, without_interval
 from kvtuner_search.calibration.pipeline import Run, analyse, make_space, prepare, search
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.errors import UsageError
@@ -61,6 +61,8 @@ def calibrate(options: CalibrationOptions, session: Session) -> None:
     run = prepare(options, reporter)
     if run.loaded.info.id == "reference":
         reporter.say("model: the embedded reference model, a test instrument (give --model for your own)")
+    if unproven := without_interval(run.data.test):
+        reporter.say(f"warning: {unproven}; give more --samples")
     storage = open_storage(session.storage or str(session.journal))
     study = Study(storage, session.study_name, options.sampler, options.seed)
     rival = Study(storage, f"{session.study_name}-random", "random", options.seed) if options.random_baseline else None

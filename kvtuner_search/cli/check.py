@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from kvtuner_search.cli.options import json_option
-from kvtuner_search.errors import ExitCode, KVTunerError
+from kvtuner_search.errors import ExitCode, KVTunerError, UsageError
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.canonical import canonical_json, dumps, loads, read_limited
-from kvtuner_search.profile.checks import check_model, check_transforms, strict_remarks
+from kvtuner_search.profile.checks import check_model, check_transforms, folder_of, strict_remarks
 from kvtuner_search.profile.model_config import read_config
 from kvtuner_search.profile.schema import ModelInfo
-from kvtuner_search.profile.text import printable
+from kvtuner_search.profile.text import one_line, printable
 
 _GRAVEST_FIRST = (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCode.GATE_FAILED, ExitCode.OK)
 
@@ -34,9 +34,16 @@ _GRAVEST_FIRST = (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCo
     "--rewrite", is_flag=True, show_envvar=True,
     help="Write each sound profile again that is of an older schema version, or not in canonical form. Its content stays.",
 )  # fmt: skip
+@click.option("--hook", is_flag=True, hidden=True, allow_from_autoenv=False)
 @json_option
-def command(profiles: tuple[Path, ...], model: Path | None, strict: bool, rewrite: bool, as_json: bool) -> int:
+def command(
+    profiles: tuple[Path, ...], model: Path | None, strict: bool, rewrite: bool, hook: bool, as_json: bool
+) -> int:
     """Check each of PROFILES: schema, digest, bytes, effective bits, front, and the transforms file beside it."""
+    if hook and profiles[0] == Path("--strict"):  # pre-commit puts `args` behind the entry, and so behind its `--`
+        profiles, strict = profiles[1:], True
+        if not profiles:
+            raise UsageError("no profile is given: name at least one")
     info = None if model is None else read_config(model)
     results = [_check(path, info, str(model), strict, rewrite) for path in profiles]
     code = next(code for code in _GRAVEST_FIRST if any(result["exit_code"] == code for result in results))
@@ -72,7 +79,7 @@ def _check(path: Path, model: ModelInfo | None, model_name: str, strict: bool, r
             "bytes_per_token": profile.storage.bytes_per_token,
             "effective_bits": profile.storage.effective_bits,
         }
-        check_transforms(profile, path.parent)
+        check_transforms(profile, folder_of(path, profile))
         if model is not None:
             check_model(profile, model, model_name)
         text = dumps(profile).encode()
@@ -81,7 +88,7 @@ def _check(path: Path, model: ModelInfo | None, model_name: str, strict: bool, r
             data = text
             result["rewritten"] = True
     except KVTunerError as error:
-        return result | {"error": printable(error), "exit_code": int(error.exit_code)}
+        return result | {"error": one_line(error), "exit_code": int(error.exit_code)}
     remarks = [{"id": remark.id, "message": printable(remark.message)} for remark in strict_remarks(profile, data)]
     code = ExitCode.GATE_FAILED if remarks and strict else ExitCode.OK
     return result | {"remarks": remarks, "exit_code": int(code)}

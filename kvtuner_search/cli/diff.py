@@ -11,12 +11,14 @@ import click
 
 from kvtuner_search.cli.options import json_option, memory_option
 from kvtuner_search.errors import UsageError
+from kvtuner_search.output import write_commands
 from kvtuner_search.profile.canonical import canonical_json
-from kvtuner_search.profile.compare import Budgets, compare
+from kvtuner_search.profile.changes import make_finding
+from kvtuner_search.profile.compare import Budgets, added, compare
 from kvtuner_search.profile.report import Report, to_github, to_json, to_junit, to_markdown
 from kvtuner_search.profile.rules import RULES, rules_markdown
-from kvtuner_search.profile.settings import FAIL_ON, load_settings
-from kvtuner_search.profile.source import load_from
+from kvtuner_search.profile.settings import FAIL_ON, load_settings, settings_of
+from kvtuner_search.profile.source import load_from, load_old
 
 FORMATS = ("text", "json", "markdown", "github", "junit")
 
@@ -44,6 +46,10 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
     "--config", type=click.Path(path_type=Path), show_envvar=True,
     help="TOML file with [tool.kvtuner-search.diff].  [default: the nearest pyproject.toml that has it]",
 )  # fmt: skip
+@click.option(
+    "--config-from", metavar="REF", show_envvar=True,
+    help="Take that file from a revision in git; what the working tree changes in it is a finding.",
+)  # fmt: skip
 @click.option("--rules", is_flag=True, allow_from_autoenv=False, help="List the rules and leave.")
 def command(
     old: str | None,
@@ -55,11 +61,12 @@ def command(
     style: str,
     as_json: bool,
     config: Path | None,
+    config_from: str | None,
     rules: bool,
 ) -> int:
     """Say what changed from profile OLD to profile NEW, and whether that is allowed.
 
-    Each is a file, REF:path for a file in git, or - for standard input.
+    Each is a file, REF:path for a file in git, or - for standard input. A file that has such a name is ./REF:path.
     """
     style = "json" if as_json else style
     if rules:
@@ -71,7 +78,13 @@ def command(
         raise UsageError("only one of the two profiles can come from standard input: name a file for the other")
     if max_loss_increase is not None and not math.isfinite(max_loss_increase):
         raise UsageError(f"--max-loss-increase {max_loss_increase} is no number: give a finite number of nats")
-    settings = load_settings(config, Path.cwd())
+    if config is not None and config_from is not None:
+        raise UsageError("--config and --config-from name two configurations: give one of them")
+    change = None
+    if config_from is None:
+        settings = load_settings(config, Path.cwd())
+    else:
+        settings, change = settings_of(config_from, Path.cwd())
     given: dict[str, Any] = {
         "fail_on": fail_on,
         "max_bytes_per_token": max_bytes_per_token,
@@ -80,8 +93,12 @@ def command(
     }
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     budgets = Budgets(settings.max_bytes_per_token, settings.max_loss_increase)
-    comparison = compare(load_from(old, any_layout=True), load_from(new, any_layout=True), budgets)
-    findings, ignored = settings.apply(comparison.findings)
+    before, after = load_old(old, new), load_from(new, any_layout=True)
+    comparison = added(after, budgets) if before is None else compare(before, after, budgets)
+    found = comparison.findings
+    if change is not None:
+        found = [make_finding("gate-changed", after, "pyproject.toml", change.message, change.old, change.new), *found]
+    findings, ignored = settings.apply(found)
     report = Report(comparison, findings, ignored, settings, old, new)
     if style == "text":
         from kvtuner_search.profile.terminal import print_report
@@ -89,7 +106,11 @@ def command(
         print_report(report)
     else:
         write = {"json": to_json, "markdown": to_markdown, "github": to_github, "junit": to_junit}[style]
-        click.echo(write(report), nl=False)
+        text = write(report)
+        if style == "github":
+            write_commands(text)
+        else:
+            click.echo(text, nl=False)
     return report.exit_code
 
 

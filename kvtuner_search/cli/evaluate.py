@@ -144,7 +144,7 @@ def _print(found: list[dict[str, Any]], model: str) -> None:
                 f"{m['baseline']:.{digits}f}",
                 f"{m['value']:.{digits}f}",
                 f"{m['value'] - m['baseline']:+.{digits}f}",
-                f"[{m['ci_low']:+.{digits}f}, {m['ci_high']:+.{digits}f}]".replace("[", "\\["),
+                "one sample" if m["samples"] == 1 else f"\\[{m['ci_low']:+.{digits}f}, {m['ci_high']:+.{digits}f}]",
             )
         table.add_section()
     console = Console()

@@ -13,9 +13,10 @@ from kvtuner_search.profile.canonical import dumps, read_limited, seal
 from kvtuner_search.profile.convert import FORMATS
 from kvtuner_search.profile.convert.base import MAX_SOURCE, LossyError, Source, parse
 from kvtuner_search.profile.convert.kvtuner import SCHEMES
+from kvtuner_search.profile.fields import MAX_NOTES
 from kvtuner_search.profile.model_config import read_config
 from kvtuner_search.profile.schema import NAME_PATTERN, LayerEntry, storage_of
-from kvtuner_search.profile.text import printable
+from kvtuner_search.profile.text import bounded, printable
 
 
 @click.command(
@@ -84,7 +85,9 @@ def command(
                 "origin": "imported",
                 "source": f"{source_format} file {printable(file.name)[:256]}{how}",
                 "tool": f"kvtuner-search {__version__}",
-                "notes": ["Not validated here.", *(f"Lost in the import: {line}" for line in result.lost)],
+                "notes": bounded(
+                    ["Not validated here.", *(f"Lost in the import: {line}" for line in result.lost)], MAX_NOTES
+                ),
             },
         }
     )

@@ -11,7 +11,8 @@ import click
 from kvtuner_search import __version__
 from kvtuner_search.cli.lazy import LazyGroup
 from kvtuner_search.errors import ExitCode, KVTunerError
-from kvtuner_search.profile.text import printable
+from kvtuner_search.output import OutputError, guard, guarded, open_closed_streams
+from kvtuner_search.profile.text import one_line
 
 # name -> (module with a click command named `command`, one line of help)
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -39,7 +40,7 @@ MEMORY_HELP: Final = (
     cls=LazyGroup,
     modules=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "KVTUNER", "show_default": True},
-    epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 130 interrupted.",
+    epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 130 interrupted, 141 nobody reads the output.",
 )
 @click.version_option(__version__, prog_name="kvtuner-search")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.", show_envvar=True)
@@ -51,18 +52,30 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with one of ExitCode."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the command
+    guard()  # for good: a traceback has text from files too
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code; errors become one line on stderr."""
+    with guarded():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     state = {"debug": False}
     try:
         result: Any = cli.main(arguments, prog_name="kvtuner-search", standalone_mode=False, obj=state)
+        sys.stdout.flush()
         return int(result) if isinstance(result, int) else ExitCode.OK
+    except OutputError as error:
+        if error.gone:
+            return ExitCode.UNREAD  # nobody is there to be told
+        return _fail(f"cannot write standard output: {error}: make room, or write to another place", ExitCode.USAGE)
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _fail(
             "interrupted: what was finished is kept; calibrate, validate and bench go on with --resume",
@@ -74,9 +87,6 @@ def run(arguments: list[str]) -> int:
         return _fail(error.format_message(), ExitCode.USAGE)
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader went away: nothing more can be said
-        return ExitCode.OK
     except KVTunerError as error:
         if state["debug"]:
             raise
@@ -89,7 +99,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: ExitCode) -> int:
-    click.echo(f"kvtuner-search: {printable(message)}", err=True)
+    click.echo(f"kvtuner-search: {one_line(message)}", err=True)
     return code
 
 

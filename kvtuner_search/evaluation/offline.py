@@ -16,7 +16,7 @@ from kvtuner_search.evaluation.stored import Setting, load_centres
 from kvtuner_search.models.load import LoadedModel
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.canonical import load
-from kvtuner_search.profile.checks import check_model, check_transforms
+from kvtuner_search.profile.checks import check_model, check_transforms, folder_of
 from kvtuner_search.profile.schema import ModelInfo, Profile
 from kvtuner_search.progress import Reporter
 
@@ -28,7 +28,7 @@ def open_profile(path: Path) -> tuple[Profile, dict[int, Centres]]:
         ProfileError: if the profile or its transforms file cannot be used.
     """
     profile = load(path)
-    data = check_transforms(profile, path.parent)
+    data = check_transforms(profile, folder_of(path, profile))
     return profile, load_centres(data, profile.model.num_layers) if data is not None else {}
 
 

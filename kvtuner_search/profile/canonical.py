@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from pydantic import ValidationError
 
@@ -17,21 +17,28 @@ from kvtuner_search import __version__
 from kvtuner_search.errors import ProfileError
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.digest import digest_of as digest_of
-from kvtuner_search.profile.migrations import migrate
+from kvtuner_search.profile.migrations import migrate, respelled, same_validation
 from kvtuner_search.profile.schema import SCHEMA_VERSION, Profile
+from kvtuner_search.profile.text import quoted
 
-MAX_BYTES: Final = 16 * 2**20  # a 128-layer profile with a long front takes about 1 MB
+MAX_BYTES: Final = 4 * 2**20  # a 128-layer profile with a long front takes about 1 MB, with the longest 2
 MAX_DEPTH: Final = 32
 
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 
 _BRACKET: Final = re.compile(r"[\[\]{}]")
+# What a reviewed file must not hold as it stands: DEL and C1, what is not seen or turns the direction of what follows, and what CI
+# services take for a command when the file is printed. A fixed list: Python's tables of characters change with its version.
+_UNSAFE: Final = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]|#(?=#\\w{0,32}\\[)"
+)
 _SURROGATE: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 def canonical_json(content: Any) -> str:
-    """One byte sequence for one content: sorted keys, two-space indent, no NaN, final newline."""
-    return json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """One byte sequence for one content: sorted keys, two-space indent, no NaN, final newline, and nothing that steers who reads it."""
+    text = json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1] if match[0] != "#" else "\\u0023", text)
 
 
 def digest_without_validation(profile: Profile) -> str:
@@ -93,14 +100,31 @@ def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) ->
         raise ProfileError(f"cannot read {path}: {reason}: check the path and its permissions") from error
     if size > limit:
         raise ProfileError(f"{path} has more than {limit} bytes: {what} never has; check the path")
-    if data.startswith(LFS_POINTER):
-        raise ProfileError(lfs_message(path))
+    refuse_pointer(data, path)
     return data
 
 
-def lfs_message(path: Path) -> str:
+def lfs_message(source: Path | str) -> str:
     """Why a file that only says where its content lies cannot be read."""
-    return f"{path} is a Git LFS pointer, not the file itself: install git-lfs and run 'git lfs pull' in its repository"
+    return (
+        f"{source} is a Git LFS pointer, not the file itself: install git-lfs and run `git lfs pull` in its repository"
+        " (in CI, check out with lfs: true)"
+    )
+
+
+def refuse_pointer(data: bytes, source: Path | str) -> None:
+    """Refuse what git left in place of a file: the pointer of Git LFS, or a link that was checked out as text.
+
+    Raises:
+        ProfileError: with the command that brings the file.
+    """
+    if data.startswith(LFS_POINTER):
+        raise ProfileError(lfs_message(source))
+    if re.fullmatch(rb"[\w./-]{0,250}/[\w.-]{1,250}\.(?:json|safetensors)\n?", data):
+        raise ProfileError(
+            f"{source} holds the path {data.decode().strip()} and nothing else: it is a link that git checked out as text;"
+            " set core.symlinks and check it out again, or name the file itself"
+        )
 
 
 def loads(data: bytes, source: str, *, any_layout: bool = False) -> Profile:
@@ -123,13 +147,7 @@ def loads(data: bytes, source: str, *, any_layout: bool = False) -> Profile:
             f"{source} has schema version {version}, this kvtuner-search {__version__} reads up to {SCHEMA_VERSION}:"
             f" install {_writer(content)}"
         )
-    actual = digest_of(content)
-    if version < SCHEMA_VERSION:
-        _check_digest(content.get("digest"), actual, source)
-        content = migrate(content, source)
-        content["digest"] = actual = digest_of(content)
-    profile = _validate(content, source)
-    _check_digest(profile.digest, actual, source)
+    profile = _normal(content, version, source)
     if profile.layout_version != LAYOUT_VERSION and not any_layout:
         raise ProfileError(
             f"{source} has layout version {profile.layout_version}, these kernels store version {LAYOUT_VERSION}:"
@@ -138,12 +156,49 @@ def loads(data: bytes, source: str, *, any_layout: bool = False) -> Profile:
     return profile
 
 
-def _check_digest(stated: object, actual: str, source: str) -> None:
-    if stated != actual:
-        raise ProfileError(
-            f"{source} says digest {str(stated)[:19]}…, its content gives {actual[:19]}…: it was edited or damaged;"
-            " restore it, or calibrate again"
-        )
+def _normal(content: dict[str, Any], version: int, source: str) -> Profile:
+    """The profile with the digest of its normal form, whatever way its file spells numbers and whether it writes defaults.
+
+    The file's own digest must be that of the content as the file spells it, or as its schema version would write it.
+    """
+    stated, spelled = content.get("digest"), digest_of(content)
+    current = content
+    if version < SCHEMA_VERSION:
+        if stated != spelled and not _digest_of_normal(content, source, stated):
+            _refuse_digest(stated, spelled, source)
+        current = migrate(content, source) | {"digest": "sha256:" + "0" * 64}
+    profile = _validate(current, source)
+    body = profile.model_dump(mode="json")
+    digest = digest_of(body)
+    if version == SCHEMA_VERSION:
+        if profile.digest not in (digest, spelled):
+            _refuse_digest(stated, digest, source)
+        if profile.digest == digest == spelled:
+            return profile
+    return Profile.model_validate(same_validation(current, body) | {"digest": digest})
+
+
+def _digest_of_normal(content: dict[str, Any], source: str, stated: object) -> bool:
+    """Whether a profile of an older version has the digest of its content as that version would have written it.
+
+    Where it has, ``content`` is brought to that form.
+    """
+    try:
+        profile = _validate(migrate(content, source) | {"digest": "sha256:" + "0" * 64}, source)
+    except ProfileError:
+        return False
+    normal = respelled(content, profile.model_dump(mode="json"))
+    if digest_of(normal) != stated:
+        return False
+    content.update(normal)
+    return True
+
+
+def _refuse_digest(stated: object, actual: str, source: str) -> NoReturn:
+    raise ProfileError(
+        f"{source} says digest {str(stated)[:19]}…, its content gives {actual[:19]}…: it was edited or damaged;"
+        " restore it, or calibrate again"
+    )
 
 
 def _writer(content: dict[str, Any]) -> str:
@@ -194,7 +249,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"key {key!r} stands twice in one object")
+                raise ValueError(f"key {quoted(key)} stands twice in one object")
             seen.add(key)
     return result
 

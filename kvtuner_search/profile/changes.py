@@ -59,6 +59,9 @@ def measure_change(old: Measure | None, new: Measure | None, other_data: bool) -
     if differing:
         return QualityChange(metric, data, split, old, new, "incomparable", reason=f"other {', '.join(differing)}")
     difference = new.delta - old.delta
+    if not (old.has_interval and new.has_interval):
+        same = abs(difference) < _ROUNDING
+        return QualityChange(metric, data, split, old, new, "same" if same else "inconclusive", difference)
     low = difference - math.hypot(max(0.0, new.delta - new.ci_low), max(0.0, old.ci_high - old.delta))
     high = difference + math.hypot(max(0.0, new.ci_high - new.delta), max(0.0, old.delta - old.ci_low))
     verdict: Verdict = "inconclusive"
@@ -76,6 +79,10 @@ def change_message(change: QualityChange) -> str:
     if change.verdict == "incomparable":
         return f"{change.name} cannot be compared: {change.reason}"
     assert change.difference is not None
+    if change.low is None:
+        return (
+            f"{change.name} changed by {change.difference:+.6g} on one sample, which has no interval: {change.verdict}"
+        )
     interval = f"[{change.low:+.6g}, {change.high:+.6g}]"
     return f"{change.name} changed by {change.difference:+.6g}, interval {interval}: {change.verdict}"
 

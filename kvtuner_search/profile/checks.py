@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 import sys
 from array import array
@@ -70,8 +71,17 @@ def transform_shapes(profile: Profile) -> dict[str, list[int]]:
     }
 
 
+def folder_of(path: Path, profile: Profile) -> Path:
+    """The folder of a profile's transforms file: that of the file that ``path`` leads to, or else of the link itself."""
+    target = Path(os.path.realpath(path)).parent
+    named = profile.transforms
+    if named is not None and not (target / named.file).exists() and (path.parent / named.file).exists():
+        return path.parent
+    return target
+
+
 def check_transforms(profile: Profile, folder: Path) -> bytes | None:
-    """Check the transforms file beside a profile: its digest, and that it has the float32 tensors of :func:`transform_shapes` and none besides.
+    """Check the transforms file beside a profile (:func:`folder_of`): its digest, and that it has the float32 tensors of :func:`transform_shapes` and none besides.
 
     Every number must be finite, and no matrix of a basis may have a row of zeros or the same row twice. Whether it can be inverted
     in all other ways takes torch: :func:`kvtuner_kernels.bands.basis` refuses it where the file is used.
@@ -190,8 +200,12 @@ def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
     quantized = any(not tensor.raw for layer in profile.layer_specs() for tensor in (layer.key, layer.value))
     if quantized and not profile.quality:
         yield Remark("quality-unproven", "nothing was measured: run evaluate")
+    elif quantized and not any(measure.has_interval for measure in profile.quality):
+        message = "all was measured on one sample, which has no interval: calibrate or evaluate with more --samples"
+        yield Remark("quality-unproven", message)
     for measure in profile.quality:
-        if not measure.ci_low <= measure.delta <= measure.ci_high:
+        slack = 8 * math.ulp(max(abs(measure.value), abs(measure.baseline)))  # the interval is not of the rounded means
+        if measure.has_interval and not measure.ci_low - slack <= measure.delta <= measure.ci_high + slack:
             name = f"{measure.metric} {measure.data} {measure.split}"
             yield Remark(
                 "interval-excludes-value",

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from kvtuner_kernels.layout import LayerSpec
+from kvtuner_search.profile.canonical import seal
 from kvtuner_search.profile.changes import QualityChange, change_message, make_finding, measure_change, short
 from kvtuner_search.profile.compare_validation import validation_changes, validation_findings
 from kvtuner_search.profile.model_config import MAX_NAMED, differences
 from kvtuner_search.profile.rules import RULES, Finding
-from kvtuner_search.profile.schema import Profile
+from kvtuner_search.profile.schema import LayerEntry, Profile, storage_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Comparison:
     quality: list[QualityChange] = field(default_factory=list)
     validation: list[QualityChange] = field(default_factory=list)  # the same through a server
     provenance: list[tuple[str, str, str]] = field(default_factory=list)  # field, old, new: only what differs
+    added: bool = False  # there is no old profile; `old` is the 16-bit cache
 
     @property
     def comparable(self) -> bool:
@@ -62,7 +64,7 @@ def compare(old: Profile, new: Profile, budgets: Budgets | None = None) -> Compa
     blocking = list(_incomparable(old, new))
     if blocking:
         return Comparison(old, new, budgets, blocking)
-    quality = [_quality_change(old, new, *key) for key in _quality_keys(old, new)]
+    quality = list(_quality_changes(old, new))
     on_server = validation_changes(old, new)
     draft = Comparison(old, new, budgets, [], list(_layers(old, new)), quality, on_server, _provenance(old, new))
     findings = [
@@ -70,9 +72,49 @@ def compare(old: Profile, new: Profile, budgets: Budgets | None = None) -> Compa
         *_storage(draft),
         *_quality(draft),
         *_origins(draft),
-        *validation_findings(old, new),
+        *validation_findings(old, new, on_server),
     ]
     return replace(draft, findings=findings)
+
+
+_JUDGED_ALONE = (
+    "incomparable-layout",
+    "bytes-over-budget",
+    "quality-unproven",
+    "loss-over-budget",
+    "loss-budget-unproven",
+    "validation-stale",
+    "validation-failed",
+)
+
+
+def added(new: Profile, budgets: Budgets | None = None) -> Comparison:
+    """The same for a profile that there was none of before: it is held to the budgets, which count its loss against the 16-bit cache.
+
+    Of the other findings only those stay that are about the new profile alone.
+    """
+    found = compare(_sixteen_bit(new), new, budgets)
+    message = f"{new.name} is a new profile: there is nothing to compare it with but the 16-bit cache"
+    first = make_finding("profile-added", new, "", message, "", new.digest)
+    findings = [first, *(finding for finding in found.findings if finding.rule in _JUDGED_ALONE)]
+    return replace(found, findings=findings, provenance=[], added=True)
+
+
+def _sixteen_bit(profile: Profile) -> Profile:
+    """The unquantized cache of the same model, with measures that lose nothing."""
+    model = profile.model
+    layers = [LayerSpec()] * model.num_layers
+    alike = [m.model_dump() | {"value": m.baseline, "ci_low": 0.0, "ci_high": 0.0} for m in profile.quality]
+    return seal(
+        {
+            "name": "none",
+            "model": model.model_dump(),
+            "layers": [LayerEntry.of(layer).model_dump() for layer in layers],
+            "storage": storage_of(layers, model.num_kv_heads, model.head_dim).model_dump(),
+            "quality": alike,
+            "provenance": {"origin": "uniform", "tool": profile.provenance.tool},
+        }
+    )
 
 
 def stored_differently(old: Profile, new: Profile) -> bool:
@@ -182,30 +224,20 @@ def _storage(comparison: Comparison) -> Iterator[Finding]:
         yield make_finding("bytes-over-budget", new, "storage.bytes_per_token", message, limit, after)
 
 
-def _quality_keys(old: Profile, new: Profile) -> list[tuple[str, str, str]]:
-    keys = [(measure.metric, measure.data, measure.split) for measure in (*old.quality, *new.quality)]
-    return list(dict.fromkeys(keys))
-
-
-def _quality_change(old: Profile, new: Profile, metric: str, data: str, split: str) -> QualityChange:
-    a, b = (
-        next((m for m in profile.quality if (m.metric, m.data, m.split) == (metric, data, split)), None)
-        for profile in (old, new)
-    )
-    digests = [
-        next((d.digest for d in profile.provenance.data if (d.name, d.split) == (data, split)), None)
-        for profile in (old, new)
-    ]
-    return measure_change(a, b, None not in digests and digests[0] != digests[1])
+def _quality_changes(old: Profile, new: Profile) -> Iterator[QualityChange]:
+    sides = [{(m.metric, m.data, m.split): m for m in profile.quality} for profile in (old, new)]
+    data = [{(d.name, d.split): d.digest for d in profile.provenance.data} for profile in (old, new)]
+    for key in dict.fromkeys([*sides[0], *sides[1]]):
+        digests = [found.get(key[1:]) for found in data]
+        yield measure_change(sides[0].get(key), sides[1].get(key), None not in digests and digests[0] != digests[1])
 
 
 def _quality(comparison: Comparison) -> Iterator[Finding]:
     old, new, budgets = comparison.old, comparison.new, comparison.budgets
     differs = stored_differently(old, new)
-    if differs and not new.quality:
-        message = (
-            "what is stored differs, and nothing was measured: evaluate the profile, or accept it by this fingerprint"
-        )
+    if differs and not any(measure.has_interval for measure in new.quality):
+        found = "was measured on more than one sample" if new.quality else "was measured"
+        message = f"what is stored differs, and nothing {found}: evaluate the profile, or accept it by this fingerprint"
         yield make_finding("quality-unproven", new, "quality", message, old.digest, new.digest)
     rules = {
         "regressed": "quality-regressed",

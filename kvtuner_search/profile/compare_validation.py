@@ -19,17 +19,18 @@ def validation_changes(old: Profile, new: Profile) -> list[QualityChange]:
     if old.validation is None or new.validation is None or is_stale(old) or is_stale(new):
         return []
     sides = [{(m.metric, m.data): m for m in (*b.likelihood, *b.tasks)} for b in (old.validation, new.validation)]
+    digests_of = [{d.name: d.digest for d in reversed(b.data)} for b in (old.validation, new.validation)]
     found = []
     for metric, data in dict.fromkeys([*sides[0], *sides[1]]):
         name = f"task {data}" if metric == "accuracy" else data
-        digests = [next((d.digest for d in b.data if d.name == name), None) for b in (old.validation, new.validation)]
+        digests = [side.get(name) for side in digests_of]
         other = None not in digests and digests[0] != digests[1]
         found.append(measure_change(sides[0].get((metric, data)), sides[1].get((metric, data)), other))
     return found
 
 
-def validation_findings(old: Profile, new: Profile) -> Iterator[Finding]:
-    """All findings about the two blocks."""
+def validation_findings(old: Profile, new: Profile, changes: list[QualityChange]) -> Iterator[Finding]:
+    """All findings about the two blocks; ``changes`` are those of :func:`validation_changes`."""
     a, b = old.validation, new.validation
     if b is None:
         if a is not None:
@@ -46,7 +47,7 @@ def validation_findings(old: Profile, new: Profile) -> Iterator[Finding]:
         yield make_finding("validation-failed", new, "validation.checks", message, a and a.verdict, failed)
     if a is None or is_stale(old):
         return
-    yield from _measures(old, new)
+    yield from _measures(new, changes)
     yield from _capacity(a.capacity, b.capacity, new)
     before, after = _server(a), _server(b)
     for name in dict.fromkeys([*before, *after]):
@@ -57,13 +58,13 @@ def validation_findings(old: Profile, new: Profile) -> Iterator[Finding]:
             )
 
 
-def _measures(old: Profile, new: Profile) -> Iterator[Finding]:
+def _measures(new: Profile, changes: list[QualityChange]) -> Iterator[Finding]:
     rules = {
         "regressed": "validation-regressed",
         "dropped": "validation-incomparable",
         "incomparable": "validation-incomparable",
     }
-    for change in validation_changes(old, new):
+    for change in changes:
         rule = rules.get(change.verdict)
         if rule:
             before, after = (repr(m.delta) if m else "" for m in (change.old, change.new))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 ConfigText = Annotated[str, Field(min_length=1, max_length=160)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(ge=1, le=2**31)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+# Adding zero turns -0.0 into 0.0: equal numbers have one spelling, and so one digest.
+Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(lambda value: value + 0.0)]
+Text = Annotated[str, Field(max_length=4096)]  # what a reader must know, in a sentence or a few
+Versions = Annotated[
+    dict[Annotated[str, Field(max_length=128)], Annotated[str, Field(max_length=256)]], Field(max_length=64)
+]
+MAX_MEASURES: Final = 1024  # of one kind: sources times measures times splits
+MAX_NOTES: Final = 64
 
 
 class Strict(BaseModel):
@@ -45,6 +52,11 @@ class Measure(Strict):
     """Upper end of the same interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Confidence level of the interval."""
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether the interval says anything: resampling one sample gives no width."""
+        return self.samples > 1
 
     @property
     def delta(self) -> float:

@@ -47,6 +47,9 @@ MIGRATIONS: Final[dict[int, Migration]] = {  # version -> function from that ver
 }
 
 
+_LATER: Final = ("bands",)  # fields that version 1 did not have, wherever they are now
+
+
 def migrate(
     content: dict[str, Any],
     source: str,
@@ -66,13 +69,27 @@ def migrate(
             new = {**step(content), "schema_version": version + 1}
         except ValueError as error:
             raise ProfileError(f"{source}: {error}") from error
-        content = _same_validation(content, new)
+        content = same_validation(content, new)
     return content
 
 
-def _same_validation(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def same_validation(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """``new`` with a validation block that names it, if the block of ``old`` named ``old``."""
     block = new.get("validation")
     if not isinstance(block, dict) or block.get("profile_digest") != digest_of(old | {"validation": None}):
         return new
     return new | {"validation": {**block, "profile_digest": digest_of(new | {"validation": None})}}
+
+
+def respelled(old: Any, new: Any) -> Any:
+    """Content of an older version with numbers spelled, and defaults written, as in its migrated normal form ``new``.
+
+    What the older version did not have is not added.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        filled = {key: respelled(value, new[key]) if key in new else value for key, value in old.items()}
+        return {key: value for key, value in new.items() if key not in _LATER} | filled
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [respelled(a, b) for a, b in zip(old, new, strict=True)]
+    numbers = isinstance(old, int | float) and isinstance(new, int | float)
+    return new if numbers and old == new else old

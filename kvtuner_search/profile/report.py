@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvtuner_search.errors import ExitCode, UsageError
+from kvtuner_search.profile import git
 from kvtuner_search.profile.canonical import canonical_json
 from kvtuner_search.profile.changes import QualityChange
 from kvtuner_search.profile.compare import Comparison, LayerChange
 from kvtuner_search.profile.rules import RULES, Finding
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.settings import Settings
-from kvtuner_search.profile.text import percent, printable, ranges, runs, signed, size
+from kvtuner_search.profile.text import interval_of, percent, printable, ranges, runs, shortened, signed, size
 from kvtuner_search.profile.validation_text import verdict
 
 ANNOTATIONS: Final = 10  # GitHub shows that many of each level for a step and drops the rest without a word
@@ -110,7 +111,7 @@ def to_json(report: Report) -> str:
             "exit_code": int(report.exit_code),
             "fail_on": report.settings.fail_on,
             "ignored": report.ignored,
-            "old": _side(comparison.old, report.old_name, report.settings.memory),
+            "old": None if comparison.added else _side(comparison.old, report.old_name, report.settings.memory),
             "new": _side(comparison.new, report.new_name, report.settings.memory),
             "findings": [
                 {
@@ -187,14 +188,11 @@ def quality_rows(changes: list[QualityChange]) -> list[tuple[str, str, str, str,
     """Rows of (measure, old, new, change with interval, verdict); old and new are changes against the 16-bit cache."""
     rows: list[tuple[str, str, str, str, str]] = []
     for change in changes:
-        sides = [
-            f"{signed(m.delta)} [{signed(m.ci_low)}, {signed(m.ci_high)}]" if m else "-"
-            for m in (change.old, change.new)
-        ]
-        moved = "-"
-        if change.difference is not None and change.low is not None and change.high is not None:
-            moved = f"{signed(change.difference)} [{signed(change.low)}, {signed(change.high)}]"
-        name = f"{change.metric} {printable(change.data)} {change.split}"
+        sides = [f"{signed(m.delta)} {interval_of(m)}" if m else "-" for m in (change.old, change.new)]
+        moved = "-" if change.difference is None else signed(change.difference)
+        if change.low is not None and change.high is not None:
+            moved += f" [{signed(change.low)}, {signed(change.high)}]"
+        name = f"{change.metric} {shortened(printable(change.data))} {change.split}"
         rows.append((name, sides[0], sides[1], moved, change.verdict))
     return rows
 
@@ -255,7 +253,8 @@ def to_github(report: Report) -> str:
     """
     lines = []
     name = report.new_name
-    file = name if os.path.lexists(name) or ":" not in name else name.partition(":")[2]  # REF:path annotates the path
+    place = None if git.is_file_name(name) or os.path.lexists(name) else git.parse(name)
+    file = name if place is None else place.path
     for severity, level in _LEVELS.items():
         groups = [(f, group) for f, group in grouped(report.findings) if f.severity == severity]
         shown = groups if len(groups) <= ANNOTATIONS else groups[: ANNOTATIONS - 1]
@@ -312,7 +311,9 @@ def to_junit(report: Report) -> str:
     for rule in RULES:
         found = [finding for finding in report.findings if finding.rule == rule]
         case = ElementTree.SubElement(suite, "testcase", classname="kvtuner-search.diff", name=rule)
-        text = _ILLEGAL_XML.sub("�", "\n".join(f"{f.severity}: {f.message} ({f.fingerprint})" for f in found))
+        text = _ILLEGAL_XML.sub(
+            "�", "\n".join(f"{f.severity}: {printable(f.message)} ({f.fingerprint})" for f in found)
+        )
         if found and (RULES[rule].fixed or not report.settings.passes(found)):
             failures += 1
             ElementTree.SubElement(case, "failure", message=text.splitlines()[0], type=found[0].severity).text = text

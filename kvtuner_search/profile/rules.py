@@ -25,6 +25,8 @@ RULES: Final = {
     for rule in (
         Rule("incomparable-model", "error", "the class, shape or config digest of the models differs", fixed=True),
         Rule("incomparable-layout", "error", "the layout versions differ, so bytes mean different things", fixed=True),
+        Rule("profile-added", "warning", "the revision has no profile at this path yet, so there is nothing to compare with"),
+        Rule("gate-changed", "warning", "[tool.kvtuner-search.diff] differs from the base's, by which --config-from judges"),
         Rule("model-renamed", "warning", "the model's id differs, its shape does not"),
         Rule("model-unverified", "info", "one of the profiles has no config digest, so only the shapes were compared"),
         Rule("weights-changed", "warning", "the revision or the weights digest differs"),
@@ -41,7 +43,7 @@ RULES: Final = {
         Rule("quality-regressed", "error", "a measure is worse, and the interval of the change excludes zero"),
         Rule("quality-improved", "info", "a measure is better, and the interval of the change excludes zero"),
         Rule("quality-inconclusive", "info", "a measure changed, but the interval of the change includes zero"),
-        Rule("quality-unproven", "warning", "what is stored differs and the new profile has no measure at all"),
+        Rule("quality-unproven", "warning", "what is stored differs and the new profile has no measure, or none of more than one sample"),
         Rule("quality-dropped", "warning", "a measure of the old profile is missing in the new one"),
         Rule("quality-incomparable", "warning", "a measure was taken on other data, samples, tokens or confidence"),
         Rule("loss-over-budget", "error", "kl or nll rose by more than --max-loss-increase"),

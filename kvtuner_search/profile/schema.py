@@ -26,11 +26,27 @@ from pydantic import (
 from kvtuner_kernels.layout import BANDS, LAYOUT_VERSION, MAX_BAND_BITS, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.layout import bytes_per_token as layout_bytes_per_token
 from kvtuner_kernels.layout import effective_bits as layout_effective_bits
-from kvtuner_search.profile.fields import ConfigText, Count, DataInfo, Digest, Measure, Name, Number, Positive, Strict
+from kvtuner_search.profile.fields import (
+    MAX_MEASURES,
+    MAX_NOTES,
+    ConfigText,
+    Count,
+    DataInfo,
+    Digest,
+    Measure,
+    Name,
+    Number,
+    Positive,
+    Strict,
+    Text,
+    Versions,
+)
 from kvtuner_search.profile.validation import Validation
 
 SCHEMA_VERSION: Final = 2
 MAX_CONFIG_FIELDS: Final = 64
+MAX_POINTS: Final = 512  # of a front
+MAX_FRONT: Final = 2**15  # specs in all points of a front: 256 points of 128 layers
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
@@ -189,7 +205,7 @@ class ParetoPoint(Strict):
     """KL divergence from the 16-bit model in nats a token on the search split, which every trial has seen."""
     origin: Name
     """Where the setting came from: fisher (an allocation by what bands are worth), proxy, uniform, preset, refined, or the sampler."""
-    layers: Annotated[list[str], Field(min_length=1)]
+    layers: Annotated[list[Annotated[str, Field(max_length=128)]], Field(min_length=1, max_length=4096)]
     """One KEY/VALUE spec a layer, in the short form of `show`, e.g. 8-g128-asym-c/4-g128-asym or b65443322/b44333222."""
 
 
@@ -223,7 +239,7 @@ class Provenance(Strict):
     """For published and imported profiles: where the figures stand."""
     tool: Name
     """Name and version of the writer."""
-    versions: dict[str, str] = {}
+    versions: Versions = {}
     """Versions of the libraries that the figures depend on."""
     device: Name | None = None
     """What the figures were computed on, e.g. cpu or NVIDIA H200."""
@@ -231,9 +247,9 @@ class Provenance(Strict):
     """Dtype of the model during calibration."""
     search: SearchInfo | None = None
     """The search, for calibrated profiles."""
-    data: list[DataInfo] = []
+    data: Annotated[list[DataInfo], Field(max_length=MAX_MEASURES)] = []
     """The data, split by split."""
-    notes: list[str] = []
+    notes: Annotated[list[Text], Field(max_length=MAX_NOTES)] = []
     """What a reader must know, e.g. what was not measured."""
 
 
@@ -254,9 +270,9 @@ class Profile(Strict):
     """What the layers add up to."""
     transforms: Transforms | None = None
     """The file of centring vectors and bases; required if any tensor is centred or banded."""
-    quality: list[Measure] = []
+    quality: Annotated[list[Measure], Field(max_length=MAX_MEASURES)] = []
     """What was measured; empty means unproven."""
-    pareto: list[ParetoPoint] = []
+    pareto: Annotated[list[ParetoPoint], Field(max_length=MAX_POINTS)] = []
     """The whole front that the search found, cheapest first."""
     provenance: Provenance
     """Where it comes from."""
@@ -268,6 +284,9 @@ class Profile(Strict):
     @field_validator("pareto")
     @classmethod
     def _front(cls, points: list[ParetoPoint]) -> list[ParetoPoint]:
+        specs = sum(len(point.layers) for point in points)
+        if specs > MAX_FRONT:
+            raise ValueError(f"the front has {specs} specs, more than {MAX_FRONT}")
         for cheap, dear in itertools.pairwise(points):
             if not (cheap.bytes_per_token < dear.bytes_per_token and cheap.loss > dear.loss):
                 raise ValueError(

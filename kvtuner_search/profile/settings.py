@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, get_args
 
 from kvtuner_search.errors import ProfileError, UsageError
+from kvtuner_search.profile import git
 from kvtuner_search.profile.canonical import read_limited
 from kvtuner_search.profile.rules import RULES, SEVERITIES, Finding, Severity
+from kvtuner_search.profile.text import quoted, shortened
 
 FailOn = Literal["error", "warning", "none"]
 FAIL_ON: Final[tuple[FailOn, ...]] = get_args(FailOn)
@@ -69,13 +72,85 @@ def load_settings(explicit: Path | None, start: Path) -> Settings:
     """
     if explicit is not None:
         return _parse(_table(explicit), explicit)
+    found = _nearest_table(start)
+    return Settings() if found is None else _parse(found[1], found[0])
+
+
+def _nearest_table(start: Path) -> tuple[Path, dict[str, Any]] | None:
     for folder in (start, *start.parents):
         file = folder / "pyproject.toml"
         if file.is_file():
             table = _table(file)
             if table:
-                return _parse(table, file)
-    return Settings()
+                return file, table
+    return None
+
+
+@dataclass(frozen=True)
+class GateChange:
+    """How the working tree's table differs from that of the revision which judges it."""
+
+    message: str
+    old: str  # the tables as JSON, shortened
+    new: str
+
+
+def settings_of(ref: str, start: Path) -> tuple[Settings, GateChange | None]:
+    """The settings that a revision has for the folder ``start``, and what the working tree makes of them.
+
+    The nearest pyproject.toml at or above the folder counts in both. What the working tree says has no effect but the change.
+
+    Raises:
+        UsageError: if the revision's own table means nothing here.
+        ProfileError: if there is no such revision, or it cannot be read.
+    """
+    file, table = _table_of(ref)
+    settings = _parse(table, file) if table else Settings()
+    try:
+        found = _nearest_table(start)
+        now: Any = {} if found is None else _checked(*found)
+    except (UsageError, OSError) as error:
+        return settings, GateChange(f"{file}: {shortened(error, 300)}", _as_text(table), "unreadable")
+    if now == table:
+        return settings, None
+    names = sorted(key for key in {*table, *now} if table.get(key) != now.get(key))
+    return settings, GateChange(
+        f"{', '.join(map(str, names))} of [tool.kvtuner-search.diff] differ from those of {ref}, which hold here",
+        _as_text(table),
+        _as_text(now),
+    )
+
+
+def _table_of(ref: str) -> tuple[Path, dict[str, Any]]:
+    """The nearest table in a revision, and the name of its file; an empty table if there is none."""
+    place = git.Place(ref, "pyproject.toml")
+    git.check_name(place)
+    if not git.ref_exists(place):
+        raise ProfileError(
+            f"there is no revision {ref} here: check --config-from, or fetch it (in CI with fetch-depth: 0)"
+        )
+    folder = PurePosixPath(git.prefix_of(place))
+    for above in (folder, *folder.parents):
+        place = git.Place(ref, str(above / "pyproject.toml"))
+        data = git.read(place, "a pyproject.toml", _MAX_BYTES)
+        table = {} if data is None else _parse_table(data, Path(str(place)))
+        if table:
+            return Path(str(place)), table
+    return Path(str(place)), {}
+
+
+def _checked(file: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """The table, if it means something.
+
+    Raises:
+        UsageError: if not.
+    """
+    _parse(table, file)
+    return table
+
+
+def _as_text(table: dict[str, Any]) -> str:
+    return shortened(json.dumps(table, sort_keys=True, default=str), 2000)
 
 
 def parse_size(text: str) -> int:
@@ -87,17 +162,23 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     nbytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
     if nbytes < 1:
-        raise ValueError(f"{text!r} is no size: write a number and one of {', '.join(_UNITS)}, e.g. 40GiB")
+        raise ValueError(f"{quoted(text)} is no size: write a number and one of {', '.join(_UNITS)}, e.g. 40GiB")
     return nbytes
 
 
 def _table(file: Path) -> dict[str, Any]:
+    try:
+        data = read_limited(file, "a pyproject.toml", _MAX_BYTES)
+    except ProfileError as error:
+        raise UsageError(str(error)) from error
+    return _parse_table(data, file)
+
+
+def _parse_table(data: bytes, file: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        content: Any = tomllib.loads(read_limited(file, "a pyproject.toml", _MAX_BYTES).decode())
-    except ProfileError as error:
-        raise UsageError(str(error)) from error
+        content: Any = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{file} is no valid TOML: {error}: mend it, or name another with --config") from error
     for name in ("tool", "kvtuner-search", "diff"):
@@ -112,10 +193,10 @@ def _parse(table: dict[str, Any], file: Path) -> Settings:
     known = ("fail-on", "max-bytes-per-token", "max-loss-increase", "memory", "severity", "ignore")
     for key in table:
         if key not in known:
-            raise UsageError(f"{where} has no key {key!r}{_nearest(key, known)}: use {', '.join(known)}")
+            raise UsageError(f"{where} has no key {quoted(key)}{_nearest(key, known)}: use {', '.join(known)}")
     fail_on = table.get("fail-on", "error")
     if fail_on not in FAIL_ON:
-        raise UsageError(f"{where}: fail-on={fail_on!r}: use one of {', '.join(FAIL_ON)}")
+        raise UsageError(f"{where}: fail-on={quoted(fail_on)}: use one of {', '.join(FAIL_ON)}")
     severity = table.get("severity", {})
     ignore = table.get("ignore", [])
     if not isinstance(severity, dict) or not isinstance(ignore, list):
@@ -123,15 +204,15 @@ def _parse(table: dict[str, Any], file: Path) -> Settings:
     for rule, value in severity.items():
         _changeable(rule, where)
         if value not in (*SEVERITIES, "ignore"):
-            raise UsageError(f"{where}: severity.{rule}={value!r}: use one of {', '.join(SEVERITIES)}, ignore")
+            raise UsageError(f"{where}: severity.{rule}={quoted(value)}: use one of {', '.join(SEVERITIES)}, ignore")
     for entry in ignore:
         if not isinstance(entry, str):
-            raise UsageError(f"{where}: ignore holds {entry!r}: give rule ids or fingerprints as strings")
+            raise UsageError(f"{where}: ignore holds {quoted(entry)}: give rule ids or fingerprints as strings")
         if not _FINGERPRINT.fullmatch(entry):
             _changeable(entry, where)
     max_bytes = _number(table, "max-bytes-per-token", where)
     if isinstance(max_bytes, float):
-        raise UsageError(f"{where}: max-bytes-per-token={max_bytes!r}: give whole bytes")
+        raise UsageError(f"{where}: max-bytes-per-token={quoted(max_bytes)}: give whole bytes")
     return Settings(
         fail_on,
         max_bytes,
@@ -144,7 +225,7 @@ def _parse(table: dict[str, Any], file: Path) -> Settings:
 
 def _changeable(rule: str, where: str) -> None:
     if rule not in RULES:
-        raise UsageError(f"{where}: there is no rule {rule!r}{_nearest(rule, RULES)}: see diff --rules")
+        raise UsageError(f"{where}: there is no rule {quoted(rule)}{_nearest(rule, RULES)}: see diff --rules")
     if RULES[rule].fixed:
         raise UsageError(f"{where}: {rule} ends the comparison and cannot be changed: remove it")
 
@@ -154,7 +235,7 @@ def _number(table: dict[str, Any], key: str, where: str) -> int | float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
-        raise UsageError(f"{where}: {key}={value!r}: give a number that is not negative")
+        raise UsageError(f"{where}: {key}={quoted(value)}: give a number that is not negative")
     return value
 
 

@@ -1,73 +1,81 @@
-"""Where ``diff`` and ``show`` take a profile from: a file, ``REF:path`` in git, or ``-`` for standard input."""
+"""Where ``diff``, ``show`` and ``export`` take a profile from: a file, ``REF:path`` in git, or ``-`` for standard input."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Final
 
-from kvtuner_search.errors import ProfileError, UsageError
-from kvtuner_search.profile.canonical import MAX_BYTES, loads, read_limited
+from kvtuner_search.errors import ProfileError
+from kvtuner_search.profile import git
+from kvtuner_search.profile.canonical import MAX_BYTES, loads, read_limited, refuse_pointer
 from kvtuner_search.profile.schema import Profile
 
-_TIMEOUT: Final = 30  # seconds; a local object database answers at once
+_WHAT = "a profile"
 
 
 def load_from(text: str, *, any_layout: bool = False) -> Profile:
-    """The profile that ``text`` names. A file of that very name wins over ``REF:path``.
+    """The profile that ``text`` names. ``REF:path`` means git if the revision exists; a file of such a name is ``./REF:path``.
 
     Raises:
         ProfileError: if it cannot be read, or is invalid.
         UsageError: if a revision starts with ``-``.
     """
-    if text == "-":
-        if sys.stdin is None:
-            raise ProfileError("standard input is closed: pipe a profile into it")
-        data = sys.stdin.buffer.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise ProfileError(f"standard input has more than {MAX_BYTES} bytes: no profile has; check the pipe")
-        return loads(data, "standard input", any_layout=any_layout)
-    path = Path(text)
-    if ":" in text and not os.path.lexists(path):
-        return loads(_git_blob(text), text, any_layout=any_layout)
-    return loads(read_limited(path), text, any_layout=any_layout)
-
-
-def _git_blob(spec: str) -> bytes:
-    """The bytes of ``REF:path``, whose size is asked for before they are read."""
-    if spec.startswith("-"):
-        raise UsageError(f"{spec!r} starts with a dash: git would take it for an option; name the revision another way")
-    if spec.startswith(":"):
-        raise UsageError(f"{spec!r} names no revision: write REF:path, e.g. HEAD:profiles/model.json")
-    kind = _git("cat-file", "-t", spec).strip()
-    if kind != b"blob":
-        raise ProfileError(f"{spec} is a git {kind.decode(errors='replace')}, not a file: name a profile's path")
-    size = _git("cat-file", "-s", spec).strip()
-    if not size.isdigit() or int(size) > MAX_BYTES:
-        raise ProfileError(f"{spec} has more than {MAX_BYTES} bytes: no profile has; check the path")
-    return _git("cat-file", "blob", spec)
-
-
-def _git(command: str, kind: str, spec: str) -> bytes:
-    import subprocess
-
-    # cat-file, unlike show, runs no text conversion or external diff that the repository's configuration may name.
-    environment = os.environ | {
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_NO_LAZY_FETCH": "1",
-        "GIT_OPTIONAL_LOCKS": "0",
-        "LC_ALL": "C",
-    }
-    arguments = ["git", command, kind, spec]
-    try:
-        result = subprocess.run(arguments, capture_output=True, timeout=_TIMEOUT, env=environment, check=False)
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise ProfileError(f"cannot ask git for {spec}: {error}: is git installed?") from error
-    if result.returncode:
-        lines = result.stderr.decode(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else f"git ended with {result.returncode}"
+    place = place_in_git(text)
+    if place is None:
+        return loads(_file(text), "standard input" if text == "-" else text, any_layout=any_layout)
+    data = git.read(place, _WHAT, MAX_BYTES)
+    if data is None:
         raise ProfileError(
-            f"{spec} is neither a file nor in git: {reason.removeprefix('fatal: ')}: check the path, or fetch the revision"
+            f"{text} is neither a file nor in git: {place.ref} has no {place.path}: check the path, or fetch the revision"
         )
-    return result.stdout
+    return _loads(data, text, any_layout)
+
+
+def load_old(text: str, new: str) -> Profile | None:
+    """The same for the old side of a comparison, of any layout; None if ``new`` has the path of a file that the revision does not have yet."""
+    place = place_in_git(text)
+    if place is not None:
+        data = git.read(place, _WHAT, MAX_BYTES)
+        if data is not None:
+            return _loads(data, text, True)
+        if git.same_path(place, new):
+            return None
+    return load_from(text, any_layout=True)
+
+
+def place_in_git(text: str) -> git.Place | None:
+    """The file in git that ``text`` names; None if it names a file, or standard input.
+
+    Raises:
+        ProfileError: if there is neither such a revision nor such a file, or git cannot say.
+    """
+    place = None if text == "-" or git.is_file_name(text) else git.parse(text)
+    if place is None:
+        return None
+    present = os.path.lexists(text)
+    if not present:
+        git.check_name(place)
+    if git.named_well(place) and git.ref_exists(place):
+        return place
+    if present:
+        return None
+    raise ProfileError(
+        f"{text} is neither a file nor in git: there is no revision {place.ref} here: check the path, or fetch the revision"
+    )
+
+
+def _loads(data: bytes, text: str, any_layout: bool) -> Profile:
+    refuse_pointer(data, text)
+    return loads(data, text, any_layout=any_layout)
+
+
+def _file(text: str) -> bytes:
+    if text != "-":
+        return read_limited(Path(text))
+    if sys.stdin is None:
+        raise ProfileError("standard input is closed: pipe a profile into it")
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ProfileError(f"standard input has more than {MAX_BYTES} bytes: no profile has; check the pipe")
+    return data

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import IO, Final
+from typing import IO, Any, Final
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +15,18 @@ from kvtuner_kernels.layout import BANDS, LayerSpec, TensorSpec
 from kvtuner_search.profile.compare import Comparison, basis_changed
 from kvtuner_search.profile.report import Report, capacity, group_fingerprint, group_message, grouped, quality_tables
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.profile.text import banded_sides, percent, printable, ranges, runs, signed, size, specs_by_layer
+from kvtuner_search.profile.text import (
+    banded_sides,
+    interval_of,
+    percent,
+    printable,
+    ranges,
+    runs,
+    shortened,
+    signed,
+    size,
+    specs_by_layer,
+)
 from kvtuner_search.profile.validation import Validation
 from kvtuner_search.profile.validation_text import (
     CHECK_HEADS,
@@ -31,6 +42,8 @@ _VERDICT_STYLE: Final = {"pass": "bold green", "fail": "bold red", "not-comparab
 _QUALITY_STYLE: Final = {"regressed": "red", "improved": "green", "inconclusive": "yellow", "incomparable": "yellow"}
 _STRIP: Final = 64  # layers in one line of the strip
 _WIDTH: Final = 120  # columns where the output is no terminal
+_TEXT: Final = 1000  # characters of a note; --json has the rest
+_ROWS: Final = 100  # of one table; nobody reads more, and laying out thousands takes seconds
 
 
 def console(file: IO[str] | None = None) -> Console:
@@ -55,7 +68,10 @@ def print_report(report: Report) -> None:
     out, comparison = console(), report.comparison
     old, new = comparison.old, comparison.new
     out.print(Text(printable(new.model.id), "bold"))
-    out.print(f"  old  {printable(old.name)}  {old.digest[:19]}  {printable(report.old_name)}")
+    if comparison.added:
+        out.print("  old  none, so the 16-bit cache stands in for it")
+    else:
+        out.print(f"  old  {printable(old.name)}  {old.digest[:19]}  {printable(report.old_name)}")
     out.print(f"  new  {printable(new.name)}  {new.digest[:19]}  {printable(report.new_name)}\n")
     if comparison.comparable:
         _totals(out, report)
@@ -64,14 +80,12 @@ def print_report(report: Report) -> None:
             table = _table(title, "old", "new", "change", "verdict")
             for *cells, outcome in rows:
                 table.add_row(*cells, Text(outcome, _QUALITY_STYLE.get(outcome, "")))
-            out.print(table)
-            out.print()
+            _show(out, table)
         if comparison.provenance:
             table = _table("provenance", "old", "new")
             for row in comparison.provenance:
-                table.add_row(*(_cut(printable(cell)) for cell in row))
-            out.print(table)
-            out.print()
+                table.add_row(*(shortened(printable(cell)) for cell in row))
+            _show(out, table)
     _findings(out, report)
     out.print(Text.assemble(("verdict: ", ""), (report.verdict, _VERDICT_STYLE[report.verdict])))
 
@@ -94,7 +108,7 @@ def print_card(profile: Profile, memory: int | None) -> None:
     out.print(f"{printable(model.id)}{revision}  {printable(model.architecture)}")
     out.print(f"{model.num_layers} layers x {model.num_kv_heads} KV heads x {model.head_dim} channels")
     out.print(f"{profile.digest}\n", style="dim")
-    table = Table.grid(padding=(0, 3))
+    table = _grid()
     table.add_row("effective bits", Text(f"{storage.effective_bits:.3f}", "bold"), "of 16")
     saving = percent(storage.bytes_per_token_16bit, storage.bytes_per_token)
     table.add_row(
@@ -105,7 +119,7 @@ def print_card(profile: Profile, memory: int | None) -> None:
     if memory is not None:
         table.add_row(f"tokens in {size(memory)}", Text(f"{capacity(memory, profile):,}", "bold"))
     banded = banded_sides(profile.layer_specs())
-    out.print(table)
+    _show(out, table, last=True)
     if banded:
         out.print(f"in bands of a fitted basis: {banded}")
     out.print()
@@ -131,20 +145,18 @@ def print_validation(out: Console, block: Validation, verdict: str) -> None:
             table = _table(*heads, right=right)
             for row in rows:
                 table.add_row(*row)
-            out.print(table)
-            out.print()
-    table = Table.grid(padding=(0, 3))
+            _show(out, table)
+    table = _grid()
     for name, value in fact_rows(block):
-        table.add_row(Text(name, "dim"), value)
-    out.print(table)
+        table.add_row(Text(name, "dim"), shortened(value, _TEXT))
+    _show(out, table, last=True)
 
 
 def _totals(out: Console, report: Report) -> None:
     table = _table("total", "old", "new", "change", right=(1, 2, 3))
     for row in report.totals():
         table.add_row(*row)
-    out.print(table)
-    out.print()
+    _show(out, table)
 
 
 def _changed_layers(out: Console, comparison: Comparison) -> None:
@@ -163,16 +175,18 @@ def _changed_layers(out: Console, comparison: Comparison) -> None:
     alike = [layer.index for layer in comparison.layers if not layer.changed]
     if alike:
         table.add_row(ranges(alike), Text("stored alike", "dim"))
-    out.print(table)
-    out.print()
+    _show(out, table)
 
 
 def _findings(out: Console, report: Report) -> None:
-    for finding, group in grouped(report.findings):
+    groups = grouped(report.findings)
+    for finding, group in groups[:_ROWS]:
         style = _SEVERITY_STYLE[finding.severity]
         head = Text.assemble((f"{finding.severity:7}", style), f"  {finding.rule}  ")
         out.print(head.append(group_fingerprint(group), "dim"))
         out.print(f"         {group_message(group)}", soft_wrap=True)
+    if len(groups) > _ROWS:
+        out.print(f"and {len(groups) - _ROWS:,} more, which --json has")
     if report.ignored:
         out.print(f"{report.ignored} findings are ignored by configuration")
     if report.findings or report.ignored:
@@ -222,8 +236,7 @@ def _specs(out: Console, profile: Profile) -> None:
         bits = spec.effective_bits(model.num_kv_heads, model.head_dim)
         nbytes = spec.bytes_per_token(model.num_kv_heads, model.head_dim)
         table.add_row(layers, str(spec.key), str(spec.value), f"{bits:.3f}", f"{nbytes:,}")
-    out.print(table)
-    out.print()
+    _show(out, table)
 
 
 def _measures(out: Console, profile: Profile) -> None:
@@ -231,11 +244,10 @@ def _measures(out: Console, profile: Profile) -> None:
         return
     table = _table("quality", "16 bits", "profile", "change", "interval", "samples", "tokens", right=(1, 2, 3, 5, 6))
     for m in profile.quality:
-        interval = f"[{signed(m.ci_low)}, {signed(m.ci_high)}] at {m.confidence:.0%}"
+        interval = interval_of(m) + (f" at {m.confidence:.0%}" if m.has_interval else "")
         figures = (f"{m.baseline:.6g}", f"{m.value:.6g}", signed(m.delta), interval, f"{m.samples:,}", f"{m.tokens:,}")
-        table.add_row(f"{m.metric} {printable(m.data)} {m.split}", *figures)
-    out.print(table)
-    out.print()
+        table.add_row(f"{m.metric} {shortened(printable(m.data))} {m.split}", *figures)
+    _show(out, table)
 
 
 def _front(out: Console, profile: Profile) -> None:
@@ -247,14 +259,15 @@ def _front(out: Console, profile: Profile) -> None:
     for point in profile.pareto:
         mark = "this" if point.layers == chosen else ""
         bits = 16 * point.bytes_per_token / raw_bytes if raw_bytes else 0.0
-        table.add_row(mark, f"{point.bytes_per_token:,}", f"{bits:.3f}", f"{point.loss:.6g}", printable(point.origin))
-    out.print(table)
-    out.print()
+        table.add_row(
+            mark, f"{point.bytes_per_token:,}", f"{bits:.3f}", f"{point.loss:.6g}", shortened(printable(point.origin))
+        )
+    _show(out, table)
 
 
 def _provenance(out: Console, profile: Profile) -> None:
     origin = profile.provenance
-    table = Table.grid(padding=(0, 3))
+    table = _grid()
     rows: list[tuple[str, object]] = [
         ("source", origin.source),
         ("tool", origin.tool),
@@ -274,16 +287,39 @@ def _provenance(out: Console, profile: Profile) -> None:
     rows += [("note", note) for note in origin.notes]
     for name, value in rows:
         if value:
-            table.add_row(Text(name, "dim"), printable(value))
+            table.add_row(Text(name, "dim"), shortened(printable(value), _TEXT))
+    _show(out, table, last=True)
+
+
+class _Table(Table):
+    """A table that counts what is beyond its bound instead of laying it out."""
+
+    left_out = 0
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """Add a row, or count it."""
+        if self.row_count < _ROWS:
+            super().add_row(*cells, **options)
+        else:
+            self.left_out += 1
+
+
+def _show(out: Console, table: _Table, *, last: bool = False) -> None:
+    """Print a table, how many rows it lacks, and an empty line unless it is the ``last``."""
     out.print(table)
+    if table.left_out:
+        out.print(f"and {table.left_out:,} more, which --json has")
+    if not last:
+        out.print()
 
 
-def _table(*heads: str, right: tuple[int, ...] = ()) -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), show_edge=False)
+def _grid() -> _Table:
+    """Columns without heads or lines, as rich's ``Table.grid`` makes them."""
+    return _Table(box=None, padding=(0, 3), collapse_padding=True, show_header=False, show_edge=False, pad_edge=False)
+
+
+def _table(*heads: str, right: tuple[int, ...] = ()) -> _Table:
+    table = _Table(box=None, header_style="bold", padding=(0, 2, 0, 0), show_edge=False)
     for index, head in enumerate(heads):
         table.add_column(head, justify="right" if index in right else "left", overflow="fold")
     return table
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else text[:59] + "…"

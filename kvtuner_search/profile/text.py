@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, Final
 
 from kvtuner_kernels.layout import LayerSpec
+from kvtuner_search.profile.fields import Measure
 
+MAX_MESSAGE: Final = 4000  # characters of an error; a path has up to 4096 bytes, quoted texts are shorter
 _BINARY: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _DROPPED: Final = (
     "Cc",
@@ -20,12 +23,46 @@ _DROPPED: Final = (
 )  # controls, directional overrides, surrogates, line separators
 
 
+_BRACKET: Final = re.compile(r"(##\w{0,32})\[")  # what CI services take for a command wherever it stands in a line
+
+
 def printable(text: object) -> str:
-    """The text with control characters replaced, so that a file's content cannot steer the terminal or a log parser."""
+    """The text with control characters replaced, so that a file's content cannot steer the terminal or a log parser.
+
+    What makes a command only at the start of a line is left to ``kvtuner_search.output``, which sees the lines.
+    """
     content = str(text)
+    if "##" in content:
+        content = _BRACKET.sub("\\1�", content)
     if content.isascii() and content.isprintable():
         return content
-    return "".join("�" if unicodedata.category(character) in _DROPPED else character for character in content)
+    dropped = {ord(character): "�" for character in set(content) if unicodedata.category(character) in _DROPPED}
+    return content.translate(dropped) if dropped else content
+
+
+def one_line(error: object) -> str:
+    """An error's message as it is printed."""
+    return shortened(printable(error), MAX_MESSAGE)
+
+
+def shortened(text: object, limit: int = 60) -> str:
+    """The text, cut to ``limit`` characters of which the last is then an ellipsis."""
+    content = str(text)
+    return content if len(content) <= limit else content[: limit - 1] + "…"
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """A value from a file as an error quotes it: its ``repr``, shortened."""
+    if isinstance(value, str | bytes) and len(value) > limit:
+        value = value[:limit]  # the repr of a long text is as long
+        return shortened(repr(value)[:-1] + "…", limit)
+    return shortened(repr(value), limit)
+
+
+def bounded(lines: Sequence[str], count: int, length: int = 4096) -> list[str]:
+    """At most ``count`` texts of at most ``length`` characters; the last says how many were left out."""
+    kept = [shortened(line, length) for line in lines]
+    return kept if len(kept) <= count else [*kept[: count - 1], f"and {len(kept) - count + 1} more"]
 
 
 def size(nbytes: int) -> str:
@@ -39,6 +76,13 @@ def size(nbytes: int) -> str:
 def signed(value: float) -> str:
     """A change with its sign and four digits."""
     return f"{value:+.4g}"
+
+
+def interval_of(measure: Measure) -> str:
+    """The interval of a measure's change, or that there is none."""
+    if not measure.has_interval:
+        return "(one sample, no interval)"
+    return f"[{signed(measure.ci_low)}, {signed(measure.ci_high)}]"
 
 
 def percent(old: float, new: float) -> str:

@@ -10,7 +10,20 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvtuner_search.profile.fields import Count, DataInfo, Digest, Measure, Name, Number, Positive, Strict
+from kvtuner_search.profile.fields import (
+    MAX_MEASURES,
+    MAX_NOTES,
+    Count,
+    DataInfo,
+    Digest,
+    Measure,
+    Name,
+    Number,
+    Positive,
+    Strict,
+    Text,
+    Versions,
+)
 
 Verdict = Literal["pass", "fail"]
 
@@ -83,6 +96,11 @@ class TaskResult(Measure):
     gained: Count
     """Prompts that the stock server answered wrong and this one right."""
 
+    @property
+    def has_interval(self) -> bool:
+        """True: this interval follows from counts, and has a width from one prompt on."""
+        return True
+
 
 class Greedy(Strict):
     """Greedy continuations of the same prompts by both servers."""
@@ -101,7 +119,7 @@ class Greedy(Strict):
     """Upper end of the same interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Confidence level of the interval."""
-    first_divergence: list[Count]
+    first_divergence: Annotated[list[Count], Field(max_length=2**16)]
     """Index of the first token that differs, prompt by prompt; `tokens` where none does."""
 
 
@@ -164,7 +182,7 @@ class Validation(Strict):
     """Digest of the profile without this block."""
     verdict: Verdict
     """pass if every check passed."""
-    checks: Annotated[list[Check], Field(min_length=1)]
+    checks: Annotated[list[Check], Field(min_length=1, max_length=MAX_MEASURES)]
     """The thresholds."""
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     """When the measurement ended, UTC."""
@@ -174,25 +192,25 @@ class Validation(Strict):
     """The command, folders left out of paths."""
     server: ServerRecord
     """The profile's server."""
-    versions: dict[str, str] = {}
+    versions: Versions = {}
     """Versions of the libraries that the figures depend on, where known."""
     hardware: Name
     """What the servers ran on."""
     semantics: Semantics
     """How decode semantics were ensured."""
-    likelihood: list[Measure] = []
+    likelihood: Annotated[list[Measure], Field(max_length=MAX_MEASURES)] = []
     """Held-out negative log-likelihood by source, through both servers."""
-    tasks: list[TaskResult] = []
+    tasks: Annotated[list[TaskResult], Field(max_length=MAX_MEASURES)] = []
     """Accuracy by generation, by task."""
     greedy: Greedy | None = None
     """Greedy agreement of both servers."""
     capacity: Capacity | None = None
     """Token capacity of both servers."""
-    offline: list[OfflineAgreement] = []
+    offline: Annotated[list[OfflineAgreement], Field(max_length=16)] = []
     """Agreement with the offline evaluation."""
-    data: list[DataInfo] = []
+    data: Annotated[list[DataInfo], Field(max_length=MAX_MEASURES)] = []
     """The prompts of each source."""
-    notes: list[str] = []
+    notes: Annotated[list[Text], Field(max_length=MAX_NOTES)] = []
     """What a reader must know, e.g. what was not held out."""
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvtuner_search.profile.canonical import digest_without_validation
 from kvtuner_search.profile.fields import Measure
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.profile.text import printable, signed
+from kvtuner_search.profile.text import interval_of, printable, shortened, signed
 from kvtuner_search.profile.validation import Semantics, Validation
 
 MEASURE_HEADS = ("measure", "stock server", "with the profile", "change", "interval", "samples", "tokens")
@@ -37,19 +37,19 @@ def measure_rows(block: Validation) -> list[tuple[str, ...]]:
 
 
 def _measure_row(m: Measure) -> tuple[str, ...]:
-    interval = f"[{signed(m.ci_low)}, {signed(m.ci_high)}] at {m.confidence:.0%}"
+    interval = interval_of(m) + (f" at {m.confidence:.0%}" if m.has_interval else "")
     figures = (f"{m.baseline:.6g}", f"{m.value:.6g}", signed(m.delta), interval, f"{m.samples:,}", f"{m.tokens:,}")
-    return (f"{m.metric} {printable(m.data)}", *figures)
+    return (f"{m.metric} {shortened(printable(m.data))}", *figures)
 
 
 def check_rows(block: Validation) -> list[tuple[str, ...]]:
     """The thresholds, a row each."""
     return [
         (
-            printable(check.name),
+            shortened(printable(check.name)),
             "not measured" if check.value is None else f"{check.value:.6g}",
             f"{check.relation} {check.limit:g}",
-            "pass" if check.passed else f"FAIL{': ' if check.reason else ''}{printable(check.reason)}",
+            "pass" if check.passed else f"FAIL{': ' if check.reason else ''}{shortened(printable(check.reason), 200)}",
         )
         for check in block.checks
     ]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from kvtuner_kernels.layout import TensorSpec
 from kvtuner_search.profile.report import capacity
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.profile.text import banded_sides, percent, printable, signed, size, specs_by_layer
+from kvtuner_search.profile.text import banded_sides, interval_of, percent, printable, signed, size, specs_by_layer
 from kvtuner_search.profile.validation_text import (
     CHECK_HEADS,
     MEASURE_HEADS,
@@ -165,7 +165,7 @@ def _quality(profile: Profile) -> list[str]:
             f"{m.baseline:.6g}",
             f"{m.value:.6g}",
             signed(m.delta),
-            f"[{signed(m.ci_low)}, {signed(m.ci_high)}] at {m.confidence:.0%}",
+            interval_of(m) + (f" at {m.confidence:.0%}" if m.has_interval else ""),
             f"{m.samples:,}",
             f"{m.tokens:,}",
         )

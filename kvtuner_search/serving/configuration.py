@@ -16,7 +16,7 @@ from typing import Final, Self
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.errors import ProfileError, UsageError
 from kvtuner_search.profile.canonical import load as load_profile
-from kvtuner_search.profile.checks import check_transforms
+from kvtuner_search.profile.checks import check_transforms, folder_of
 from kvtuner_search.profile.schema import Profile
 
 ENVIRONMENT: Final = "KVTUNER_SERVING"
@@ -85,5 +85,5 @@ def load(path: Path) -> tuple[Profile, list[LayerSpec]]:
         ProfileError: if the profile or its transforms file is missing, damaged, or of another layout.
     """
     profile = load_profile(path)
-    check_transforms(profile, path.parent)
+    check_transforms(profile, folder_of(path, profile))
     return profile, profile.layer_specs()

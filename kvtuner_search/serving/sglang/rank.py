@@ -16,7 +16,7 @@ from kvtuner_kernels.reference import Centres
 from kvtuner_search import __version__
 from kvtuner_search.errors import NotComparableError, ServingError, UsageError
 from kvtuner_search.evaluation.stored import load_centres
-from kvtuner_search.profile.checks import check_transforms
+from kvtuner_search.profile.checks import check_transforms, folder_of
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.capacity import basis_bytes
 from kvtuner_search.serving.configuration import ServingConfiguration
@@ -42,7 +42,7 @@ def served(configuration: ServingConfiguration) -> Served:
         ProfileError: if it cannot be used, or is not the one that the server was started with.
     """
     profile, layers = configuration.open()
-    data = check_transforms(profile, Path(configuration.profile).parent)
+    data = check_transforms(profile, folder_of(Path(configuration.profile), profile))
     return Served(configuration, profile, layers, {} if data is None else load_centres(data, len(layers)))
 
 

@@ -20,7 +20,9 @@ from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_mode
 from kvtuner_search.models.source import TOKENIZERS, check_length, check_pointers, has_tokenizer, local_folder
 from kvtuner_search.profile.canonical import canonical_json, digest_without_validation, save, seal
 from kvtuner_search.profile.checks import check_model
+from kvtuner_search.profile.fields import MAX_NOTES
 from kvtuner_search.profile.schema import Profile
+from kvtuner_search.profile.text import bounded
 from kvtuner_search.profile.validation import Semantics, ServerRecord, Validation
 from kvtuner_search.progress import Reporter
 from kvtuner_search.serving.model import served_config, served_model
@@ -234,10 +236,13 @@ class Run:
             capacity=capacity,
             offline=[] if explained is None else explained.rows(),
             data=prompts.data(),
-            notes=[
-                *self._notes(ours, baseline, prompts.split),
-                *([] if explained is None else notes_on_rounding(explained)),
-            ],
+            notes=bounded(
+                [
+                    *self._notes(ours, baseline, prompts.split),
+                    *([] if explained is None else notes_on_rounding(explained)),
+                ],
+                MAX_NOTES,
+            ),
         )
 
     def _notes(self, ours: _Side, baseline: _Side, split: Split) -> list[str]:

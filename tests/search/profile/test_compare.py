@@ -170,7 +170,7 @@ def of_layout(version: int) -> Profile:
 
 
 def test_every_rule_has_its_cases() -> None:
-    assert {*CASES, "incomparable-layout"} == set(RULES)
+    assert {*CASES, "incomparable-layout", "profile-added", "gate-changed"} == set(RULES)
 
 
 @pytest.mark.parametrize("rule", CASES)

@@ -1,0 +1,199 @@
+"""Files of a revision in git: read without running anything that the repository names, and without touching the network."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvtuner_search.errors import ProfileError, UsageError
+from kvtuner_search.profile.text import quoted
+
+if TYPE_CHECKING:
+    import subprocess
+
+_TIMEOUT: Final = 30  # seconds; a local object database answers at once
+_FATAL: Final = re.compile(r"^(?:fatal|error): (.*)$", re.MULTILINE)
+_OWNER: Final = re.compile(r"dubious ownership in repository at '(.*)'")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file in a revision, as ``REF:path`` names it; a path that starts with ``./`` or ``../`` starts in the current folder."""
+
+    ref: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.ref}:{self.path}"
+
+
+def parse(text: str) -> Place | None:
+    """``REF:path`` in its two parts; None if there is no colon outside of braces, which is where git looks for it.
+
+    >>> parse("HEAD:a/b.json")
+    Place(ref='HEAD', path='a/b.json')
+    """
+    depth = 0
+    for index, character in enumerate(text):
+        if character == "{":
+            depth += 1
+        elif character == "}" and depth:
+            depth -= 1
+        elif character == ":" and not depth:
+            return Place(text[:index], text[index + 1 :])
+    return None
+
+
+def check_name(place: Place) -> None:
+    """Refuse names that git would not take for a revision.
+
+    Raises:
+        UsageError: if the revision is empty or starts with ``-``, or the name has a line break.
+    """
+    shown = quoted(str(place), 200)
+    if place.ref.startswith("-"):
+        raise UsageError(f"{shown} starts with a dash: git would take it for an option; name the revision another way")
+    if not place.ref:
+        raise UsageError(f"{shown} names no revision: write REF:path, e.g. HEAD:profiles/model.json")
+    if not named_well(place):
+        raise UsageError(f"{shown} has a line break or a null: git cannot be asked for it")
+
+
+def named_well(place: Place) -> bool:
+    """Whether git can be asked for it: the revision is named and is no option, and all is one line."""
+    return place.ref[:1] not in ("", "-") and not re.search(r"[\x00\n]", str(place))
+
+
+def ref_exists(place: Place) -> bool:
+    """Whether the revision is in the repository of the current folder; False outside of any repository.
+
+    Raises:
+        ProfileError: if git cannot say, e.g. because the repository is someone else's.
+    """
+    done = _git(place, "rev-parse", "--verify", "--quiet", f"{place.ref}^{{}}")
+    if done.returncode in (0, 1):
+        return done.returncode == 0
+    reason = _reason(done)
+    if "not a git repository" in reason or "Needed a single revision" in reason:
+        return False
+    raise _refused(place, reason)
+
+
+def read(place: Place, what: str, limit: int) -> bytes | None:
+    """The bytes of a file in a revision that exists; None if that revision has no such file. Links inside the revision are followed.
+
+    The size is asked for before anything is read. ``cat-file`` runs no text conversion and no external diff, and a partial clone
+    is not filled from its remote.
+
+    Args:
+        what: what an error calls such a file, e.g. ``a profile``.
+        limit: bytes.
+
+    Raises:
+        ProfileError: if it is no file, too large, or its content is not in this clone.
+    """
+    done = _git(
+        place, "cat-file", "--batch-check", "--follow-symlinks", send=f"{place}\n".encode(errors="surrogateescape")
+    )
+    words = done.stdout.split(b"\n")[0].split()
+    if done.returncode == 0 and len(words) == 3 and words[2].isdigit():
+        name, kind, size = (word.decode(errors="replace") for word in words)
+        if kind != "blob":
+            raise ProfileError(f"{place} is a git {kind}, not a file: name the path of {what}")
+        if int(size) > limit:
+            raise ProfileError(f"{place} has more than {limit} bytes: {what} never has; check the path")
+        content = _git(place, "cat-file", "blob", name)
+        if content.returncode == 0:
+            return content.stdout
+        raise _unreadable(place, content)
+    if done.returncode == 0 and len(words) == 2 and words[0] in (b"symlink", b"dangling", b"loop", b"notdir"):
+        raise ProfileError(f"{place} is a link that leads to no file of that revision: name the path of {what}")
+    if _absent(place):
+        return None
+    raise _unreadable(place, done)
+
+
+def same_path(place: Place, other: str) -> bool:
+    """Whether ``other``, a file or ``REF:path``, is at the path in the repository that ``place`` has in its revision."""
+    prefix = _git(place, "rev-parse", "--show-prefix").stdout.decode(errors="surrogateescape").rstrip("\n")
+    found = parse(other)
+    if found is not None and not is_file_name(other) and ref_exists(found):
+        theirs = _from_root(found.path, prefix)
+    else:
+        file = Path(other)
+        folder = os.path.relpath(os.path.realpath(file.parent), os.path.realpath(Path.cwd()))
+        theirs = posixpath.normpath(posixpath.join(prefix, folder, file.name))
+    return theirs == _from_root(place.path, prefix)
+
+
+def prefix_of(place: Place) -> str:
+    """The current folder, from the root of the repository: empty or with a slash at its end."""
+    done = _git(place, "rev-parse", "--show-prefix")
+    if done.returncode:
+        raise _refused(place, _reason(done))
+    return done.stdout.decode(errors="surrogateescape").rstrip("\n")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether the text can only be a file's name: it is absolute, or says that it starts in the current folder."""
+    return text.startswith(("/", "./", "../"))
+
+
+def _from_root(path: str, prefix: str) -> str:
+    return posixpath.normpath(posixpath.join(prefix, path) if path.startswith(("./", "../")) else path)
+
+
+def _absent(place: Place) -> bool:
+    """True if the revision's trees are here and have no such path."""
+    options = [] if place.path.startswith(("./", "../")) else ["--full-tree"]
+    done = _git(place, "ls-tree", "-z", *options, place.ref, "--", place.path or ".")
+    return done.returncode == 0 and not done.stdout
+
+
+def _unreadable(place: Place, done: subprocess.CompletedProcess[bytes]) -> ProfileError:
+    partial = _git(place, "config", "--get-regexp", r"^(extensions\.partialclone|remote\..*\.promisor)$")
+    if partial.returncode == 0:
+        return ProfileError(
+            f"{place} is not in this partial clone, which was made without file contents: fetch it with"
+            f" `git cat-file -e {place}`, or clone without --filter"
+        )
+    return _refused(place, _reason(done))
+
+
+def _refused(place: Place, reason: str) -> ProfileError:
+    owner = _OWNER.search(reason)
+    if owner:
+        return ProfileError(
+            f"git does not read {place}: {reason}: if you trust it, run `git config --global --add safe.directory {owner[1]}`"
+        )
+    return ProfileError(f"{place} is neither a file nor in git: {reason}: check the path, or fetch the revision")
+
+
+def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
+    """What git says is wrong: its first ``fatal:`` or ``error:`` line, as what follows is advice."""
+    text = done.stderr.decode(errors="replace").strip()
+    found = _FATAL.search(text)
+    return found[1] if found else text.partition("\n")[0] or f"git ended with {done.returncode}"
+
+
+def _git(place: Place, *arguments: str, send: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    import subprocess
+
+    environment = os.environ | {
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_ALLOW_PROTOCOL": "",  # versions of git that do not know the line above
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_LITERAL_PATHSPECS": "1",
+        "LC_ALL": "C",
+    }
+    try:
+        return subprocess.run(
+            ["git", *arguments], input=send, capture_output=True, timeout=_TIMEOUT, env=environment, check=False
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise ProfileError(f"cannot ask git for {place}: {error}: is git installed?") from error

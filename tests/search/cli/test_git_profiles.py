@@ -1,0 +1,460 @@
+"""``REF:path``: git whenever the revision exists; what partial, foreign, linked and pointed-at files get; new profiles; the base's settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtuner_search.cli.main import run
+from kvtuner_search.profile import git as git_files
+from kvtuner_search.profile.rules import RULES
+from tests.search.profile_factory import measure, profile, validation, write, write_fitted
+
+K8V8, K8V4, K4V4 = "8-g64-asym/8-g64-asym", "8-g64-asym/4-g64-asym", "4-g64-asym/4-g64-asym"
+Run = Callable[..., tuple[int, str, str]]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 4096\n".format("0" * 63 + "1")
+
+
+def git(*arguments: str, folder: Path | str = ".") -> str:
+    identity = [
+        "-c",
+        "user.name=t",
+        "-c",
+        "user.email=t@example.org",
+        "-c",
+        "commit.gpgsign=false",
+        "-c",
+        "init.defaultBranch=main",
+    ]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def commit(message: str = "x") -> None:
+    git("add", "-A")
+    git("commit", "-qm", message, "--allow-empty")
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in a repository whose first commit has ``profiles/a.json``: (exit code, stdout, stderr)."""
+    folder = tmp_path / "repository"
+    (folder / "profiles").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    for name in [name for name in os.environ if name.startswith(("KVTUNER_", "GITHUB_"))]:
+        monkeypatch.delenv(name)
+    write(Path("profiles/a.json"), K8V8)
+    git("init", "-q")
+    commit()
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def report(command: Run, *arguments: object) -> dict[str, Any]:
+    _, out, err = command("diff", *arguments, "--json")
+    assert out, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+# a name that is both
+
+
+@pytest.mark.parametrize("ref", ["HEAD", "main", "refs/heads/main", "HEAD^{}", "HEAD^{tree}", "main@{0}"])
+def test_a_revision_wins_over_a_file_that_a_pull_request_puts_there(command: Run, ref: str) -> None:
+    name = f"{ref}:profiles/a.json"
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    write(Path(name), K4V4)
+    write(Path("profiles/a.json"), K4V4)
+    assert report(command, name, "profiles/a.json")["old"]["bytes_per_token"] == 4 * 272
+    assert report(command, f"./{name}", "profiles/a.json")["old"]["bytes_per_token"] == 4 * 144
+    assert report(command, Path(name).absolute(), "profiles/a.json")["old"]["bytes_per_token"] == 4 * 144
+    assert json.loads(command("show", name, "--json")[1])["storage"]["bytes_per_token"] == 4 * 272
+
+
+def test_a_commit_by_its_hash_wins_too(command: Run) -> None:
+    ref = git("rev-parse", "HEAD")[:9]
+    (Path(f"{ref}:profiles")).mkdir()
+    write(Path(f"{ref}:profiles/a.json"), K4V4)
+    assert report(command, f"{ref}:profiles/a.json", "profiles/a.json")["old"]["bytes_per_token"] == 4 * 272
+
+
+def test_without_such_a_revision_a_file_may_have_a_colon(command: Run) -> None:
+    write(Path("a:b.json"), K4V4)
+    assert command("show", "a:b.json")[0] == 0
+    write(Path("-x:b.json"), K4V4)
+    assert command("show", "--", "-x:b.json")[0] == 0
+    write(Path(":b.json"), K4V4)
+    assert command("show", ":b.json")[0] == 0
+
+
+def test_where_git_cannot_say_a_file_is_not_taken_instead(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("main:profiles").mkdir()
+    write(Path("main:profiles/a.json"), K4V4)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    code, out, err = command("diff", "main:profiles/a.json", "profiles/a.json")
+    assert (code, out) == (3, "")
+    assert "dubious ownership" in err
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, out, err = command("diff", "main:profiles/a.json", "profiles/a.json")
+    assert (code, out) == (3, "")
+    assert "is git installed?" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("a:b", ("a", "b")),
+        ("HEAD^{/fix: it}:b:c", ("HEAD^{/fix: it}", "b:c")),
+        ("main@{1 day ago}:./b", ("main@{1 day ago}", "./b")),
+        ("a}:b", ("a}", "b")),
+        ("a{:b", None),
+        ("b.json", None),
+    ],
+)
+def test_where_git_looks_for_the_colon(text: str, place: tuple[str, str] | None) -> None:
+    found = git_files.parse(text)
+    assert (None if found is None else (found.ref, found.path)) == place
+
+
+def test_a_line_break_is_no_second_question_to_git(command: Run) -> None:
+    code, _, err = command("show", "HEAD:x\nHEAD:profiles/a.json")
+    assert code == 2
+    assert "line break" in err
+
+
+# what git says is wrong
+
+
+def test_someone_elses_repository_is_named_with_the_remedy(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    code, _, err = command("diff", "HEAD:profiles/a.json", "profiles/a.json")
+    assert code == 3
+    assert len(err.splitlines()) == 1
+    assert f"detected dubious ownership in repository at '{Path.cwd()}'" in err
+    assert f"`git config --global --add safe.directory {Path.cwd()}`" in err
+
+
+def test_the_reason_is_gits_fatal_line_and_no_advice(command: Run) -> None:
+    Path(".git/HEAD").write_text("garbage\n")
+    code, _, err = command("show", "HEAD:profiles/a.json")
+    assert code == 3
+    assert "not a git repository" in err or "there is no revision HEAD" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kept", ["blob:none", "tree:0"])
+def test_a_partial_clone_is_named_and_how_to_fill_it(command: Run, kept: str, tmp_path: Path) -> None:
+    git("config", "uploadpack.allowFilter", "true")
+    git("config", "uploadpack.allowAnySHA1InWant", "true")
+    git("checkout", "-qb", "pr")
+    write(Path("profiles/a.json"), K8V4)
+    commit()
+    clone = tmp_path / "clone"
+    git("clone", "-q", f"--filter={kept}", "--branch", "pr", f"file://{Path.cwd()}", str(clone))
+    os.chdir(clone)
+    for new in ("profiles/a.json", "profiles/b.json", "HEAD:profiles/a.json"):
+        code, out, err = command("diff", "origin/main:profiles/a.json", new)
+        assert (code, out) == (3, ""), "in no case is it taken for a new profile"
+        assert "not in this partial clone" in err
+        assert "`git cat-file -e origin/main:profiles/a.json`" in err
+    git("cat-file", "-e", "origin/main:profiles/a.json")
+    assert report(command, "origin/main:profiles/a.json", "profiles/a.json")["old"]["bytes_per_token"] == 4 * 272
+
+
+def test_a_revision_that_was_not_fetched_is_named(command: Run) -> None:
+    code, _, err = command("diff", "origin/main:profiles/a.json", "profiles/a.json")
+    assert code == 3
+    assert "neither a file nor in git" in err
+    assert "no revision origin/main" in err
+
+
+# links and pointers
+
+
+def test_links_inside_a_revision_are_followed_and_others_named(command: Run) -> None:
+    Path("current").mkdir()
+    Path("current/a.json").symlink_to("../profiles/a.json")
+    Path("all").symlink_to("profiles")
+    Path("gone.json").symlink_to("nowhere.json")
+    Path("loop.json").symlink_to("loop.json")
+    Path("out.json").symlink_to("/etc/hostname")
+    commit()
+    for name in ("HEAD:current/a.json", "HEAD:all/a.json", "HEAD:./current/a.json"):
+        assert json.loads(command("show", name, "--json")[1])["storage"]["bytes_per_token"] == 4 * 272
+    for name in ("HEAD:gone.json", "HEAD:loop.json", "HEAD:out.json"):
+        code, _, err = command("show", name)
+        assert code == 3
+        assert "leads to no file of that revision" in err
+
+
+def test_transforms_are_looked_for_where_the_link_leads(command: Run, tmp_path: Path) -> None:
+    store, current = tmp_path / "v3", tmp_path / "current"
+    store.mkdir()
+    current.mkdir()
+    path = write_fitted(store / "a.json", ["4-g64-asym-c/4-g64-asym"] * 4)
+    (current / "profile.json").symlink_to("../v3/a.json")
+    (tmp_path / "twice.json").symlink_to("current/profile.json")
+    for link in (current / "profile.json", tmp_path / "twice.json"):
+        assert command("check", link)[0] == 0
+    path.with_suffix(".safetensors").rename(current / "a.safetensors")
+    assert command("check", current / "profile.json")[0] == 0, "beside the link it was found before"
+    (current / "a.safetensors").unlink()
+    code, _, err = command("check", current / "profile.json")
+    assert code == 3
+    assert str(store / "a.safetensors") in err
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(command: Run, name: str) -> None:
+    write_fitted(Path("a.json"), ["4-g64-asym-c/4-g64-asym"] * 4)
+    Path(name).write_text(POINTER)
+    commit()
+    commands = [["check", "a.json"]]
+    if name == "a.json":
+        commands += [
+            ["show", "a.json"],
+            ["diff", "HEAD:a.json", "profiles/a.json"],
+            ["export", "a.json", "--to", "vllm"],
+        ]
+    for arguments in commands:
+        code, _, err = command(*arguments)
+        assert code == 3
+        assert "is a Git LFS pointer" in err
+        assert "`git lfs pull`" in err
+
+
+def test_a_link_that_was_checked_out_as_text_is_named(command: Run) -> None:
+    Path("a.json").write_text("../v3/reference-4.00bit.json")
+    code, _, err = command("check", "a.json")
+    assert code == 3
+    assert "core.symlinks" in err
+    Path("a.json").write_text("nonsense")
+    assert "no valid JSON" in command("check", "a.json")[2]
+
+
+# new profiles
+
+
+def new_profile(**changes: Any) -> str:
+    write(Path("profiles/new.json"), K4V4, **changes)
+    return "profiles/new.json"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("HEAD:profiles/new.json", "profiles/new.json"),
+        ("HEAD:./profiles/new.json", "./profiles/new.json"),
+        ("HEAD~0:profiles/new.json", "profiles/../profiles/new.json"),
+    ],
+)
+def test_a_new_profile_is_one_finding(command: Run, old: str, new: str) -> None:
+    new_profile()
+    found = report(command, old, new, "--memory", "1GiB")
+    assert found["old"] is None
+    assert (found["verdict"], found["exit_code"]) == ("pass", 0)
+    assert [(f["rule"], f["severity"], f["where"]) for f in found["findings"]] == [
+        ("profile-added", RULES["profile-added"].severity, "")
+    ]
+    assert found["new"]["bytes_per_token"] == 4 * 144
+    assert [layer["old"] for layer in found["layers"]] == ["16/16"] * 4
+    for style, text in (
+        ("text", "none, so the 16-bit cache"),
+        ("markdown", "profile-added"),
+        ("github", "::warning file="),
+        ("junit", "profile-added"),
+    ):
+        code, out, _ = command("diff", old, new, "--format", style)
+        assert code == 0
+        assert text in out
+
+
+def test_a_new_profile_between_revisions_and_from_a_subfolder(command: Run) -> None:
+    new_profile()
+    commit()
+    assert report(command, "HEAD~1:profiles/new.json", "HEAD:profiles/new.json")["old"] is None
+    assert report(command, "HEAD:profiles/new.json", "HEAD:profiles/new.json")["old"] is not None
+    os.chdir("profiles")
+    for old, new in (("HEAD~1:profiles/new.json", "new.json"), ("HEAD~1:./new.json", "HEAD:profiles/new.json")):
+        assert report(command, old, new)["old"] is None
+
+
+def test_its_severity_is_its_own(command: Run) -> None:
+    new = new_profile()
+    arguments = ("diff", f"HEAD:{new}", new)
+    assert command(*arguments, "--fail-on", "warning")[0] == 1
+    table = "[tool.kvtuner-search.diff]\nseverity = {{ profile-added = {!r} }}\n"
+    Path("pyproject.toml").write_text(table.format("error"))
+    assert command(*arguments)[0] == 1
+    Path("pyproject.toml").write_text(table.format("info"))
+    assert command(*arguments, "--fail-on", "warning")[0] == 0
+
+
+def test_another_path_or_a_missing_file_is_no_new_profile(command: Run) -> None:
+    new = new_profile()
+    for old, head in (
+        ("HEAD:profiles/typo.json", new),
+        (f"nowhere:{new}", new),
+        ("profiles/typo.json", new),
+        ("HEAD:profiles/gone.json", "profiles/gone.json"),
+    ):
+        code, out, _ = command("diff", old, head)
+        assert (code, out) == (3, ""), old
+
+
+def test_a_new_profile_is_held_to_the_budgets(command: Run) -> None:
+    new = new_profile(quality=[measure(value=0.1), measure("nll", 5.05, 0.01, 5.0)])
+    arguments = (f"HEAD:{new}", new)
+
+    def rules(*options: object) -> set[str]:
+        return {finding["rule"] for finding in report(command, *arguments, *options)["findings"]}
+
+    assert rules() == {"profile-added"}
+    assert rules("--max-bytes-per-token", 4 * 144) == {"profile-added"}
+    assert rules("--max-bytes-per-token", 4 * 144 - 1) == {"profile-added", "bytes-over-budget"}
+    assert rules("--max-loss-increase", 0.11) == {"profile-added"}
+    assert rules("--max-loss-increase", 0.09) == {"profile-added", "loss-over-budget"}
+    new_profile(quality=[])
+    assert rules("--max-loss-increase", 0.09) == {"profile-added", "quality-unproven", "loss-budget-unproven"}
+    stale = validation(profile(K8V8).digest)
+    new_profile(validation=stale)
+    assert rules() == {"profile-added", "validation-stale"}
+    assert command("diff", *arguments)[0] == 1
+
+
+# settings of the base
+
+
+TABLE = "[tool.kvtuner-search.diff]\n"
+
+
+def judged(command: Run, *options: object) -> dict[str, Any]:
+    """K8V8 becomes K8V4, which is a warning, judged by ``main``."""
+    write(Path("profiles/a.json"), K8V4)
+    return report(command, "main:profiles/a.json", "profiles/a.json", "--config-from", "main", *options)
+
+
+@pytest.fixture
+def strict(command: Run) -> Run:
+    """The base fails on warnings."""
+    Path("pyproject.toml").write_text(TABLE + 'fail-on = "warning"\n')
+    commit()
+    git("checkout", "-qb", "pr")
+    return command
+
+
+def rules_of(found: dict[str, Any]) -> list[str]:
+    return [finding["rule"] for finding in found["findings"]]
+
+
+def test_the_base_judges_and_an_unchanged_table_is_no_finding(strict: Run) -> None:
+    found = judged(strict)
+    assert (found["exit_code"], found["fail_on"]) == (1, "warning")
+    assert "gate-changed" not in rules_of(found)
+    Path("pyproject.toml").write_text("# a comment\n[tool.ruff]\nline-length = 3\n" + TABLE + 'fail-on="warning"')
+    assert "gate-changed" not in rules_of(judged(strict)), "what matters is the table"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TABLE + 'fail-on = "none"\n', "fail-on"),
+        (TABLE + 'fail-on = "warning"\nignore = ["layer-bits-lowered"]\n', "ignore"),
+        (
+            TABLE + 'fail-on = "warning"\nseverity = { layer-bits-lowered = "info", gate-changed = "ignore" }\n',
+            "severity",
+        ),
+        (TABLE + 'fail-on = "warning"\nmax-bytes-per-token = 10000000\n', "max-bytes-per-token"),
+        ("", "fail-on"),
+        (None, "fail-on"),
+        (TABLE + "nonsense = 1\n", "no key 'nonsense'"),
+        ("no toml", "no valid TOML"),
+    ],
+    ids=["gate", "ignore", "severity", "budget", "emptied", "deleted", "nonsense", "broken"],
+)
+def test_a_pull_request_cannot_loosen_its_gate_and_trying_is_a_finding(
+    strict: Run, text: str | None, said: str
+) -> None:
+    if text is None:
+        Path("pyproject.toml").unlink()
+    else:
+        Path("pyproject.toml").write_text(text)
+    for committed in (False, True):
+        if committed:
+            commit()
+        found = judged(strict)
+        assert (found["exit_code"], found["fail_on"], found["ignored"]) == (1, "warning", 0)
+        assert "layer-bits-lowered" in rules_of(found)
+        change = next(finding for finding in found["findings"] if finding["rule"] == "gate-changed")
+        assert said in change["message"]
+        assert change["old"] == '{"fail-on": "warning"}'
+
+
+def test_a_file_further_down_does_not_get_in_between(strict: Run) -> None:
+    Path("profiles/pyproject.toml").write_text(TABLE + 'fail-on = "none"\n')
+    os.chdir("profiles")
+    write(Path("a.json"), K8V4)
+    found = report(strict, "main:./a.json", "a.json", "--config-from", "main")
+    assert found["exit_code"] == 1
+    assert "gate-changed" in rules_of(found)
+
+
+def test_the_nearest_file_of_the_base_counts(strict: Run) -> None:
+    git("checkout", "-q", "main")
+    Path("profiles/pyproject.toml").write_text(TABLE + 'fail-on = "none"\n')
+    commit()
+    git("checkout", "-q", "pr")
+    git("merge", "-q", "main")
+    os.chdir("profiles")
+    write(Path("a.json"), K8V4)
+    assert report(strict, "main:./a.json", "a.json", "--config-from", "main")["exit_code"] == 0
+
+
+def test_options_win_over_the_base(strict: Run) -> None:
+    assert judged(strict, "--fail-on", "none")["exit_code"] == 0
+    assert judged(strict, "--max-bytes-per-token", 1)["exit_code"] == 1
+
+
+def test_a_base_without_a_table_has_the_defaults(command: Run) -> None:
+    git("checkout", "-qb", "pr")
+    Path("pyproject.toml").write_text(TABLE + 'fail-on = "none"\nmax-bytes-per-token = 1\n')
+    found = judged(command)
+    assert (found["exit_code"], found["fail_on"]) == (0, "error")
+    assert rules_of(found)[0] == "gate-changed"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--config-from", "nowhere"], 3, "no revision nowhere"),
+        (["--config-from", "-x"], 2, "dash"),
+        (["--config-from", "main", "--config", "x.toml"], 2, "two configurations"),
+    ],
+)
+def test_a_base_that_cannot_be_read_ends_it(strict: Run, options: list[str], code: int, said: str) -> None:
+    result = strict("diff", "main:profiles/a.json", "profiles/a.json", *options)
+    assert (result[0], result[1]) == (code, "")
+    assert said in result[2]
+
+
+def test_a_table_of_the_base_that_means_nothing_ends_it(strict: Run) -> None:
+    git("checkout", "-q", "main")
+    Path("pyproject.toml").write_text(TABLE + "nonsense = 1\n")
+    commit()
+    code, _, err = strict("diff", "main:profiles/a.json", "profiles/a.json", "--config-from", "main")
+    assert code == 2
+    assert "main:pyproject.toml" in err
