@@ -17,7 +17,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from tests.search.profile_factory import digest, measure, write
+from kvtuner_search.profile.canonical import canonical_json
+from tests.search.profile_factory import digest, measure, profile, write
 
 ROOT = Path(__file__).resolve().parents[3]
 K8V8, K8V4 = "8-g64-asym/8-g64-asym", "8-g64-asym/4-g64-asym"
@@ -76,14 +77,16 @@ class Runner:
         self.temp.mkdir()
         shim(self.temp / "kvtuner-search" / "bin" / "kvtuner-search", command_line())
 
-    def compare(self, **inputs: str) -> tuple[int, str, dict[str, str], str]:
-        """Run the step Compare: (exit code, stdout, outputs, step summary)."""
+    def compare(self, base_ref: str = "", **inputs: str) -> tuple[int, str, dict[str, str], str]:
+        """Run the step Compare: (exit code, stdout, outputs, step summary); ``base_ref`` is where a pull request goes to."""
         files = {"GITHUB_OUTPUT": self.folder / "output", "GITHUB_STEP_SUMMARY": self.folder / "summary"}
         for file in files.values():
             file.write_text("")
         environment = {
             "PATH": os.environ["PATH"],
             "RUNNER_TEMP": str(self.temp),
+            "GITHUB_BASE_REF": base_ref,
+            "PYTHONPATH": str(self.folder),
             **{name: str(file) for name, file in files.items()},
             **step_environment(STEPS["Compare"], {name.replace("_", "-"): value for name, value in inputs.items()}),
         }
@@ -140,6 +143,117 @@ def test_the_action_ends_as_the_gate_says(runner: Runner, inputs: dict[str, str]
     assert not (runner.folder / "injected").exists()
 
 
+MODULES = (
+    "json",
+    "secrets",
+    "click",
+    "kvtuner_search",
+    "sitecustomize",
+    "usercustomize",
+    "rich",
+    "pydantic",
+    "encodings",
+)
+
+
+def test_comparing_imports_nothing_from_the_workspace(runner: Runner) -> None:
+    """Whatever a pull request calls its files: the interpreter is a real one, without the help of the shim's own path."""
+    site = runner.temp / "site"
+    site.mkdir()
+    for name in ("kvtuner_search", "kernels/kvtuner_kernels"):
+        (site / Path(name).name).symlink_to(ROOT / name)
+    body = f"import sys; sys.path.append({str(site)!r}); from kvtuner_search.cli.main import main; main()"
+    script = runner.temp / "kvtuner-search" / "bin" / "kvtuner-search"
+    script.write_text(f"#!{sys.executable}\n{body}\n")
+    for name in MODULES:
+        (runner.folder / f"{name}.py").write_text(f"open('imported-{name}', 'w')\n")
+        (runner.folder / "kvtuner-search").mkdir(exist_ok=True)
+    code, out, result, _ = runner.compare(base="old.json", head="new.json")
+    assert (code, result["verdict"]) == (0, "pass"), out
+    assert not list(runner.folder.rglob("imported-*"))
+
+
+class Repository:
+    """A pull request in a repository whose branch main fails on warnings: K8V8 becomes K8V4, which is one."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.folder = runner, runner.folder
+        self.configure('fail-on = "warning"')
+        write(self.folder / "m.json", K8V8)
+        self.git("init", "-q")
+        self.git("add", "m.json", "pyproject.toml")
+        self.git("commit", "-qm", "base")
+        self.git("update-ref", "refs/remotes/origin/main", "HEAD")
+        write(self.folder / "m.json", K8V4)
+
+    def git(self, *arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *arguments], cwd=self.folder, check=True, capture_output=True)
+
+    def configure(self, line: str) -> None:
+        (self.folder / "pyproject.toml").write_text(f"[tool.kvtuner-search.diff]\n{line}\n")
+
+
+@pytest.fixture
+def repository(runner: Runner) -> Repository:
+    return Repository(runner)
+
+
+@pytest.mark.parametrize(
+    ("base", "base_ref"),
+    [
+        ("origin/main:m.json", "main"),
+        ("origin/main:m.json", ""),
+        ("old.json", "main"),
+        ("./old.json", "main"),
+        ("HEAD:m.json", "main"),
+    ],
+)
+def test_a_pull_request_cannot_switch_its_gate_off(repository: Repository, base: str, base_ref: str) -> None:
+    repository.configure('fail-on = "none"\nignore = ["layer-bits-lowered", "gate-changed"]')
+    repository.git("commit", "-qam", "loosen")
+    repository.git("update-ref", "refs/heads/pr", "HEAD")
+    if base.startswith("HEAD"):
+        write(repository.folder / "m.json", "4-g64-asym/4-g64-asym")
+    code, out, result, _ = repository.runner.compare(base_ref, base=base, head="m.json")
+    assert (code, result["verdict"]) == (1, "fail")
+    assert "kvtuner-search gate-changed::" in out
+    assert json.loads(result["json"])["fail_on"] == "warning"
+    code, _, result, _ = repository.runner.compare(base_ref, base=base, head="m.json", fail_on="none")
+    assert (code, result["verdict"]) == (0, "pass"), "inputs win over the base"
+
+
+def test_a_pull_request_cannot_put_a_file_in_the_place_of_the_base(repository: Repository) -> None:
+    (repository.folder / "origin").mkdir()
+    write(repository.folder / "origin" / "main:m.json", K8V4)
+    code, _, result, _ = repository.runner.compare("main", base="origin/main:m.json", head="m.json")
+    assert code == 1
+    assert json.loads(result["json"])["old"]["bytes_per_token"] == 4 * 272
+
+
+def test_a_base_branch_that_was_not_fetched_ends_it(repository: Repository) -> None:
+    for base in ("old.json", "origin/release:m.json"):
+        code, _, result, _ = repository.runner.compare("release", base=base, head="m.json")
+        assert (code, result["verdict"], result["json"]) == (3, "error", "")
+
+
+def test_without_a_pull_request_the_workspace_configures(repository: Repository) -> None:
+    repository.configure('fail-on = "none"')
+    code, out, result, _ = repository.runner.compare("", base="old.json", head="new.json")
+    assert (code, result["verdict"]) == (0, "pass")
+    assert "gate-changed" not in out
+    repository.configure('fail-on = "warning"')
+    assert repository.runner.compare("", base="old.json", head="new.json")[0] == 1
+
+
+def test_a_new_profile_passes_with_a_warning(repository: Repository) -> None:
+    write(repository.folder / "added.json", K8V8)
+    code, out, result, _ = repository.runner.compare("main", base="origin/main:added.json", head="added.json")
+    assert "::warning file=added.json,title=kvtuner-search profile-added::" in out
+    assert (code, result["verdict"]) == (1, "fail"), "the base fails on warnings"
+    assert json.loads(result["json"])["old"] is None
+
+
 def test_the_action_declares_what_it_sets() -> None:
     assert set(ACTION["outputs"]) == {"verdict", "json", "json-file"}
     for name, field in ACTION["outputs"].items():
@@ -147,31 +261,88 @@ def test_the_action_declares_what_it_sets() -> None:
     assert set(ACTION["inputs"]) == {"base", "head", "fail-on", "max-bytes-per-token", "max-loss-increase", "memory"}
 
 
-def installed_by_the_action(tmp_path: Path) -> list[str]:
-    """Run the step Install with an interpreter that only notes what it is asked for: the requirements it would install."""
+LOCK = ROOT / "requirements" / "action.txt"
+
+
+def pinned() -> dict[str, tuple[str, list[str]]]:
+    """What the action installs: name -> (version, hashes)."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for line in re.sub(r"\\\n", " ", LOCK.read_text()).splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([a-z0-9-]+)==([0-9.]+)((?: +--hash=sha256:[0-9a-f]{64})+) *", line)
+            assert match, line
+            found[match[1]] = (match[2], re.findall(r"sha256:([0-9a-f]{64})", match[3]))
+    return found
+
+
+def installing(tmp_path: Path) -> list[list[str]]:
+    """Run the step Install with an interpreter that only notes what it is asked for, where, and with which variables."""
     log = tmp_path / "log"
-    fake = f'printf "%s\\n" "$@" >> {shlex.quote(str(log))}; [ "$2" != venv ] || {{ mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }}'
+    fake = (
+        f'{{ echo "in $PWD"; env | grep ^PYTHON | sort; printf "%s\\n" "$@"; echo; }} >> {shlex.quote(str(log))}\n'
+        'case "$*" in *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;; esac'
+    )
     shim(tmp_path / "bin" / "python3", fake)
+    (tmp_path / "temp dir").mkdir()
     environment = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "RUNNER_TEMP": str(tmp_path / "temp dir"),
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONHOME": str(tmp_path),
+        "PYTHONSTARTUP": "x",
         **step_environment(STEPS["Install"], {}, "/action path"),
     }
     script = tmp_path / "install.sh"
     script.write_text(STEPS["Install"]["run"])
-    subprocess.run([*BASH, script], env=environment, check=True, capture_output=True)
-    lines = log.read_text().splitlines()
-    assert lines[:2] == ["-m", "venv"]
-    assert lines.count("/action path") == 1
-    assert lines[lines.index("/action path") - 1] == "--no-deps"
-    return [line for line in lines if ">=" in line]
+    subprocess.run([*BASH, script], env=environment, check=True, capture_output=True, cwd=tmp_path)
+    return [call.splitlines() for call in log.read_text().rstrip().split("\n\n")]
 
 
-def test_the_action_installs_what_the_project_asks_for(tmp_path: Path) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    requirements = installed_by_the_action(tmp_path)
-    assert requirements
-    assert set(requirements) <= set(project), "the same lower bounds"
+def test_installing_imports_nothing_from_the_workspace(tmp_path: Path) -> None:
+    calls = installing(tmp_path)
+    assert len(calls) == 3
+    for folder, *call in calls:
+        assert folder == f"in {tmp_path / 'temp dir'}", "not in the workspace, where `-m` would look first"
+        assert call[:3] == ["PYTHONNOUSERSITE=1", "PYTHONSAFEPATH=1", "-I"]
+    assert [call[4:6] for call in calls] == [["-m", "venv"], ["-m", "pip"], ["-m", "pip"]]
+
+
+def test_each_file_that_is_fetched_has_a_hash_and_the_rest_is_built_from_the_action(tmp_path: Path) -> None:
+    _, fetch, build = installing(tmp_path)
+    assert {"--require-hashes", "--only-binary", "--no-deps"} <= set(fetch)
+    assert fetch[fetch.index("-r") + 1] == "/action path/requirements/action.txt"
+    assert not [word for word in fetch if "==" in word or ">=" in word]
+    assert {"--no-index", "--no-build-isolation", "--no-deps"} <= set(build)
+    assert build[-1] == "/action path"
+
+
+def test_what_is_pinned_is_what_the_project_asks_for_and_complete() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    asked = {
+        Requirement(text).name: Requirement(text)
+        for text in [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    }
+    found = pinned()
+    roots = ["click", "pydantic", "rich", "hatchling"]
+    assert set(roots) <= set(found)
+    for name in set(found) & set(asked):
+        assert asked[name].specifier.contains(found[name][0]), name
+    assert closure(roots) <= set(found), "--no-deps installs nothing else"
+    for name, (_, hashes) in found.items():
+        assert len(hashes) == len(set(hashes)) >= 2, f"{name}: the wheel and the source at least"
+
+
+def test_every_interpreter_of_the_action_is_isolated() -> None:
+    text = "\n".join(step["run"] for step in STEPS.values())
+    calls = re.findall(r'(?:\bpython3|"\$python") +(\S+)', text)
+    assert calls == ["-I"] * 4
+
+
+def test_the_action_needs_no_token() -> None:
+    """It reads inputs and where it lies; a token would be `github.token` or a secret. No other action is run."""
+    contexts = set(re.findall(r"\$\{\{ *([a-z_]+\.[a-z_]+)", (ROOT / "action.yml").read_text()))
+    assert {name for name in contexts if not name.startswith(("inputs.", "steps."))} == {"github.action_path"}
+    assert not any("uses" in step for step in STEPS.values())
 
 
 def closure(requirements: list[str]) -> set[str]:
@@ -182,7 +353,7 @@ def closure(requirements: list[str]) -> set[str]:
         requirement = todo.pop()
         if requirement.name.lower() in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue
-        found.add(requirement.name.lower())
+        found.add(requirement.name.lower().replace("_", "-"))
         todo += [Requirement(text) for text in importlib.metadata.requires(requirement.name) or []]
     return found
 
@@ -191,7 +362,7 @@ def test_what_the_action_installs_is_enough(tmp_path: Path) -> None:
     """Every form of diff works where only these distributions can be imported."""
     site = tmp_path / "site"
     site.mkdir()
-    for name in closure(installed_by_the_action(tmp_path)):
+    for name in pinned():
         for file in importlib.metadata.files(name) or []:
             top = file.parts[0]
             if not top.startswith(".") and not (site / top).exists():
@@ -248,7 +419,26 @@ def test_the_hook_runs_check(tmp_path: Path) -> None:
 
     assert hook(good) == 0
     assert hook(good, bad) == 3
-    assert hook("--strict", write(tmp_path / "unproven.json", K8V8, quality=[])) == 1
+    unproven = write(tmp_path / "unproven.json", K8V8, quality=[])
+    assert hook(unproven) == 0
+    assert hook("--strict", unproven) == 1, "what pre-commit's `args` give comes behind the entry"
+    assert hook("--strict") == 2
+    assert hook("--strict", "--", unproven) == 3
+
+
+@pytest.mark.parametrize("name", ["--rewrite", "--help", "--json", "--model=profiles/x.json", "-h"])
+def test_no_file_name_is_an_option_of_the_hook(tmp_path: Path, name: str) -> None:
+    shim(tmp_path / "bin" / "kvtuner-search", command_line())
+    entry = shlex.split(HOOKS["kvtuner-profile-check"]["entry"])
+    assert entry[-1] == "--"
+    file, environment = tmp_path / name, {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    file.parent.mkdir(exist_ok=True)
+    for text, code in ((canonical_json(profile(K8V8).model_dump(mode="json")).replace("\n", " \n"), 0), ("{}", 3)):
+        file.write_text(text)
+        done = subprocess.run([*entry, name], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code
+        assert file.read_text() == text
+        assert ("sound" in done.stdout) is (code == 0)
 
 
 def test_every_profile_of_this_repository_passes_the_hook() -> None:
