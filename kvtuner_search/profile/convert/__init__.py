@@ -21,9 +21,9 @@ class Format:
 
 
 FORMATS: Final = {
-    "kvtuner": Format("KVTuner's YAML presets: bits by layer", kvtuner.read, kvtuner.write),
+    "kvtuner": Format("KVTuner's presets (YAML or JSON): bits by layer", kvtuner.read, kvtuner.write),
     "transformers": Format("cache_config of transformers' QuantizedCache (JSON)", transformers.read, transformers.write),
     "vllm": Format("vLLM's --kv-cache-dtype options (YAML for --config), or its scales JSON", engines.read_vllm, engines.write_vllm),
     "sglang": Format("SGLang's --kv-cache-dtype (YAML for --config), or its scales JSON", engines.read_sglang, engines.write_sglang),
-    "compressed-tensors": Format("kv_cache_scheme of a config.json", compressed_tensors.read, compressed_tensors.write),
+    "compressed-tensors": Format("kv_cache_scheme of a config.json or a recipe, or ModelOpt's hf_quant_config.json", compressed_tensors.read, compressed_tensors.write),
 }  # fmt: skip

@@ -1,10 +1,11 @@
-"""``kv_cache_scheme`` of compressed-tensors: one ``QuantizationArgs`` for the keys and values of every layer.
+"""``kv_cache_scheme`` of compressed-tensors, and what LLM Compressor and ModelOpt write of the cache: one ``QuantizationArgs`` for the keys and values of every layer.
 
 ``strategy="group"`` with ``dynamic=true`` computes scales of consecutive channels as it goes, which is what a profile stores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
@@ -23,6 +24,7 @@ from kvtuner_search.profile.convert.base import (
     tensor,
 )
 from kvtuner_search.profile.schema import Profile
+from kvtuner_search.profile.text import quoted
 
 _STRATEGIES: Final = {
     "tensor": "one scale for a whole tensor becomes a scale for each token and head",
@@ -33,27 +35,96 @@ _STRATEGIES: Final = {
     "tensor_group": "a global scale over the scales of groups is not kept",
     "group": "",
 }
+_PARTS: Final = (
+    "_stage",
+    "modifiers",
+    "Modifier",
+)  # of a recipe: NAME_stage, NAME_modifiers, and the modifiers' classes
+_MODELOPT: Final = {
+    "FP8": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    "INT8": {"num_bits": 8, "type": "int", "strategy": "tensor"},
+    "NVFP4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+}
 _FIELDS: Final = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
 _ELSE: Final = ("block_structure", "actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs")
 
 
 def read(source: Source) -> Imported:
-    """A config.json, its ``quantization_config``, or the scheme alone, as layers.
+    """A config.json, its ``quantization_config``, a recipe of LLM Compressor, ModelOpt's hf_quant_config.json, or the scheme alone.
 
     Raises:
         DataError: if there is no scheme, or it is not one that compressed-tensors accepts.
     """
     content = mapping(source.content, "the configuration", source.name)
     content = mapping(content.get("quantization_config", content), "quantization_config", source.name)
+    if isinstance(content.get("quantization"), dict) or "kv_cache_quant_algo" in content:
+        content = _of_modelopt(content.get("quantization", content), source)
+    elif any(str(key).endswith(_PARTS) for key in content):
+        content = _of_recipe(content, source)
     if "kv_cache_scheme" in content:
         if content["kv_cache_scheme"] is None:
             return Imported([LayerSpec()] * source.model.num_layers)
         content = mapping(content["kv_cache_scheme"], "kv_cache_scheme", source.name)
+    elif "quant_method" in content or "config_groups" in content:
+        raise DataError(
+            f"{source.name} says nothing of the KV cache: it has no kv_cache_scheme; nothing is to be imported"
+        )
     unknown = [str(key)[:40] for key in content if key not in (*_FIELDS, *_ELSE)]
     if unknown or not content:
         what = f"has no {', '.join(unknown[:3])}" if unknown else "is empty"
         raise DataError(f"{source.name}: kv_cache_scheme {what}: check the file and --from")
     return _read_scheme(content, source)
+
+
+def _of_modelopt(content: Any, source: Source) -> dict[Any, Any]:
+    """What ModelOpt's ``kv_cache_quant_algo`` means, as a ``kv_cache_scheme``.
+
+    Raises:
+        DataError: if there is none, or it is unknown.
+    """
+    fields = mapping(content, "quantization", source.name)
+    if "kv_cache_quant_algo" not in fields:
+        raise DataError(
+            f"{source.name} says nothing of the KV cache: it has no kv_cache_quant_algo; nothing is to be imported"
+        )
+    algorithm = fields["kv_cache_quant_algo"]
+    if algorithm is None or algorithm == "NONE":
+        return {"kv_cache_scheme": None}
+    if not isinstance(algorithm, str) or algorithm not in _MODELOPT:
+        raise DataError(
+            f"{source.name}: kv_cache_quant_algo={quoted(algorithm)} is none of {', '.join(_MODELOPT)}: check the file and --from"
+        )
+    return {"kv_cache_scheme": _MODELOPT[algorithm]}
+
+
+def _of_recipe(content: Any, source: Source) -> dict[Any, Any]:
+    """The one ``kv_cache_scheme`` in a recipe's modifiers.
+
+    Raises:
+        DataError: if there is none, or several that differ.
+    """
+    schemes = list(_in_modifiers(content))
+    if not schemes:
+        raise DataError(
+            f"{source.name} says nothing of the KV cache: no modifier has a kv_cache_scheme; nothing is to be imported"
+        )
+    if any(scheme != schemes[0] for scheme in schemes):
+        raise DataError(
+            f"{source.name} has several kv_cache_scheme that differ: leave the one that the model was made with"
+        )
+    return {"kv_cache_scheme": schemes[0]}
+
+
+def _in_modifiers(content: Any) -> Iterator[Any]:
+    if isinstance(content, list):
+        for part in content:
+            yield from _in_modifiers(part)
+    elif isinstance(content, dict):
+        if "kv_cache_scheme" in content:
+            yield content["kv_cache_scheme"]
+        for key, part in content.items():
+            if str(key).endswith(_PARTS):
+                yield from _in_modifiers(part)
 
 
 def _read_scheme(scheme: dict[Any, Any], source: Source) -> Imported:

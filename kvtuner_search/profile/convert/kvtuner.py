@@ -26,7 +26,7 @@ from kvtuner_search.profile.convert.base import (
     widest,
 )
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.profile.text import ranges, runs
+from kvtuner_search.profile.text import quoted, ranges, runs, shortened
 
 SCHEMES: Final = ("pertoken", "kivi")
 _HINT: Final = re.compile(r"_(pertoken|kivi)_", re.ASCII)
@@ -43,11 +43,11 @@ def read(source: Source) -> Imported:
     scheme = _scheme(source)
     head_dim = source.model.head_dim
     group_size = head_dim if scheme == "pertoken" else _KIVI_GROUP
-    content = mapping(source.content, "the preset", source.name)
-    expected = list(range(source.model.num_layers))
-    if sorted(content, key=repr) != sorted(expected, key=repr):
+    content = numbered(source.content, "the preset", source.name)
+    expected = range(source.model.num_layers)
+    if sorted(content) != list(expected):
         raise DataError(
-            f"{source.name} has {len(content)} layers, the model has 0 to {expected[-1]}: it is a preset of another model"
+            f"{source.name} has {_layers(sorted(content))}, the model has 0 to {expected[-1]}: it is a preset of another model"
         )
     result = Imported([])
     rounded: list[str] = []
@@ -69,6 +69,29 @@ def read(source: Source) -> Imported:
     return result
 
 
+def numbered(content: Any, what: str, source: str) -> dict[int, Any]:
+    """A mapping by number; JSON, and YAML with quotes, write numbers as text.
+
+    Raises:
+        DataError: if it is no mapping, a key is no number, or one stands there twice.
+    """
+    found: dict[int, Any] = {}
+    for key, value in mapping(content, what, source).items():
+        number = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key) else key
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise DataError(
+                f"{source}: {what} has {quoted(key)} where a number is expected: it is no preset of KVTuner"
+            )
+        if number in found:
+            raise DataError(f"{source}: {what} has {number} twice, as a number and as text: leave one of them")
+        found[number] = value
+    return found
+
+
+def _layers(indices: list[int]) -> str:
+    return f"layers {shortened(ranges(indices))}" if indices else "no layers"
+
+
 def _scheme(source: Source) -> str:
     hint = _HINT.search(source.name)
     if source.scheme is None:
@@ -85,12 +108,15 @@ def _bits(entry: Any, part: str, index: int, source: Source, result: Imported) -
     fields = mapping(entry, f"layer {index}", source.name)
     if name in fields:
         return integer(fields[name], f"layer {index} {name}", source.name, 1, 16)
-    heads = list(range(source.model.num_kv_heads))
-    if sorted(fields, key=repr) != sorted(heads, key=repr):
+    heads = range(source.model.num_kv_heads)
+    if any(str(key).startswith("nbits_") for key in fields):
         raise DataError(f"{source.name}: layer {index} has no {name}: it is no preset of KVTuner")
+    by_head = numbered(fields, f"layer {index}", source.name)
+    if sorted(by_head) != list(heads):
+        raise DataError(f"{source.name}: layer {index} has no {name}, nor an entry for each of {len(heads)} KV heads")
     widths = {
         integer(
-            mapping(fields[head], f"layer {index} head {head}", source.name).get(name),
+            mapping(by_head[head], f"layer {index} head {head}", source.name).get(name),
             f"layer {index} head {head} {name}",
             source.name,
             1,

@@ -302,3 +302,111 @@ def test_what_compressed_tensors_refuses_is_refused(content: Any) -> None:
 def test_nearest_group() -> None:
     assert [nearest_group(size, 128) for size in (1, 32, 63, 64, 128, 1000)] == [32, 32, 32, 64, 128, 128]
     assert [nearest_group(size, 80) for size in (1, 32, 100)] == [80, 80, 80]
+
+
+# what LLM Compressor and ModelOpt write
+
+FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+FP8_LOST = [
+    "one scale for a whole tensor becomes a scale for each token and head",
+    "fixed scales are not kept; here they follow from each token",
+    "8-bit floating-point codes become integer codes",
+]
+
+
+def recipe(text: str) -> Imported:
+    return load("compressed-tensors", parse(text.encode(), "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "quant_stage:\n  quant_modifiers:\n    QuantizationModifier:\n      ignore: [lm_head]\n      kv_cache_scheme: SCHEME\n",
+        "default_stage:\n  default_modifiers:\n    GPTQModifier: {kv_cache_scheme: SCHEME, scheme: W4A16}\n",
+        "default_stage:\n  run_type: oneshot\n  default_modifiers:\n    - SmoothQuantModifier: {smoothing_strength: 0.8}\n    - QuantizationModifier: {kv_cache_scheme: SCHEME}\n",
+        "quant_modifiers:\n  QuantizationModifier: {kv_cache_scheme: SCHEME}\n",
+        "QuantizationModifier: {kv_cache_scheme: SCHEME}\n",
+        "a_stage:\n  a_modifiers: {QuantizationModifier: {kv_cache_scheme: SCHEME}}\nb_stage:\n  b_modifiers: {QuantizationModifier: {kv_cache_scheme: SCHEME}}\n",
+    ],
+    ids=["stage", "default", "list", "modifiers", "modifier", "twice"],
+)
+def test_a_recipe_says_what_the_cache_is(text: str) -> None:
+    imported = recipe(text.replace("SCHEME", json.dumps(FP8)))
+    assert (specs(imported), imported.lost) == (["8-g64-sym/8-g64-sym"], FP8_LOST)
+    group = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "dynamic": True}
+    imported = recipe(text.replace("SCHEME", json.dumps(group)))
+    assert (specs(imported), imported.lost) == (["4-g32-sym/4-g32-sym"], [])
+    assert specs(recipe(text.replace("SCHEME", "null"))) == ["16/16"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "quant_stage:\n  quant_modifiers:\n    QuantizationModifier: {scheme: FP8}\n",
+            "says nothing of the KV cache: no modifier has",
+        ),
+        ("quant_stage: {}\n", "says nothing of the KV cache"),
+        ("quant_stage: 3\n", "says nothing of the KV cache"),
+        (
+            "AModifier: {kv_cache_scheme: null}\nBModifier: {kv_cache_scheme: {num_bits: 8}}\n",
+            "several kv_cache_scheme that differ",
+        ),
+        ("AModifier: {kv_cache_scheme: fp8}\n", "kv_cache_scheme is a str, not a mapping"),
+        ("AModifier: {kv_cache_scheme: {num_bits: 8, colour: red}}\n", "has no colour"),
+    ],
+)
+def test_a_recipe_that_says_nothing_of_it_is_refused(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        recipe(text)
+
+
+def modelopt(**fields: Any) -> Imported:
+    content = {
+        "producer": {"name": "modelopt", "version": "0.29.0"},
+        "quantization": {"quant_algo": "NVFP4", "group_size": 16, **fields},
+    }
+    return load("compressed-tensors", content)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "spec", "losses"),
+    [
+        ("FP8", "8-g64-sym", FP8_LOST),
+        ("INT8", "8-g64-sym", FP8_LOST[:2]),
+        ("NVFP4", "4-g32-sym", ["a global scale", "fixed scales", "4-bit floating-point", "groups of 16 become"]),
+        (None, "16", []),
+        ("NONE", "16", []),
+    ],
+)
+def test_hf_quant_config_says_what_the_cache_is(algorithm: str | None, spec: str, losses: list[str]) -> None:
+    for imported in (
+        modelopt(kv_cache_quant_algo=algorithm),
+        load(
+            "compressed-tensors",
+            {"quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": algorithm}},
+        ),
+    ):
+        assert specs(imported) == [f"{spec}/{spec}"]
+        assert len(imported.lost) == len(losses)
+        assert all(line.startswith(start) for line, start in zip(imported.lost, losses, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "says nothing of the KV cache: it has no kv_cache_quant_algo"),
+        ({"kv_cache_quant_algo": "FP3"}, "kv_cache_quant_algo='FP3' is none of FP8, INT8, NVFP4"),
+        ({"kv_cache_quant_algo": ["FP8"]}, "is none of"),
+        ({"kv_cache_quant_algo": "x" * 5000}, "kv_cache_quant_algo='x{40,60}… is none of"),
+    ],
+)
+def test_what_hf_quant_config_does_not_say_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        modelopt(**fields)
+
+
+def test_quantized_weights_alone_say_nothing_of_the_cache() -> None:
+    for config in ({"quant_method": "compressed-tensors", "config_groups": {}}, {"quant_method": "awq", "bits": 4}):
+        with pytest.raises(DataError, match="says nothing of the KV cache: it has no kv_cache_scheme"):
+            load("compressed-tensors", {"quantization_config": config})

@@ -150,3 +150,79 @@ def test_what_a_preset_cannot_say_is_listed() -> None:
 def test_doubtful_yaml_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         parse(text, "x")
+
+
+TEXT = "".join(
+    f"'{index}':\n  nbits_key: {key}\n  nbits_value: {value}\n"
+    for index, (key, value) in enumerate([(8, 4), (4, 2), (2, 2), (16, 8)])
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXT,
+        TEXT.replace("'", '"'),
+        TEXT.replace("'0'", "0").replace("'2'", "2"),
+        TEXT.replace("'", ""),
+        '{"0": {"nbits_key": 8, "nbits_value": 4}, "1": {"nbits_key": 4, "nbits_value": 2}, "3": {"nbits_key": 16, "nbits_value": 8}, "2": {"nbits_key": 2, "nbits_value": 2}}',
+    ],
+    ids=["quoted", "double", "mixed", "numbers", "json"],
+)
+def test_layers_may_be_numbered_by_text(data: str) -> None:
+    imported = load("kvtuner", parse(data.encode(), "x"), scheme="pertoken")
+    assert [str(layer) for layer in imported.layers] == [
+        "8-g64-asym/4-g64-asym",
+        "4-g64-asym/2-g64-asym",
+        "2-g64-asym/2-g64-asym",
+        "16/8-g64-asym",
+    ]
+    assert imported.lost == []
+
+
+def test_heads_may_be_numbered_by_text() -> None:
+    head = {"nbits_key": 4, "nbits_value": 2}
+    content = {str(index): {"0": head, "1": head | {"nbits_key": 8}} for index in range(4)}
+    assert specs(load("kvtuner", content, scheme="pertoken")) == ["8-g64-asym/2-g64-asym"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 1}, "the preset has 'x' where a number is expected: it is no preset of KVTuner"),
+        ({"01": 1}, "has '01' where a number"),
+        ({" 1": 1}, "has ' 1' where a number"),
+        ({"-1": 1}, "has '-1' where a number"),
+        ({-1: 1}, "has -1 where a number"),
+        ({"١": 1}, "has '١' where a number"),
+        ({1.0: 1}, "has 1.0 where a number"),
+        ({True: 1}, "has True where a number"),
+        ({None: 1}, "has None where a number"),
+        ({"k" * 5000: 1}, "has 'k{40,60}… where a number"),
+        ({"0": {}}, "has 0 twice, as a number and as text"),
+        ({"4": {}}, "has layers 0-4, the model has 0 to 3: it is a preset of another model"),
+    ],
+)
+def test_what_numbers_no_layer_is_refused(change: dict[Any, Any], message: str) -> None:
+    content: dict[Any, Any] = {} if True in change or 1.0 in change else bits((4, 4), (4, 4), (4, 4), (4, 4))
+    with pytest.raises(DataError, match=message):
+        load("kvtuner", content | change, scheme="pertoken")
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"nbits_value": 4}, "layer 0 has no nbits_key: it is no preset"),
+        ({"0": {}}, "layer 0 has no nbits_key, nor an entry for each of 2 KV heads"),
+        ({"a": {}}, "layer 0 has 'a' where a number is expected"),
+        ({}, "layer 0 has no nbits_key"),
+    ],
+)
+def test_what_is_no_layer_is_refused(layer: dict[Any, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load("kvtuner", bits((4, 4), (4, 4), (4, 4), (4, 4)) | {0: layer}, scheme="pertoken")
+
+
+def test_no_layers_are_said_so() -> None:
+    with pytest.raises(DataError, match="has no layers, the model has 0 to 3"):
+        load("kvtuner", {}, scheme="pertoken")
