@@ -175,7 +175,8 @@ def _normal(content: dict[str, Any], version: int, source: str) -> Profile:
             _refuse_digest(stated, digest, source)
         if profile.digest == digest == spelled:
             return profile
-    return Profile.model_validate(same_validation(current, body) | {"digest": digest})
+    body = same_validation(current, body)
+    return Profile.model_validate(body | {"digest": digest_of(body)})
 
 
 def _digest_of_normal(content: dict[str, Any], source: str, stated: object) -> bool:
