@@ -56,6 +56,8 @@ class Guard:
         self._start = True  # whether `_line` is the whole line so far
 
     def __getattr__(self, name: str) -> Any:
+        if name == "stream":  # not set yet, while a copy is made
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:

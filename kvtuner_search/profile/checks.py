@@ -17,6 +17,7 @@ from kvtuner_search.errors import NotComparableError, ProfileError
 from kvtuner_search.profile.canonical import dumps, parse_json, read_limited
 from kvtuner_search.profile.model_config import MAX_NAMED, differences
 from kvtuner_search.profile.schema import SCHEMA_VERSION, ModelInfo, Profile
+from kvtuner_search.profile.text import shortened
 from kvtuner_search.profile.validation_text import is_stale
 
 MAX_HEADER: Final = 2**20  # bytes; a 128-layer transforms file has a header of about 25 KB
@@ -113,14 +114,14 @@ def check_transforms(profile: Profile, folder: Path) -> bytes | None:
     if sorted(tensors) != sorted(shapes):
         odd = sorted(set(tensors) ^ set(shapes))
         raise ProfileError(
-            f"{path} and the centred or banded tensors of {profile.name} differ in {', '.join(odd[:3])}"
+            f"{path} and the centred or banded tensors of {profile.name} differ in {', '.join(map(shortened, odd[:3]))}"
             f"{' and more' if len(odd) > 3 else ''}: restore the file that was written with the profile"
         )
     for name, entry in tensors.items():
         shape = shapes[name]
         if entry.get("dtype") != "F32" or entry.get("shape") != shape:
             raise ProfileError(
-                f"{path}: {name} is {entry.get('dtype')} {entry.get('shape')}, not F32 {shape}: restore the file"
+                f"{path}: {name} is {shortened(entry.get('dtype'))} {shortened(entry.get('shape'))}, not F32 {shape}: restore the file"
             )
         first, last = entry["data_offsets"]
         _check_numbers(memoryview(data)[start + first : start + last], shape, f"{path}: {name}")

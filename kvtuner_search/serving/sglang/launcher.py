@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from kvtuner_search.errors import ExitCode, KVTunerError, ServingError
 from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import ModelInfo
+from kvtuner_search.profile.text import one_line
 from kvtuner_search.serving import flags, partition
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.model import served_model
@@ -25,7 +26,7 @@ EXIT_CODES = frozenset(int(code) for code in (ExitCode.USAGE, ExitCode.DATA, Exi
 
 def refuse(error: KVTunerError) -> NoReturn:
     """Say why there is no server, and end this process. SGLang catches exceptions of plugins; it does not catch this."""
-    print(f"kvtuner-search: {error}", file=sys.stderr, flush=True)
+    print(f"kvtuner-search: {one_line(error)}", file=sys.stderr, flush=True)
     raise SystemExit(int(error.exit_code))
 
 
