@@ -67,7 +67,7 @@ def data_options(samples: int, length: int) -> Callable[[F], F]:
                     multiple=True,
                     metavar="SOURCE",
                     show_envvar=True,
-                    help="Built-in task, .txt, .md or .jsonl file, gsm8k, wikitext or hub:NAME; repeatable (docs/data.md). Default: recall, arithmetic, list, text.",
+                    help="Built-in task, .txt, .md, .jsonl or .parquet file, gsm8k, wikitext or hub:NAME; repeatable (docs/data.md). Default: recall, arithmetic, list, text.",
                 ),
                 click.option(
                     "--samples",

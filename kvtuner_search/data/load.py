@@ -13,7 +13,7 @@ from functools import cached_property
 from random import Random
 from typing import Any, Final
 
-from kvtuner_search.data.sources import Rows, Source, Task, Text, parse_source
+from kvtuner_search.data.sources import Rows, Source, Task, Text, distinct, parse_source
 from kvtuner_search.data.tasks import SEARCH_QUESTIONS, Document, stream
 from kvtuner_search.data.types import SPLITS, Dataset, Sample, Split, SplitName
 from kvtuner_search.errors import DataError, UsageError
@@ -26,7 +26,15 @@ _POOL: Final = 4  # windows are drawn from the first 4 times as many tokens as a
 
 
 def load_dataset_for(
-    sources: Sequence[str], tokenizer: Tokenizer, *, seed: int, search: int, selection: int, test: int, length: int
+    sources: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    search: int,
+    selection: int,
+    test: int,
+    length: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Dataset:
     """Load, tokenize and split.
 
@@ -37,6 +45,7 @@ def load_dataset_for(
         seed: fixes generated tasks and the choice of rows and windows.
         search, selection, test: samples of each source in each split.
         length: most tokens of a sample; text is cut into windows of exactly this many.
+        say: told of rows that were left out.
 
     Raises:
         UsageError: for numbers or options that cannot be used.
@@ -55,16 +64,25 @@ def load_dataset_for(
             }
         else:
             drawn = _deal(source, encoder, seed, counts)
+            _tell(source, say)
         for name in SPLITS:
             samples[name] += drawn[name]
     return Dataset(*(Split(name, tuple(samples[name])) for name in SPLITS))
 
 
-def load_evaluation(sources: Sequence[str], tokenizer: Tokenizer, *, seed: int, samples: int, length: int) -> Split:
+def load_evaluation(
+    sources: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    samples: int,
+    length: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> Split:
     """``samples`` samples of each source to evaluate on, as a test split.
 
     Tasks come from generators that :func:`load_dataset_for` never uses; rows and windows of text are the first ones, in
-    order. Whether a file was also searched on is the caller's to know.
+    order. Whether a file was also searched on is the caller's to know. ``say`` is told of rows that were left out.
 
     Raises:
         UsageError, DataError: as :func:`load_dataset_for`.
@@ -78,6 +96,7 @@ def load_evaluation(sources: Sequence[str], tokenizer: Tokenizer, *, seed: int, 
             found += _generate(source, encoder, stream_name="evaluation", seed=seed, count=samples)
         else:
             found += _draw(source, encoder, samples, None)
+            _tell(source, say)
     return Split("test", tuple(found))
 
 
@@ -139,12 +158,17 @@ class Encoder:
 def _parse(sources: Sequence[str], questions: int = 1) -> list[Source]:
     if not sources:
         raise UsageError("no data source is named: name one or more, e.g. recall, text or a .txt file")
-    parsed = [parse_source(spec, questions) for spec in sources]
-    names = [source.name for source in parsed]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"two sources are named {name!r}: results are kept by name, so drop or rename one of them")
-    return parsed
+    return distinct([parse_source(spec, questions) for spec in sources])
+
+
+def _tell(source: Rows | Text, say: Callable[[str], None]) -> None:
+    if source.skipped.rows:
+        say(f"source {source.name!r}: {_left_out(source)} left out")
+
+
+def _left_out(source: Rows | Text) -> str:
+    count = source.skipped.rows
+    return f"{count} row{'s' if count > 1 else ''} of null ({'the first: ' if count > 1 else ''}{source.skipped.first})"
 
 
 def _generate(task: Task, encoder: Encoder, *, stream_name: str, seed: int, count: int) -> list[Sample]:
@@ -191,6 +215,8 @@ def _draw(source: Rows | Text, encoder: Encoder, needed: int, rng: Random | None
         have = f"{len(ids)} tokens, {len(drawn)} distinct windows of {size}"
         need = f"{needed} windows ({needed * size} tokens)"
     if len(drawn) < needed:
+        if source.skipped.rows:
+            have += f", besides {_left_out(source)}"
         raise DataError(
             f"source {source.name!r} has {have}; needed are {need}:"
             " give more data, or lower the samples a split or their length"

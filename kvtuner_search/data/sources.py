@@ -7,10 +7,11 @@
 ``gsm8k`` ``wikitext``          hub datasets, with the prompts below
 ``hub:NAME[:CONFIG][:SPLIT]``   any hub dataset or local folder that ``datasets`` reads; SPLIT is train if not given
 ``PATH.txt`` ``PATH.md``        plain text
-``PATH.jsonl``                  one JSON object a line
+``PATH.jsonl`` ``PATH.parquet`` rows: one JSON object a line, or parquet
 ==============================  ==========================================================================
 
-Rows (of the hub and of jsonl files) take options after ``#``: ``#field=NAME`` uses one field (``text`` if not given);
+Suffixes may be in capitals. Rows take options after ``#``: ``#field=NAME`` uses one field (if none is named ``text``, or else the chat in
+``messages`` or ``conversations``, whose turns are joined by blank lines);
 ``#template=TEXT`` fills ``{field}`` places and must come last, with ``\\n`` and ``\\t`` for newline and tab; ``#answer=NAME``
 before it scores only that field's tokens, a row a sample; ``#exact=NAME`` does so too and says that the answers are short
 enough for exact match to mean something. Without an answer the rows are joined by blank lines and cut like plain text.
@@ -19,15 +20,17 @@ enough for exact match to mean something. Without an answer the rows are joined 
 from __future__ import annotations
 
 import io
-import json
+import itertools
+import os
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Final
 
+from kvtuner_search.data.rows import CHATS, Row, Skipped, check_characters, locate, read_text, text_of
 from kvtuner_search.data.tasks import DEFAULT_PAIRS, TASKS, Document, recall
 from kvtuner_search.data.topics import python_reference
 from kvtuner_search.errors import DataError, UsageError
@@ -54,6 +57,8 @@ class Rows:
 
     name: str
     read: Callable[[], Iterator[Document]]
+    skipped: Skipped = field(default_factory=Skipped)  # of what was read so far
+    path: Path | None = None  # if it is a file or a local folder
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,11 @@ class Text:
 
     name: str
     read: Callable[[], Iterator[str]]  # pieces to be concatenated, each ending where a token may end
+    skipped: Skipped = field(default_factory=Skipped)  # rows, of what was read so far
+    path: Path | None = None  # if it is a file or a local folder
 
 
 Source = Task | Rows | Text
-Row = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -75,28 +81,34 @@ class Template:
     parts: tuple[tuple[str, str | None], ...]  # a literal, and the field that follows it
     answer: str | None  # the field that is scored
     exact: bool
+    default: bool = False  # no field was named
 
-    def document(self, row: Row, where: str) -> Document:
-        """Fill the template in; ``where`` names the row in errors.
+    def fields(self) -> set[str]:
+        """The fields that it uses, or may use."""
+        named = {field for _, field in self.parts if field is not None}
+        return named | set(CHATS) if self.default else named
+
+    def document(self, row: Row | None, where: str) -> Document | None:
+        """Fill the template in; ``where`` names the row in errors. None if the row, or a field that is used, is null.
 
         Raises:
-            DataError: if a field is missing, or is neither text nor a number.
+            DataError: if a field is missing, or holds neither text, a number nor a chat.
         """
+        if row is None:
+            return None
         text, answers = "", []
-        for literal, field in self.parts:
+        for literal, name in self.parts:
             text += literal
-            if field is None:
+            if name is None:
                 continue
-            if field not in row:
-                raise DataError(f"{where} has no field {field!r}, only {', '.join(map(repr, row))}: name one of these")
-            value = row[field]
-            if isinstance(value, bool) or not isinstance(value, str | int | float):
-                raise DataError(
-                    f"{where}: field {field!r} is {type(value).__name__}, not text: name a field that holds text"
-                )
-            if field == self.answer and str(value).strip():
-                answers.append((len(text), len(text) + len(str(value))))
-            text += str(value)
+            if self.default and name not in row:
+                name = next((chat for chat in CHATS if chat in row), name)
+            value = text_of(row, name, where)
+            if value is None:
+                return None
+            if name == self.answer and value.strip():
+                answers.append((len(text), len(text) + len(value)))
+            text += value
         return Document(text, tuple(answers), self.exact)
 
 
@@ -131,35 +143,41 @@ def parse_source(spec: str, questions: int = 1) -> Source:
         _allow(spec, options, set())
         return _rows(location, *_split(HUB[location]))
     path = Path(location)
-    if path.suffix in (".txt", ".md"):
+    suffix = path.suffix.lower()
+    if suffix in (".txt", ".md"):
         _allow(spec, options, set())
-        return Text(path.name, lambda: io.StringIO(_read(path)))
-    if path.suffix == ".jsonl" or location.startswith("hub:"):
+        return Text(_shown(path.name), lambda: io.StringIO(read_text(path)), path=path)
+    if suffix in (".jsonl", ".parquet") or location.startswith("hub:"):
         _allow(spec, options, _ROW_OPTIONS)
-        return _rows(_row_name(location), location, options)
+        folder = Path(location.removeprefix("hub:").partition(":")[0])
+        here = path if not location.startswith("hub:") else folder if folder.is_dir() else None
+        return _rows(_row_name(location), location, options, here)
     known = ", ".join((*TASKS, "text", *HUB))
     raise DataError(
-        f"unknown source {spec!r}: use one of {known}, hub:NAME, or a file that ends in .txt, .md or .jsonl"
+        f"unknown source {spec!r}: use one of {known}, hub:NAME, or a file that ends in .txt, .md, .jsonl or .parquet"
     )
 
 
-def hub_rows(name: str, config: str | None, split: str) -> Iterable[Row]:
-    """The rows of a dataset of the Hugging Face hub (or of a local folder), downloaded once and cached by ``datasets``.
+def distinct(sources: Sequence[Source]) -> list[Source]:
+    """The sources, those files and folders of one name renamed to as much of their paths as tells them apart.
 
     Raises:
-        DataError: if it cannot be reached, or has no such configuration or split.
+        UsageError: if two sources are the same, or have one name all the same.
     """
-    import datasets
-
-    try:
-        rows: Iterable[Row] = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"hub dataset {name!r} (configuration {config or 'default'}, split {split}) cannot be loaded: {reason}:"
-            " check the names and the network, or give a local .jsonl file"
-        ) from error
-    return rows
+    found = list(sources)
+    names = [source.name for source in found]
+    for name in {name for name in names if names.count(name) > 1}:
+        alike = [index for index, other in enumerate(names) if other == name]
+        paths = [source.path for index in alike if isinstance(source := found[index], Rows | Text)]
+        files = [path for path in paths if path is not None]
+        if len({path.resolve() for path in files}) < len(alike):
+            raise UsageError(f"two sources are named {name!r}: results are kept by name, so drop or rename one of them")
+        parts = [(path.parent.resolve() / path.name).parts for path in files]
+        length = next(n for n in itertools.count(2) if len({part[-n:] for part in parts}) == len(parts))
+        for index, part in zip(alike, parts, strict=True):
+            rest = name.removeprefix(_shown(part[-1]))  # configuration and split of a folder
+            found[index] = replace(found[index], name=_shown(str(Path(*part[-length:]))) + rest)
+    return found
 
 
 def _split(spec: str) -> tuple[str, dict[str, str]]:
@@ -189,23 +207,35 @@ def _allow(spec: str, options: dict[str, str], allowed: set[str] | frozenset[str
 def _row_name(location: str) -> str:
     """What results are kept under: the hub's name, or a file's or local folder's last part."""
     if not location.startswith("hub:"):
-        return Path(location).name
+        return _shown(Path(location).name)
     name, colon, rest = location.removeprefix("hub:").partition(":")
-    return (Path(name).name if Path(name).is_dir() else name) + colon + rest
+    return (_shown(Path(name).name) if Path(name).is_dir() else name) + colon + rest
 
 
-def _rows(name: str, location: str, options: dict[str, str]) -> Source:
-    template = _template(location, options)
+def _shown(path: str) -> str:
+    """A path as records hold it, which are UTF-8 even where the name of a file is not."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def _rows(name: str, location: str, options: dict[str, str], path: Path | None = None) -> Source:
+    template, skipped = _template(location, options), Skipped()
 
     def documents() -> Iterator[Document]:
-        for number, row in _locate(location):
-            yield template.document(row, f"{name}: row {number}")
+        skipped.rows, skipped.first = 0, ""
+        for where, row in locate(location, template.fields()):
+            document = template.document(row, where)
+            if document is None:
+                skipped.add(where)
+            else:
+                yield document
 
     def texts() -> Iterator[str]:
         stripped = (document.text.strip() for document in documents())
         return (text + "\n\n" for text in stripped if text)
 
-    return Text(name, texts) if template.answer is None else Rows(name, documents)
+    if template.answer is None:
+        return Text(name, texts, skipped, path)
+    return Rows(name, documents, skipped, path)
 
 
 def _template(location: str, options: dict[str, str]) -> Template:
@@ -217,7 +247,8 @@ def _template(location: str, options: dict[str, str]) -> Template:
     if "template" not in options:
         if answer is not None:
             raise UsageError(f"source {location!r}: {answer!r} is scored but there is no prompt: add #template=...")
-        return Template((("", options.get("field", "text")),), None, exact=False)
+        return Template((("", options.get("field", "text")),), None, exact=False, default="field" not in options)
+    check_characters(options["template"], f"source {location!r}: the template")
     parts = []
     try:
         for literal, field, spec, conversion in string.Formatter().parse(options["template"]):
@@ -235,42 +266,3 @@ def _template(location: str, options: dict[str, str]) -> Template:
             f"source {location!r}: template {options['template']!r} has no place for {answer or 'any field'!r}"
         )
     return Template(tuple(parts), answer, exact="exact" in options)
-
-
-def _locate(location: str) -> Iterator[tuple[int, Row]]:
-    """The rows of a jsonl file or hub dataset, numbered from 1 (a file's rows by line)."""
-    if not location.startswith("hub:"):
-        return _jsonl(Path(location))
-    name, *rest = location.removeprefix("hub:").split(":")
-    if not name or len(rest) > 2:
-        raise UsageError(f"source {location!r} is not hub:NAME[:CONFIG][:SPLIT]")
-    config = rest[0] or None if rest else None
-    return iter(enumerate(hub_rows(name, config, rest[1] if len(rest) == 2 else "train"), start=1))
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    # StringIO splits at newlines only; str.splitlines would also cut inside JSON strings (U+2028).
-    for number, line in enumerate(io.StringIO(_read(path)), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number} is no JSON ({error.msg}): write one object a line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} is {type(row).__name__}, not an object: write one object a line")
-        yield number, row
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8 ({error.reason}): convert the file to UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path") from error
-    if not text.strip():
-        raise DataError(f"{path}: is empty: give a file with text")
-    return text

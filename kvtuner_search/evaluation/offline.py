@@ -63,7 +63,7 @@ def evaluate(
     """
     if loaded.tokenizer is None:
         raise UsageError(f"{loaded.info.id} has no tokenizer: evaluation needs text")
-    split = load_evaluation(sources, loaded.tokenizer, seed=seed, samples=samples, length=length)
+    split = load_evaluation(sources, loaded.tokenizer, seed=seed, samples=samples, length=length, say=reporter.say)
     with reporter.stage("16-bit cache", split.tokens) as advance:
         scorer = Scorer(Runner(loaded), [split.samples], batch_tokens=batch_tokens, advance=advance)
     found = []

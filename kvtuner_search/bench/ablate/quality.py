@@ -57,7 +57,9 @@ class Bench:
         if loaded.tokenizer is None:
             raise UsageError(f"{loaded.info.id} has no tokenizer: an ablation needs text")
         self.loaded, self.reporter, self.batch_tokens = loaded, reporter, batch_tokens
-        self.split = load_evaluation(sources, loaded.tokenizer, seed=seed, samples=samples, length=length)
+        self.split = load_evaluation(
+            sources, loaded.tokenizer, seed=seed, samples=samples, length=length, say=reporter.say
+        )
         self.centring = Split("search", ())
         if centring is not None:
             drawn = load_dataset_for(
