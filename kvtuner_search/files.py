@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from pathlib import Path
+from typing import Final
 
-from kvtuner_search.errors import UsageError
+from kvtuner_search.errors import DataError, UsageError
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -15,6 +19,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
     Raises:
         UsageError: if the folder cannot be written to; the old file, if any, is untouched.
+        DataError: if the disk is full; likewise.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = None
@@ -33,6 +38,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
+        if error.errno in FULL:
+            raise DataError(f"cannot write {path}: {error.strerror}: make room on the disk") from error
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}: choose a folder that can be written to"
         ) from error

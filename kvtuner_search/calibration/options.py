@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kvtuner_kernels.layout import LAYOUT_VERSION
+from kvtuner_search import __version__
 from kvtuner_search.data import DEFAULT_SOURCES
+from kvtuner_search.data.types import Split
 from kvtuner_search.models.load import ModelOptions
 
 TIERS: Final = (1 / 6, 2 / 5, 1.0)  # fractions of each source's search samples that the rungs have seen
@@ -35,14 +39,42 @@ class CalibrationOptions:
     random_baseline: bool = True  # a random search of the same number of trials, for comparison
     batch_tokens: int = 4096  # padded tokens of one forward pass
 
-    def fingerprint(self, model: dict[str, Any], digests: list[str]) -> str:
-        """Digest of what a study's trials depend on; the number of trials is not part of it, so a study can be prolonged."""
-        content = {
+    def facts(self, model: dict[str, Any], dtype: str, device: str, splits: Iterable[Split]) -> dict[str, Any]:
+        """What a study's trials depend on, as plain JSON; the number of trials is not part of it, so a study can be prolonged.
+
+        Args:
+            model: of the profile to be.
+            dtype: in which the model runs, e.g. bfloat16; never auto.
+            device: kind of device that it runs on, e.g. cuda.
+            splits: search, selection and test.
+        """
+        return {
             "model": model,
-            "dtype": self.model.dtype,
-            "data": digests,
+            "random weights": self.model.random_weights,
+            "dtype": dtype,
+            "device": device,
+            "data": {
+                # A digest covers tokens and what is scored of them, but not whether that is an exact answer.
+                split.name: [split.digest, {name: part.samples[0].is_task for name, part in split.by_source().items()}]
+                for split in splits
+            },
             "seed": self.seed,
-            "space": [self.bits, self.group_sizes, self.symmetric, self.bands, self.grouping, self.stages],
-            "search": [self.target_bits, self.max_loss, self.sampler],
+            "space": {
+                "bits": list(self.bits),
+                "group sizes": list(self.group_sizes),
+                "symmetric": self.symmetric,
+                "bands": self.bands,
+                "grouping": self.grouping,
+                "stages": self.stages,
+            },
+            "target bits": list(self.target_bits),
+            "max loss": self.max_loss,
+            "sampler": self.sampler,
+            "version": __version__,
+            "layout": LAYOUT_VERSION,
         }
-        return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """Digest of :meth:`CalibrationOptions.facts`."""
+    return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

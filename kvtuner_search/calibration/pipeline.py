@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -13,7 +13,7 @@ from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pa
 from kvtuner_search.calibration.basis import fit_bases
 from kvtuner_search.calibration.candidates import StorageClass, storage_classes
 from kvtuner_search.calibration.objective import Objective, Outcome
-from kvtuner_search.calibration.options import TIERS, CalibrationOptions
+from kvtuner_search.calibration.options import TIERS, CalibrationOptions, fingerprint
 from kvtuner_search.calibration.plan import Plan, make_plan
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Choices, Space, build_space
@@ -61,6 +61,13 @@ class Run:
         heads, head_dim = self.shape
         return int(bits * 2 * heads * head_dim * self.loaded.info.num_layers / 8)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a study of this run is bound to."""
+        loaded = self.loaded
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        return self.options.facts(loaded.info.model_dump(mode="json"), dtype, loaded.device.type, self.data)
+
 
 def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
     """Load model and data and score the 16-bit cache on the search split.
@@ -76,7 +83,7 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
     classes = storage_classes(options.bits, options.group_sizes, info.head_dim, options.symmetric, options.bands)
     _check_targets(options, classes, info.num_kv_heads, info.head_dim, info.num_layers)
     with reporter.stage("read the data"):
-        data = load_data(options, loaded)
+        data = load_data(options, loaded, reporter.say)
     runner = Runner(loaded)
     moments = Moments()
     with reporter.stage("score the 16-bit cache", data.search.tokens) as advance:
@@ -86,8 +93,8 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
     return Run(options, reporter, loaded, data, scorer, moments, classes)
 
 
-def load_data(options: CalibrationOptions, loaded: LoadedModel) -> Dataset:
-    """The three splits; random token ids for a model without a tokenizer.
+def load_data(options: CalibrationOptions, loaded: LoadedModel, say: Callable[[str], None] = lambda _: None) -> Dataset:
+    """The three splits; random token ids for a model without a tokenizer. ``say`` is told of rows that were left out.
 
     Raises:
         UsageError, DataError: if a source cannot be used.
@@ -101,7 +108,14 @@ def load_data(options: CalibrationOptions, loaded: LoadedModel) -> Dataset:
         ]
         return Dataset(Split("search", splits[0]), Split("selection", splits[1]), Split("test", splits[2]))
     return load_dataset_for(
-        options.sources, loaded.tokenizer, seed=options.seed, search=n, selection=n, test=n, length=options.length
+        options.sources,
+        loaded.tokenizer,
+        seed=options.seed,
+        search=n,
+        selection=n,
+        test=n,
+        length=options.length,
+        say=say,
     )
 
 
@@ -124,7 +138,9 @@ def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> 
     Raises:
         UsageError: if the study was made with other options, another model or other data.
     """
-    fingerprint = run.options.fingerprint(run.loaded.info.model_dump(mode="json"), [split.digest for split in run.data])
+    mine = fingerprint(run.facts)
+    if study is not None:
+        study.claim(run.facts)
     content = study.plan() if study is not None else None
     if content is None:
         measured = min(2, len(run.scorer.tiers))
@@ -133,7 +149,7 @@ def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> 
             options = run.options
             fitted = fit_bases(run.scorer, run.loaded.tokenizer, options.seed, options.batch_tokens, run.reporter.stage)
         plan = make_plan(
-            fingerprint,
+            mine,
             run.scorer,
             run.moments,
             run.classes,
@@ -145,9 +161,9 @@ def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> 
         content = plan.to_json()
         if study is not None:
             content = study.publish(content)
-    elif content["fingerprint"] != fingerprint:
+    if content["fingerprint"] != mine:  # of what is stored, whoever stored it
         raise UsageError(
-            "the study was made with other options, another model or other data: use the same, or another --output or --storage"
+            "the study's plan was made with other options, another model or other data: use the same, or another --output or --storage"
         )
     return Plan.from_json(content, *run.shape)
 

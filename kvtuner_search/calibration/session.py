@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from rich.console import Console
 
+from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.calibration.choosing import Target, choose
 from kvtuner_search.calibration.options import CalibrationOptions
 from kvtuner_search.calibration.outputs import profile_content, record, without_interval
 from kvtuner_search.calibration.pipeline import Run, analyse, make_space, prepare, search
 from kvtuner_search.calibration.study import Study, open_storage
-from kvtuner_search.errors import UsageError
-from kvtuner_search.evaluation.stored import centres_file
+from kvtuner_search.errors import DataError, ExitCode, UsageError
+from kvtuner_search.evaluation.stored import Setting, centres_file
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.canonical import save, seal
 from kvtuner_search.progress import Reporter
+
+WAIT: Final = 5.0  # seconds for the helpers of a run that was killed to end
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Session:
     study_name: str
     workers: int
     join: bool  # a helper process: trials only
+    parent: int | None  # a pipe whose other end the process holds that a helper works for
     quiet: bool
     arguments: tuple[str, ...]  # of the command, for the helpers
 
@@ -56,67 +63,139 @@ def calibrate(options: CalibrationOptions, session: Session) -> None:
     Raises:
         UsageError, DataError: if something cannot be used; nothing that was finished is lost.
     """
+    if session.parent is not None:
+        end_with(session.parent)
     reporter = Reporter(session.quiet)
-    _claim_folder(session)
-    run = prepare(options, reporter)
-    if run.loaded.info.id == "reference":
-        reporter.say("model: the embedded reference model, a test instrument (give --model for your own)")
-    if unproven := without_interval(run.data.test):
-        reporter.say(f"warning: {unproven}; give more --samples")
-    storage = open_storage(session.storage or str(session.journal))
-    study = Study(storage, session.study_name, options.sampler, options.seed)
-    rival = Study(storage, f"{session.study_name}-random", "random", options.seed) if options.random_baseline else None
-    plan = analyse(run, study)
-    space = make_space(run, plan)
-    with _helpers(session, reporter) as wait:
-        found, random = search(run, plan, space, study, rival)
-        if session.join:
-            return
-        wait()
-    found, random = study.finished(), rival.finished() if rival is not None else random
-    targets, test = choose(run, plan, space, found, random)
-    paths = []
-    for target in targets:
-        content = profile_content(run, plan, space, target, test, found, _profile_name(run, session, target))
-        paths.append(_write_profile(session.output, content, target, plan.centres))
-    content = record(run, plan, space, found, random, targets, test)
-    _write_report(session, content, paths, reporter)
-
-
-def _claim_folder(session: Session) -> None:
-    """Make the output folder and decide what happens to a study that is there.
-
-    Raises:
-        UsageError: if there is one and neither --resume nor --overwrite was given, or the folder cannot be written.
-    """
-    write_atomic(session.output / ".writable", "")
-    (session.output / ".writable").unlink(missing_ok=True)
-    if session.storage is not None or session.join or not session.journal.exists():
-        if session.resume and session.storage is None and not session.journal.exists():
-            raise UsageError(
-                f"{session.output} holds no study to resume: leave --resume out, or name the folder of the first run"
-            )
-        return
-    if session.overwrite:
-        session.journal.unlink()
-    elif not session.resume:
-        raise UsageError(
-            f"{session.output} already holds a study: go on with --resume, start again with --overwrite, or choose another --output"
-        )
+    with ExitStack() as stack:
+        lock = stack.enter_context(_claimed_folder(session))
+        store = open_storage(session.storage) if session.storage is not None else None
+        run = prepare(options, reporter)
+        if run.loaded.info.id == "reference":
+            reporter.say("model: the embedded reference model, a test instrument (give --model for your own)")
+        if unproven := without_interval(run.data.test):
+            reporter.say(f"warning: {unproven}; give more --samples")
+        store = store or open_storage(str(session.journal))
+        study = Study(store, session.study_name, options.sampler, options.seed)
+        stack.callback(study.close)
+        rival = None
+        if options.random_baseline:
+            rival = Study(store, f"{session.study_name}-random", "random", options.seed)
+            stack.callback(rival.close)
+            rival.claim({**run.facts, "sampler": "random"})
+        plan = analyse(run, study)
+        if lock is not None:  # the folder is this process's alone: whoever worked on its study before is gone
+            for each in (study, rival):
+                if each is not None:
+                    each.bury(everyone=True)
+        space = make_space(run, plan)
+        with _helpers(session, reporter, lock) as wait:
+            search(run, plan, space, study, rival)
+            if session.join:
+                return
+            wait()
+        found, random = study.settled(options.trials), rival.settled(options.trials) if rival is not None else []
+        targets, test = choose(run, plan, space, found, random)
+        made = [
+            [profile_content(run, plan, space, t, test, found, "profile"), [str(s) for s in t.chosen.candidate.setting]]
+            for t in targets
+        ]
+        # Another machine's last digits may differ: all workers write what the first one measured.
+        key = f"profiles {options.trials} {'with' if rival is not None else 'without'} a random search"
+        agreed = study.agree(key, made)
+        with _keeping():
+            paths = []
+            for target, (content, layers) in zip(targets, agreed, strict=True):
+                content["name"] = _profile_name(run, session, target)
+                setting = tuple(map(LayerSpec.parse, layers))
+                paths.append(_write_profile(session.output, content, setting, plan.centres))
+            _write_report(session, record(run, plan, space, found, random, targets, test), paths, reporter)
 
 
 @contextmanager
-def _helpers(session: Session, reporter: Reporter) -> Iterator[Any]:
-    """Start the other workers; yields a function that waits for them."""
+def _keeping() -> Iterator[None]:
+    """What cannot be written when the work is done ends in one line that says how to go on."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        raise DataError(f"{error}; the trials are kept: go on with --resume") from error
+
+
+@contextmanager
+def _claimed_folder(session: Session) -> Iterator[int | None]:
+    """Make the output folder and decide what happens to a study that is there; yields the lock on it, if the study is in it.
+
+    Raises:
+        UsageError: if there is one and neither --resume nor --overwrite was given, another run is at work there, or the folder cannot be
+            written.
+    """
+    if session.join:
+        yield None
+        return
+    write_atomic(session.output / ".writable", "")
+    (session.output / ".writable").unlink(missing_ok=True)
+    if session.storage is not None:
+        yield None
+        return
+    lock = os.open(session.output / "study.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    try:
+        alone = _lock(lock, session.output)
+        if session.journal.exists():
+            if session.overwrite:
+                session.journal.unlink()
+            elif not session.resume:
+                raise UsageError(
+                    f"{session.output} already holds a study: go on with --resume, start again with --overwrite, or choose another --output"
+                )
+        elif session.resume:
+            raise UsageError(
+                f"{session.output} holds no study to resume: leave --resume out, or name the folder of the first run"
+            )
+        yield lock if alone else None
+    finally:
+        os.close(lock)
+
+
+def _lock(handle: int, folder: Path) -> bool:
+    """Take the lock of a folder; False where the file system has no locks.
+
+    Raises:
+        UsageError: if another run has it.
+    """
+    deadline = time.monotonic() + WAIT
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"another calibration is at work in {folder}: wait for it, choose another --output,"
+                    " or share the trials with --workers or --storage"
+                ) from error
+            time.sleep(0.1)  # helpers of a run that was killed end by themselves
+        except OSError:
+            return False
+
+
+@contextmanager
+def _helpers(session: Session, reporter: Reporter, lock: int | None) -> Iterator[Any]:
+    """Start the other workers; yields a function that waits for them.
+
+    Each holds the end of a pipe that nobody writes to, and so sees this process end however it does; and the folder's lock, so that nobody
+    takes the folder while one is still at work.
+    """
     count = 0 if session.join else session.workers - 1
     processes = []
+    watched, held = os.pipe()
+    inherited = (watched,) if lock is None else (watched, lock)
     for index in range(1, count + 1):
         environment = dict(os.environ)
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // session.workers))
         if torch.cuda.is_available() and "CUDA_VISIBLE_DEVICES" not in environment:
             environment["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
         command = [sys.executable, "-m", "kvtuner_search", *session.arguments, "--join", "--quiet"]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        command += ["--parent", str(watched)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, pass_fds=inherited))
     if count:
         reporter.say(f"{count} more worker{'s' if count > 1 else ''} started")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // session.workers))
@@ -132,7 +211,22 @@ def _helpers(session: Session, reporter: Reporter) -> Iterator[Any]:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
-                process.wait()
+        for process in processes:
+            process.wait()
+        os.close(watched)
+        os.close(held)
+
+
+def end_with(pipe: int) -> None:
+    """End this process as soon as nobody holds the other end of a pipe any more, even if its holder was killed."""
+
+    def watch() -> None:
+        with suppress(OSError):
+            while os.read(pipe, 1):
+                pass
+        os._exit(ExitCode.INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _profile_name(run: Run, session: Session, target: Target) -> str:
@@ -141,9 +235,8 @@ def _profile_name(run: Run, session: Session, target: Target) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{stem}-{label}").lstrip("._-")[:128]
 
 
-def _write_profile(folder: Path, content: dict[str, Any], target: Target, centres: Any) -> Path:
+def _write_profile(folder: Path, content: dict[str, Any], setting: Setting, centres: Any) -> Path:
     """Write the transforms, then the profile that names them; returns the profile's path."""
-    setting = target.chosen.candidate.setting
     if any(side.fitted for layer in setting for side in (layer.key, layer.value)):
         data = centres_file(setting, centres)
         file = f"{content['name']}.safetensors"

@@ -1,45 +1,43 @@
 """The Optuna study: shared storage, enqueued first trials, proposals, and going on after a kill.
 
 A trial's sampler is seeded by how many trials had finished, and samplers look at finished trials only. So a study that was killed and
-resumed ends with the same trials as one that was not. Trials of killed workers are marked as failed and take no part.
+resumed ends with the same trials as one that was not. Trials of workers that have ended are marked as failed and take no part.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
-import socket
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from kvtuner_search.calibration.agreement import agree, agreed, difference, open_study
 from kvtuner_search.calibration.candidates import pair_name
 from kvtuner_search.calibration.objective import Outcome
 from kvtuner_search.calibration.proxy import correct, proxy_front
 from kvtuner_search.calibration.space import Choices, Space
+from kvtuner_search.calibration.storage import Store, open_storage
+from kvtuner_search.calibration.workers import Worker
 from kvtuner_search.errors import DataError, UsageError
 
-CHUNK: Final = 60_000  # characters of one study attribute, which some databases limit to 64 KiB
+__all__ = ["Anchor", "Finished", "Study", "hypervolume", "open_storage", "pareto", "rung_ratio"]
+
 SAMPLER_EVERY: Final = 3  # every third proposal is Optuna's sampler's, the others are optima of the corrected proxy
 DRAWS: Final = 8  # weights drawn before a proposal is left to the sampler
 TRUSTED: Final = ("fisher", "proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
 PRIOR_WEIGHT: Final = 0.05  # TPE's: with a weight of 1, 16 variables of 20 choices are drawn almost at random
-SIGNING: Final = 2.0  # seconds after which an unsigned running trial is taken for a killed worker's
-LOCK_GRACE: Final = 5  # seconds after which the journal's lock is taken from a worker that was killed while writing
+PAUSE: Final = 0.1  # seconds before another proposal, for each one in a row that another worker was trying
 LEAST_LOSS: Final = 1e-9  # nats; the 16-bit cache itself has none
 DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at most this many times the trials asked for
 
@@ -64,117 +62,123 @@ class Finished:
     duplicate: bool  # the proposal had been scored before; its outcome is that trial's
 
 
-def open_storage(where: str) -> BaseStorage:
-    """A journal file (a path), or anything that Optuna takes as a storage URL.
-
-    Raises:
-        DataError: if the journal is damaged or the database cannot be opened.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        if "://" in where:
-            return optuna.storages.get_storage(where)
-        path = Path(where)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = JournalFileOpenLock(where, grace_period=LOCK_GRACE)
-        _drop_torn_line(path, lock)
-        return JournalStorage(JournalFileBackend(where, lock_obj=lock))
-    except OSError as error:
-        raise UsageError(
-            f"cannot open the study {where}: {error.strerror or error}: choose a folder that can be written to"
-        ) from error
-    except (KeyError, ValueError, ImportError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        raise DataError(
-            f"cannot read the study {where}: {type(error).__name__}: {_one_line(error)}: delete it, or name another one"
-        ) from error
-
-
-def _drop_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
-    """A writer that was killed may have left half a line at the end of the journal, or its lock."""
-    if not path.exists():
-        return
-    lock.acquire()  # waits for a writer, and LOCK_GRACE at most for a dead one
-    try:
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with path.open("r+b") as stream:
-                stream.truncate(data.rfind(b"\n") + 1)
-    finally:
-        lock.release()
-
-
 class Study:
     """One search, in a storage that other processes may share.
 
     Args:
-        storage: where trials live.
+        store: where trials live.
         name: study name within the storage.
         sampler: tpe, nsga2 or random.
         seed: seed of all proposals.
+
+    Raises:
+        DataError: if the storage cannot be used, here and in every method, or a study of that name is another program's.
     """
 
-    def __init__(self, storage: BaseStorage, name: str, sampler: str, seed: int) -> None:
-        self.storage, self.name, self.sampler, self.seed = storage, name, sampler, seed
-        try:
-            self.study = optuna.create_study(
-                storage=storage,
-                study_name=name,
-                directions=["minimize", "minimize"],
-                load_if_exists=True,
-                sampler=optuna.samplers.RandomSampler(seed),
+    def __init__(self, store: Store, name: str, sampler: str, seed: int) -> None:
+        self.store, self.name, self.sampler, self.seed = store, name, sampler, seed
+        self.worker = Worker(store.file)
+        self._anchors: tuple[Anchor, ...] = ()
+        with store.guard():
+            self.study = open_study(store, name, seed, 2)
+            self._agreed = open_study(store, f"{name}-agreed", seed, 1)
+
+    def agree(self, key: str, content: Any) -> Any:
+        """Say what holds for all workers under a key, plain JSON; returns what the first one said."""
+        with self.store.guard():
+            return agree(self._agreed, key, content)
+
+    def claim(self, facts: Mapping[str, Any]) -> None:
+        """Bind the study to what its trials depend on.
+
+        Raises:
+            UsageError: if it is bound to something else; the message names what differs.
+        """
+        here = json.loads(json.dumps(facts, sort_keys=True))
+        there = self.agree("facts", here)
+        if there != here:
+            differing = ", ".join(
+                difference(name, there.get(name), here.get(name))
+                for name in sorted({*there, *here})
+                if there.get(name) != here.get(name)
             )
-        except (KeyError, ValueError, optuna.exceptions.OptunaError) as error:
-            raise DataError(
-                f"the study {name!r} cannot be read: {_one_line(error)}: delete it, or name another one"
-            ) from error
+            raise UsageError(
+                f"the study {self.name!r} in {self.store.name} was made with other options, another model or other data"
+                f" ({differing}): use the same, or another --output, --storage or --study-name"
+            )
 
     def publish(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Store what every worker must agree on, before the first trial; returns what holds, which another may have stored before."""
-        known = self.plan()
-        if known is not None:
-            return known
-        text = json.dumps(plan, sort_keys=True)
-        chunks = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
-        for index, chunk in enumerate(chunks):
-            self.study.set_user_attr(f"plan:{index}", chunk)
-        self.study.set_user_attr("plan", len(chunks))  # last: a torn plan does not count
-        return plan
-
-    def plan(self) -> dict[str, Any] | None:
-        """What :meth:`publish` stored, if it was finished."""
-        attributes = self.study.user_attrs
-        if "plan" not in attributes:
-            return None
-        found: dict[str, Any] = json.loads("".join(attributes[f"plan:{index}"] for index in range(attributes["plan"])))
+        found: dict[str, Any] = self.agree("plan", plan)
         return found
 
-    def bury(self) -> int:
-        """Register this worker and mark trials whose process on this host is gone as failed; returns how many."""
-        me = [socket.gethostname(), os.getpid(), _started(os.getpid())]
-        self.study.set_user_attr(f"worker:{me[0]}:{me[1]}", me)
-        workers = [value for name, value in self.study.user_attrs.items() if name.startswith("worker:")]
-        others = [worker for worker in workers if worker != me and _alive(worker)]
-        deadline = time.monotonic() + SIGNING
-        while True:
-            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if all("worker" in trial.user_attrs for trial in running) or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)  # a live worker signs a trial right after asking for it
-        gone = [trial for trial in running if not _alive(trial.user_attrs.get("worker"))]
+    def plan(self) -> dict[str, Any] | None:
+        """What :meth:`publish` stored."""
+        with self.store.guard():
+            found: dict[str, Any] | None = agreed(self._agreed, "plan")
+        return found
+
+    def settled(self, trials: int) -> list[Finished]:
+        """The finished trials that all workers choose from who were asked for as many: those of the first that was done."""
+        numbers = set(self.agree(f"finished {trials}", [trial.number for trial in self.finished()]))
+        return [trial for trial in self.finished() if trial.number in numbers]
+
+    def bury(self, everyone: bool = False) -> int:
+        """Register this worker and mark the trials of workers that have ended as failed; returns how many.
+
+        Args:
+            everyone: nobody else can be at work, so all unfinished trials are of workers that have ended.
+        """
+        with self.store.guard():
+            me = f"worker:{self.worker.id}"
+            if me not in self.study.user_attrs:
+                self.study.set_user_attr(me, self.worker.begin())
+            gone = self._bury(everyone)
+            if everyone or not self._others():
+                # Nobody else is at work: empty the queue, so that enqueue() fills it in the order of an undisturbed run.
+                for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                    self.store.backend.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            return gone
+
+    def close(self) -> None:
+        """Leave the study: trials that this worker has not finished are free for others."""
+        with contextlib.suppress(DataError), self.store.guard():
+            me = f"worker:{self.worker.id}"
+            if self.study.user_attrs.get(me) is not None:
+                self.study.set_user_attr(me, None)
+        self.worker.end()
+
+    def _others(self) -> list[Any]:
+        """Workers that may be at work, but this one."""
+        workers = {name: value for name, value in self.study.user_attrs.items() if name.startswith("worker:")}
+        workers.pop(f"worker:{self.worker.id}", None)
+        return [worker for worker in workers.values() if not self.worker.ended(worker)]
+
+    def _bury(self, everyone: bool = False) -> int:
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        workers = self.study.user_attrs if running else {}
+        gone = []
+        for trial in running:
+            name = trial.user_attrs.get("worker")
+            # A worker signs a trial right after taking it: without a signature it may be any worker's but this one's.
+            ended = not self._others() if name is None else self._ended(workers, name)
+            if (everyone and name != self.worker.id) or ended:
+                gone.append(trial)
         for trial in gone:
             self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        if not others:
-            # Nobody else is at work: empty the queue, so that enqueue() fills it in the order of an undisturbed run.
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return len(gone)
+
+    def _ended(self, workers: Mapping[str, Any], name: str) -> bool:
+        return f"worker:{name}" in workers and self.worker.ended(workers[f"worker:{name}"])
 
     def enqueue(self, space: Space, anchors: Sequence[Anchor]) -> None:
         """Queue the anchors that are neither queued, running nor finished."""
-        trials = self.study.get_trials(
-            deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
-        )
-        known = {tuple(t.user_attrs["choices"]) for t in trials if "choices" in t.user_attrs}
+        self._anchors = tuple(anchors)
+        with self.store.guard():
+            self._enqueue(space, anchors)
+
+    def _enqueue(self, space: Space, anchors: Sequence[Anchor]) -> None:
+        known = self._known()
         for anchor in anchors:
             if anchor.choices not in known:
                 known.add(anchor.choices)
@@ -183,9 +187,16 @@ class Study:
                     user_attrs={"origin": anchor.origin, "choices": list(anchor.choices)},
                 )
 
+    def _known(self) -> set[Choices]:
+        """What is queued, running or finished."""
+        states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+        trials = self.study.get_trials(deepcopy=False, states=states)
+        return {tuple(t.user_attrs["choices"]) for t in trials if "choices" in t.user_attrs}
+
     def finished(self) -> list[Finished]:
         """Finished trials, in order of their numbers."""
-        return [_finished(trial) for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+        with self.store.guard():
+            return [_finished(trial) for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
 
     def run(
         self,
@@ -204,40 +215,76 @@ class Study:
             budgets: bytes per token that profiles are wanted for; dearer trials violate the constraint.
             advance: called with every trial that this worker finishes.
         """
+        attempt = 0
         while True:
             done = self.finished()
             distinct = [trial for trial in done if not trial.duplicate]
             if len(distinct) >= trials or len(done) >= DUPLICATES * trials:
                 return
-            trial, origin, choices = self._propose(space, done, budgets)
+            with self.store.guard():
+                proposal = self._propose(space, done, budgets, attempt)
+            if proposal is None:
+                attempt += 1
+                time.sleep(min(attempt, 10) * PAUSE)
+                continue
+            attempt = 0
+            trial, origin, choices = proposal
             started = time.monotonic()
             known = next((t.outcome for t in distinct if t.choices == choices), None)
-            outcome = (
-                objective(choices, [t.outcome for t in distinct], origin not in TRUSTED) if known is None else known
-            )
+            try:
+                outcome = (
+                    objective(choices, [t.outcome for t in distinct], origin not in TRUSTED) if known is None else known
+                )
+            except BaseException:
+                with contextlib.suppress(DataError), self.store.guard():  # what ended the trial is what has to be said
+                    self.study.tell(trial, state=TrialState.FAIL)
+                raise
             seconds = round(time.monotonic() - started, 3)
-            trial.set_user_attr("outcome", [outcome.cost, list(outcome.rungs), outcome.complete])
-            trial.set_user_attr("seconds", seconds)
-            trial.set_user_attr("duplicate", known is not None)
-            trial.set_constraint("budget", float(outcome.cost - max(budgets)))
-            self.study.tell(trial, [outcome.cost, _comparable(outcome, distinct)])
+            with self.store.guard():
+                if self.store.backend.get_trial(trial._trial_id).state.is_finished():
+                    trial = self._again(trial)  # somebody failed it meanwhile: what was found counts all the same
+                trial.set_user_attr("outcome", [outcome.cost, list(outcome.rungs), outcome.complete])
+                trial.set_user_attr("seconds", seconds)
+                trial.set_user_attr("duplicate", known is not None)
+                trial.set_constraint("budget", float(outcome.cost - max(budgets)))
+                self.study.tell(trial, [outcome.cost, _comparable(outcome, distinct)])
             advance(Finished(trial.number, origin, choices, outcome, seconds, known is not None))
 
+    def _again(self, trial: optuna.Trial) -> optuna.Trial:
+        """A new running trial of the same choices."""
+        old = self.store.backend.get_trial(trial._trial_id)
+        attributes = {name: old.user_attrs[name] for name in ("worker", "origin", "choices")}
+        copy = create_trial(
+            state=TrialState.RUNNING, params=old.params, distributions=old.distributions, user_attrs=attributes
+        )
+        study_id = self.store.backend.get_study_id_from_name(self.name)
+        return optuna.Trial(self.study, self.store.backend.create_new_trial(study_id, copy))
+
     def _propose(
-        self, space: Space, done: Sequence[Finished], budgets: Sequence[int]
-    ) -> tuple[optuna.Trial, str, Choices]:
-        """Ask for the next trial: a queued one, the corrected proxy's optimum, or what the sampler says."""
+        self, space: Space, done: Sequence[Finished], budgets: Sequence[int], attempt: int
+    ) -> tuple[optuna.Trial, str, Choices] | None:
+        """Ask for the next trial: a queued one, the corrected proxy's optimum, or what the sampler says.
+
+        None if another worker is trying the same; ``attempt`` counts how often in a row that was so.
+        """
         count = len(done)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and self.sampler == "random":
-            self.enqueue(space, [Anchor("random", self._random(space, count, budgets[count % len(budgets)]))])
+        if not waiting and self._bury():
+            self._enqueue(space, self._anchors)  # a worker ended while it tried one
+            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting and (self.sampler == "random" or attempt):
+            known, budget = self._known(), budgets[count % len(budgets)]
+            drawn = (self._random(space, count, budget, attempt + draw) for draw in range(DRAWS))
+            choices = next((choices for choices in drawn if choices not in known), None)
+            if choices is not None:
+                self._enqueue(space, [Anchor("random", choices)])
         elif not waiting and count % SAMPLER_EVERY and (refined := self._refined(space, done, budgets)) is not None:
-            self.enqueue(space, [Anchor("refined", refined)])
+            self._enqueue(space, [Anchor("refined", refined)])
         self.study.sampler = self._sampler(count)
         trial = self.study.ask(
             {v.name: CategoricalDistribution([pair_name(pair) for pair in v.pairs]) for v in space.variables}
         )
-        trial.set_user_attr("worker", [socket.gethostname(), os.getpid(), _started(os.getpid())])
+        trial.set_user_attr("worker", self.worker.id)
         if "choices" not in trial.user_attrs:
             names = [[pair_name(pair) for pair in v.pairs] for v in space.variables]
             trial.set_user_attr("origin", self.sampler)
@@ -245,7 +292,12 @@ class Study:
                 "choices",
                 [options.index(trial.params[v.name]) for v, options in zip(space.variables, names, strict=True)],
             )
-        return trial, trial.user_attrs["origin"], tuple(trial.user_attrs["choices"])
+        origin, choices = trial.user_attrs["origin"], tuple(trial.user_attrs["choices"])
+        for other in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if other.number < trial.number and tuple(other.user_attrs.get("choices", ())) == choices:
+                self.study.tell(trial, state=TrialState.FAIL)  # the lower number has it
+                return None
+        return trial, origin, choices
 
     def _refined(self, space: Space, done: Sequence[Finished], budgets: Sequence[int]) -> Choices | None:
         """The corrected proxy's optimum at one budget for weights drawn from their posterior; None if all draws were tried."""
@@ -264,9 +316,9 @@ class Study:
                 return best
         return None
 
-    def _random(self, space: Space, count: int, budget: int) -> Choices:
+    def _random(self, space: Space, count: int, budget: int, draw: int) -> Choices:
         """Uniformly random choices, then random variables made one step cheaper until the budget holds."""
-        rng = np.random.default_rng([self.seed, count])
+        rng = np.random.default_rng([self.seed, count, draw] if draw else [self.seed, count])
         choices = [int(rng.integers(len(v.pairs))) for v in space.variables]
         while space.cost(choices) > budget and any(choices):
             picked = int(rng.choice([i for i, choice in enumerate(choices) if choice]))
@@ -345,23 +397,3 @@ def _finished(trial: FrozenTrial) -> Finished:
         float(trial.user_attrs["seconds"]),
         bool(trial.user_attrs["duplicate"]),
     )
-
-
-def _alive(worker: Any) -> bool:
-    """Whether the process may still be there. Processes on other hosts cannot be seen and count as alive."""
-    if not isinstance(worker, list):
-        return False  # killed between asking and signing
-    host, pid, started = worker
-    return bool(host != socket.gethostname() or (started is not None and _started(int(pid)) == started))
-
-
-def _started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot, which tells a reused process id apart."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def _one_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

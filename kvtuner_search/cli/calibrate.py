@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvtuner_search.cli.interrupts import kill_as_interrupt
 from kvtuner_search.cli.options import quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options, space_options
 from kvtuner_search.errors import UsageError
@@ -83,6 +84,7 @@ from kvtuner_search.errors import UsageError
     help="Processes that share the trials on this machine.",
 )
 @click.option("--join", is_flag=True, hidden=True, help="Work on the study's trials and write nothing.")
+@click.option("--parent", type=int, hidden=True, help="Pipe of the process that started this one to join.")
 @quiet_option
 def command(**options: Any) -> None:
     """Search per-layer key and value bit-widths, and write a profile for each budget, with a report.
@@ -103,13 +105,15 @@ def command(**options: Any) -> None:
         name=options.pop("name"),
         resume=options.pop("resume"),
         overwrite=options.pop("overwrite"),
-        storage=options.pop("storage"),
+        storage=options.pop("storage") or None,
         study_name=options.pop("study_name"),
         workers=options.pop("workers"),
         join=options.pop("join"),
+        parent=options.pop("parent"),
         quiet=options.pop("quiet"),
         arguments=tuple(sys.argv[1:]),
     )
     options["sources"] = options["sources"] or DEFAULT_SOURCES
     options["target_bits"] = options["target_bits"] or (() if options["max_loss"] is not None else (4.0,))
-    calibrate(CalibrationOptions(model=loading(options), **options), session)
+    with kill_as_interrupt():
+        calibrate(CalibrationOptions(model=loading(options), **options), session)

@@ -1,0 +1,85 @@
+"""Studies that are this program's own, and what the workers of one have agreed on.
+
+What all workers must agree on is kept in a second study, ``NAME-agreed``: whoever has something to say adds a trial that holds all of it, in
+one operation, and the first one counts. Storages number trials in one order for all, so no two workers take different ones for the first,
+nobody sees a part of one, and nobody's parts are mixed with another's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import optuna
+from optuna.samplers import RandomSampler
+from optuna.study import StudyDirection
+from optuna.trial import TrialState, create_trial
+
+from kvtuner_search.calibration.storage import Store
+from kvtuner_search.errors import DataError
+
+CHUNK: Final = 60_000  # characters of one attribute, which some databases limit to 64 KiB
+MARK: Final = ("kvtuner", 2)  # attribute that tells this program's studies, and the version of their layout
+
+
+def open_study(store: Store, name: str, seed: int, objectives: int) -> optuna.Study:
+    """The study of a name, made if there is none.
+
+    Raises:
+        DataError: if it is of another program or layout; nothing of it is touched.
+    """
+    directions = [StudyDirection.MINIMIZE] * objectives
+    sampler = RandomSampler(seed)
+    try:
+        study = optuna.load_study(study_name=name, storage=store.backend, sampler=sampler)
+    except KeyError:
+        study = optuna.create_study(
+            study_name=name,
+            storage=store.backend,
+            sampler=sampler,
+            directions=directions,
+            load_if_exists=True,  # another worker may have made it just now
+        )
+    key, mark, attributes = MARK[0], f"{MARK[1]}, {objectives}", study.user_attrs
+    if study.directions == directions:
+        if attributes.get(key) == mark:
+            return study
+        if not attributes and not study.get_trials(deepcopy=False):
+            study.set_user_attr(
+                key, mark
+            )  # before anything else, so a study without it that holds something is not ours
+            return study
+    raise DataError(
+        f"the study {name!r} in {store.name} is of another program, or of another version of this one:"
+        " choose another --study-name, --storage or --output"
+    )
+
+
+def agree(study: optuna.Study, key: str, content: Any) -> Any:
+    """Say what holds for all workers under a key, plain JSON but None; returns what the first one said."""
+    found = agreed(study, key)
+    if found is None:
+        text = json.dumps(content, sort_keys=True)
+        chunks = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+        attributes = {"key": key, "chunks": len(chunks), **{str(i): chunk for i, chunk in enumerate(chunks)}}
+        study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=attributes))
+        found = agreed(study, key)
+    return found
+
+
+def agreed(study: optuna.Study, key: str) -> Any:
+    """What was said first under a key; None if nothing was."""
+    for trial in sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number):
+        attributes = trial.user_attrs
+        if attributes.get("key") == key:
+            return json.loads("".join(attributes[str(index)] for index in range(attributes["chunks"])))
+    return None
+
+
+def difference(name: str, there: Any, here: Any) -> str:
+    """What differs, with both values where they are short."""
+    if all(value is None or isinstance(value, str | int | float) for value in (there, here)):
+        return f"{name} {there}, here {here}"
+    if isinstance(there, dict) and isinstance(here, dict):
+        return f"{name}: " + ", ".join(sorted(k for k in {*there, *here} if there.get(k) != here.get(k)))
+    return name

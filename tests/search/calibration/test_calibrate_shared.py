@@ -1,0 +1,156 @@
+"""Runs of ``calibrate`` that share a study or a folder, are killed, or cannot write."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtuner_search.calibration import session
+from kvtuner_search.cli.main import run
+
+SMALL = ("--data", "list", "--samples", "1", "--length", "170", "--no-random-baseline", "--no-bands", "--quiet")
+
+
+def arguments(model: Path, output: Path, *more: str) -> list[str]:
+    return ["calibrate", "--model", str(model), "--output", str(output), *SMALL, *more]
+
+
+def wait_for(what: str, process: subprocess.Popen[bytes], ready: Any) -> None:
+    deadline = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, what
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_helpers_end_with_their_parent_even_if_it_is_killed(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "kvtuner_search", *arguments(tiny_model, output, "--trials", "4000")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--workers", "2"], env=environment)
+    journal = output / "study.journal"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    # Both have registered and a trial is finished, so the helper is at work and not just about to start.
+    wait_for("two workers", process, lambda: journal.exists() and journal.read_bytes().count(b'"worker:') >= 2)
+    (helper,) = map(int, children.read_text().split())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{helper}").exists() and b"kvtuner" in Path(f"/proc/{helper}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert run(arguments(tiny_model, output, "--trials", "4", "--resume")) == 0
+    assert (output / "tiny-qwen2-4.00bit.json").exists()
+    assert not (output / "study.journal.workers").exists()
+
+
+@pytest.mark.parametrize("how", ["--resume", "--overwrite"])
+def test_a_folder_in_which_another_run_is_at_work_is_left_alone(
+    how: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study.journal").write_bytes(b"the other's")
+    monkeypatch.setattr(session, "WAIT", 0.0)
+    with (tmp_path / "study.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run(arguments(tiny_model, tmp_path, how)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another calibration is at work in" in line
+    assert (tmp_path / "study.journal").read_bytes() == b"the other's"
+
+
+def test_every_machine_writes_what_the_first_one_measured(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = ("--trials", "4", "--storage", f"sqlite:///{tmp_path}/study.db")
+    assert run(arguments(tiny_model, tmp_path / "one", *storage)) == 0
+    real = session.profile_content
+
+    def elsewhere(*arguments: Any) -> dict[str, Any]:
+        content = real(*arguments)
+        content["provenance"]["device"] = "another"
+        content["pareto"][0]["loss"] *= 1 + 1e-12
+        return content
+
+    monkeypatch.setattr(session, "profile_content", elsewhere)
+    assert run(arguments(tiny_model, tmp_path / "two", *storage, "--name", "mine")) == 0
+    assert run(arguments(tiny_model, tmp_path / "three", *storage)) == 0
+    name = "tiny-qwen2-4.00bit"
+    for suffix in (".json", ".safetensors"):
+        assert (tmp_path / "three" / f"{name}{suffix}").read_bytes() == (
+            tmp_path / "one" / f"{name}{suffix}"
+        ).read_bytes()
+    named = (tmp_path / "two" / "mine-4.00bit.json").read_text()
+    assert '"another"' not in named
+    assert run(["check", str(tmp_path / "two" / "mine-4.00bit.json")]) == 0
+
+
+def test_what_cannot_be_written_in_the_end_says_how_to_go_on(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocked = tmp_path / "tiny-qwen2-4.00bit.json"
+    blocked.mkdir()
+    assert run(arguments(tiny_model, tmp_path, "--trials", "4")) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tiny-qwen2-4.00bit.json" in line
+    assert "the trials are kept: go on with --resume" in line
+    blocked.rmdir()
+    assert run(arguments(tiny_model, tmp_path, "--trials", "4", "--resume")) == 0
+    assert blocked.is_file()
+
+
+def test_a_full_disk_is_no_matter_of_usage(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(arguments(tiny_model, tmp_path)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device: make room on the disk" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_storage_that_locks_in_the_middle_is_one_line(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sqlite3
+
+    from kvtuner_search.calibration.objective import Objective
+
+    real, holders = Objective.__call__, []
+
+    def lock(*given: Any) -> Any:
+        holder = sqlite3.connect(tmp_path / "study.db")
+        holder.execute("begin exclusive")
+        holders.append(holder)
+        return real(*given)
+
+    storage = ("--trials", "4", "--storage", f"sqlite:///{tmp_path}/study.db?timeout=0.01")
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "__call__", lock)
+        assert run(arguments(tiny_model, tmp_path / "out", *storage)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "database is locked: another program keeps it locked; what was finished is kept: go on with --resume" in line
+    for holder in holders:
+        holder.close()
+    assert run(arguments(tiny_model, tmp_path / "out", *storage, "--resume")) == 0
+
+
+def test_a_password_is_never_said(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "MySQLdb", None)
+    url = "mysql://u:secretpw@127.0.0.1:3999/db"
+    assert run(arguments(tiny_model, tmp_path, "--overwrite", "--storage", url)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mysql://***@127.0.0.1:3999/db" in line
+    assert "MySQLdb" in line
+    assert "secretpw" not in line
