@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent / "calibration")]  # for tiny_models and study_worker
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE / "calibration"), str(HERE / "data")]  # for tiny_models, study_worker and words
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
 from kvtuner_search.calibration import session
+from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.cli.main import run
 
 SMALL = ("--data", "list", "--samples", "1", "--length", "170", "--no-random-baseline", "--no-bands", "--quiet")
@@ -49,6 +51,25 @@ def test_helpers_end_with_their_parent_even_if_it_is_killed(tiny_model: Path, tm
     assert run(arguments(tiny_model, output, "--trials", "4", "--resume")) == 0
     assert (output / "tiny-qwen2-4.00bit.json").exists()
     assert not (output / "study.journal.workers").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_end_says_so(number: int, tiny_model: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    more = ("--trials", "4000", "--storage", url)
+    command = [sys.executable, "-m", "kvtuner_search", *arguments(tiny_model, tmp_path / "out", *more)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    study = Study(open_storage(url), "kvtuner", "tpe", 0)
+    wait_for("a trial", process, study.finished)
+    process.send_signal(number)
+    assert b"--resume" in process.communicate()[1]
+    assert process.returncode == 130
+    workers = {name: value for name, value in study.study.user_attrs.items() if name.startswith("worker:")}
+    assert len(workers) == 1
+    assert set(workers.values()) == {None}
+    study.bury()  # at the most a trial that was just being taken
+    assert not study.study.get_trials(states=(TrialState.RUNNING,))
 
 
 @pytest.mark.parametrize("how", ["--resume", "--overwrite"])

@@ -118,10 +118,11 @@ def test_no_choices_are_scored_by_two_workers(kind: int, tmp_path: Path, monkeyp
     """Inside each trial of one worker another one takes a trial: with the same seed, number of trials and proposals."""
     storage = storages(tmp_path)[kind]
     first, second = join(storage), join(storage)
-    first.enqueue(SPACE, ANCHORS)
     with monkeypatch.context() as patch:
-        patch.setattr(Study, "_known", lambda _: set())  # both found no anchors and queued them
-        second.enqueue(SPACE, ANCHORS)
+        patch.setattr(Study, "_known", lambda _: set())  # both find each anchor missing, and queue it in turn
+        for anchor in ANCHORS:
+            first.enqueue(SPACE, [anchor])
+            second.enqueue(SPACE, [anchor])
     scored: list[Choices] = []
 
     def inner(choices: Choices, *_: object) -> Outcome:
