@@ -6,6 +6,7 @@ The kernel, and what it is built on, is in :mod:`kvtuner_kernels.decode_kernel`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ def merge_kernel(
     if OVERLAP:
         gdc_wait()
     if FIRST:
-        at = query + request * query_token_stride + head * query_head_stride + every[None, :]
+        at = query + request.to(tl.int64) * query_token_stride + head * query_head_stride + every[None, :]
         q = tl.load(at, mask=(every < HEAD_DIM)[None, :], other=0.0)
         score = tl.sum(q.to(tl.float32) * k, 1, keep_dims=True)
         if query_shift is not None:
@@ -129,6 +130,62 @@ class Workspace(NamedTuple):
 
     partial: Tensor  # fp32 [parts, runs, query heads, D]
     lse: Tensor  # fp32 [parts, runs, query heads], logarithms to base 2
+
+
+class Workspaces:
+    """The workspace of all decode calls of a model, which grows with the batches that come.
+
+    An earlier workspace is freed when a larger one takes its place, unless a CUDA graph was captured with it: replays write there. At most
+    half more is held than the largest batch took.
+
+    Args:
+        parts: how many partial results a batch of so many requests may take, runs counted: the most of any layer.
+        query_heads: local ones.
+        head_dim: channels of a head.
+        device: where they are kept.
+
+    Example::
+
+        spaces = Workspaces(lambda requests: decode_parts(requests, splits, False) * launch.runs, 28, 128, rows.device)
+        decode(query, rows, spec, 4, kv_indptr, kv_indices, workspace=spaces.of(len(query)))
+    """
+
+    def __init__(self, parts: Callable[[int], int], query_heads: int, head_dim: int, device: torch.device) -> None:
+        self._parts, self._query_heads, self._head_dim, self._device = parts, query_heads, head_dim, device
+        self._captured: list[Workspace] = []
+        self._current: Workspace | None = None
+        self._capacity = 0  # requests that the current one is enough for
+
+    def of(self, requests: int) -> Workspace:
+        """Space that is enough for a batch of so many requests: two fp32 buffers, in one dimension."""
+        capturing = is_capturing(self._device)
+        if self._current is None or requests > self._capacity:
+            self._let_go(capturing)
+            self._capacity = max(requests, self._capacity + self._capacity // 2)
+            numbers = self._parts(self._capacity) * self._query_heads
+            self._current = Workspace(
+                torch.empty(numbers * self._head_dim, dtype=torch.float32, device=self._device),
+                torch.empty(numbers, dtype=torch.float32, device=self._device),
+            )
+        if capturing and not any(kept is self._current for kept in self._captured):
+            self._captured.append(self._current)
+        return self._current
+
+    def _let_go(self, capturing: bool) -> None:
+        """Give up the current workspace, before a larger one is allocated."""
+        current, self._current = self._current, None
+        if current is None or any(kept is current for kept in self._captured):
+            return
+        if capturing:  # what a capture frees or waits for belongs to its graph
+            self._captured.append(current)
+        elif self._device.type == "cuda":
+            for buffer in current:  # its last call may still run, on another stream than it was allocated on
+                buffer.record_stream(torch.cuda.current_stream(self._device))
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is called now on ``device`` becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def decode_parts(batch: int, splits: int, per_request: bool) -> int:
@@ -179,7 +236,7 @@ def decode(
         ``out``. A request without tokens gives zeros.
 
     Raises:
-        LayoutError: for shapes, dtypes or strides that the kernel does not cover.
+        LayoutError: for shapes, dtypes or strides that the kernel does not cover, or 2**31 numbers in the query.
     """
     batch, query_heads, head_dim = query.shape
     check_rows(rows, spec, heads, head_dim)
@@ -194,9 +251,13 @@ def decode(
         raise LayoutError(f"max_kv_splits={max_kv_splits}: give it exactly when num_kv_splits is given")
     if query.dtype == torch.float32 and ASSEMBLY:
         raise LayoutError("fp32 queries are for the interpreter alone: convert to bf16 or fp16")
+    if query.numel() > 2**31:
+        raise LayoutError(f"queries of {list(query.shape)} are more than 2**31 numbers: decode fewer requests at once")
     out = torch.empty_like(query) if out is None else out
     if batch == 0:
         return out
+    if sum((size - 1) * stride for size, stride in zip(query.shape, query.stride(), strict=True)) >= 2**31:
+        query = query.contiguous()  # the kernel has no register left for an address of 64 bits within the query
     group = query_heads // heads
     launch = launch or decode_launch(spec, heads, group, head_dim, shared_memory(rows.device))
     splits = max_kv_splits or multiprocessors(rows.device) * launch.programs

@@ -25,7 +25,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
-from kvtuner_kernels.decode import Workspace, decode, decode_parts
+from kvtuner_kernels.decode import Workspaces, decode, decode_parts
 from kvtuner_kernels.extend import extend
 from kvtuner_kernels.reference import attend
 from kvtuner_kernels.tuning import decode_launch, multiprocessors, shared_memory
@@ -105,8 +105,7 @@ class PackedTritonBackend(TritonAttnBackend):
         self.extend_attention_fwd = torch.compiler.disable(self._extend)
         self.extend_attention_fwd_unified = torch.compiler.disable(self._extend_unified)
         self._layer: LayerStorage | None = None
-        self._workspaces: list[Workspace] = []  # earlier ones stay: captured graphs write to them
-        self._capacity = 0  # requests that the last workspace is enough for
+        self._workspaces = self._make_workspaces()
         self._prefill = self._prefill_attention()
         self._planned: Any = None  # extend_seq_lens_cpu of the batch that FlashInfer is prepared for
         self._by_flashinfer = False  # the layer that runs belongs to it
@@ -122,9 +121,9 @@ class PackedTritonBackend(TritonAttnBackend):
                 self._planned = lengths
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *arguments: Any, **named: Any) -> None:
-        """As the parent's, and the space for partial results, which must not move once a graph is captured."""
+        """As the parent's, and the space for partial results: one for all graphs, whatever the order in which they are captured."""
         super().init_cuda_graph_state(max_bs, max_num_tokens, *arguments, **named)
-        self._workspace(max_num_tokens)
+        self._workspaces.of(max_num_tokens)
 
     def forward_extend(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *arguments: Any, **named: Any
@@ -164,7 +163,7 @@ class PackedTritonBackend(TritonAttnBackend):
         decode(
             q, rows, spec, self.token_to_kv_pool.head_num, kv_indptr, kv_indices, o, centres=centres,
             softmax_scale=sm_scale, soft_cap=logit_cap, num_kv_splits=num_kv_splits if self.batch_invariant else None,
-            max_kv_splits=max_kv_splits if self.batch_invariant else 0, workspace=self._workspace(len(q)),
+            max_kv_splits=max_kv_splits if self.batch_invariant else 0, workspace=self._workspaces.of(len(q)),
         )  # fmt: skip
 
     def _extend(
@@ -207,25 +206,22 @@ class PackedTritonBackend(TritonAttnBackend):
             window=_window(sliding_window_size, custom_mask), batch_invariant=self.batch_invariant,
         )  # fmt: skip
 
-    def _workspace(self, requests: int) -> Workspace:
-        """Space for the partial results of a batch; grows outside of graphs only, where batches are within the first size."""
-        if requests > self._capacity:
-            pool, group = self.token_to_kv_pool, self.num_head // self.num_kv_head
-            device = pool.k_buffer[0].device
-            parts = 0
-            for spec in set(pool.specs):
-                launch = decode_launch(spec, pool.head_num, group, pool.head_dim, shared=shared_memory(device))
-                splits = self._splits(device, launch.programs)
-                parts = max(parts, decode_parts(requests, splits, self.batch_invariant) * launch.runs)
-            heads = self.num_head
-            self._workspaces.append(
-                Workspace(
-                    torch.empty(parts * heads * pool.head_dim, dtype=torch.float32, device=device),
-                    torch.empty(parts * heads, dtype=torch.float32, device=device),
-                )
+    def _make_workspaces(self) -> Workspaces:
+        """Space for the partial results of a batch, enough for any of the pool's layers."""
+        pool, group = self.token_to_kv_pool, self.num_head // self.num_kv_head
+        device = pool.k_buffer[0].device
+        launches = [
+            decode_launch(spec, pool.head_num, group, pool.head_dim, shared=shared_memory(device))
+            for spec in set(pool.specs)
+        ]
+
+        def parts(requests: int) -> int:
+            return max(
+                decode_parts(requests, self._splits(device, launch.programs), self.batch_invariant) * launch.runs
+                for launch in launches
             )
-            self._capacity = requests
-        return self._workspaces[-1]
+
+        return Workspaces(parts, self.num_head, pool.head_dim, device)
 
     def _splits(self, device: torch.device, programs: int) -> int:
         """Splits of each request, or of the whole batch; ``programs`` is how many a multiprocessor takes."""
