@@ -281,6 +281,7 @@ def extend_kernel(
     head = tl.program_id(1)
     first_query = tl.load(qo_indptr + request)
     new = tl.load(qo_indptr + request + 1) - first_query
+    origin = first_query.to(tl.int64)  # a token's number fits in 32 bits, its number times a stride does not
     first_row = tl.program_id(0) * TILE_ROWS
     first_slot = tl.load(kv_indptr + request)
     stored = tl.load(kv_indptr + request + 1) - first_slot
@@ -296,7 +297,7 @@ def extend_kernel(
         earliest = tl.maximum(before + first_row // GROUP - WINDOW + 1, 0)
     masked: tl.constexpr = custom_mask is not None
     if masked:
-        mask_row = custom_mask + tl.load(mask_indptr + request) + token * (before + new)
+        mask_row = custom_mask + tl.load(mask_indptr + request) + token.to(tl.int64) * (before + new)
 
     top = tl.full([TILE_ROWS, 1], -1.0e30, tl.float32)
     total = tl.zeros([TILE_ROWS, 1], tl.float32)
@@ -306,12 +307,12 @@ def extend_kernel(
     acc = fill(GROUPS, [TILE_ROWS, PADDED * PLANES], 0.0)
     column = tl.arange(0, TOKENS)
 
-    at = (first_query + token) * prefix_token_stride + query_head * prefix_head_stride
+    at = (origin + token) * prefix_token_stride + query_head * prefix_head_stride
     operands, sums = _load_query(prefix_query, at, live, KEY, DTYPE)
     if first_key is not None:
         first_at = (request * HEADS + head) * HEAD_DIM
         first_score = _times(prefix_query + at, live, first_key + first_at, HEAD_DIM)
-    at = (first_query + token) * query_token_stride + query_head * query_head_stride
+    at = (origin + token) * query_token_stride + query_head * query_head_stride
     channel = tl.arange(0, power_of_2(HEAD_DIM))[None, :]
     shift = tl.zeros([TILE_ROWS, 1], tl.float32)
     # What centring took from the scores: the chunk's keys have it, and a soft cap sees it.
@@ -373,7 +374,7 @@ def extend_kernel(
     query_head = head * GROUP + (row % GROUP)[:, None]
     live = (row < new * GROUP)[:, None]
     if not AS_STORED:
-        at = (first_query + token) * query_token_stride + query_head * query_head_stride
+        at = (origin + token) * query_token_stride + query_head * query_head_stride
         q = tl.load(query + at + channel, mask=live & (channel < HEAD_DIM), other=0.0).to(DTYPE)
         key_channel = tl.arange(0, power_of_2(HEAD_DIM))[:, None]
         end = tl.where(busy, new, 0)
@@ -392,14 +393,12 @@ def extend_kernel(
                 visible = visible & (index[None, :] <= token)
             if WINDOW:
                 visible = visible & (index[None, :] > token - WINDOW)
-            keys = key + (first_query + index)[None, :] * key_token_stride + head * key_head_stride + key_channel
+            keys = key + (origin + index)[None, :] * key_token_stride + head * key_head_stride + key_channel
             k = tl.load(keys, mask=inside[None, :] & (key_channel < HEAD_DIM), other=0.0).to(DTYPE)
             scores = tl.dot(q, k)
             p, top, total, decay = _softmax_step(scores, 0.0, top, total, softmax_scale, visible, CAP)
             weights = rounded(p, VALUE_DTYPE, ASSEMBLY_BODY)
-            values = (
-                value + (first_query + index)[:, None] * value_token_stride + head * value_head_stride + group_channel
-            )
+            values = value + (origin + index)[:, None] * value_token_stride + head * value_head_stride + group_channel
             new_acc = ()
             for group in tl.static_range(GROUPS):
                 v = tl.load(values + group * (PLANES * VALUE.words), mask=inside[:, None] & exists, other=0.0)
@@ -407,7 +406,7 @@ def extend_kernel(
             acc = new_acc
 
     inverse = 1 / tl.where(total > 0, total, 1.0)
-    target = out + (first_query + token) * out_token_stride + query_head * out_head_stride + group_channel
+    target = out + (origin + token) * out_token_stride + query_head * out_head_stride + group_channel
     for group in tl.static_range(GROUPS):
         result = (acc[group] * inverse).to(out.dtype.element_ty)
         tl.store(target + group * (PLANES * VALUE.words), result, mask=live & exists)
