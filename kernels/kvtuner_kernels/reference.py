@@ -218,16 +218,48 @@ NO_CENTRES: Final = Centres()
 
 
 def pack_rows(
-    key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres = NO_CENTRES, first: Tensor | None = None
+    key: Tensor,
+    value: Tensor,
+    spec: LayerSpec,
+    centres: Centres = NO_CENTRES,
+    first: Tensor | None = None,
+    *,
+    refuse: bool = True,
 ) -> Tensor:
     """Keys and values [N, H, D] of N tokens to uint8 rows [N, row bytes].
 
     Args:
         first: bool [N], which tokens are the first of their sequence; none if not given. Banded specs alone look at it.
+        refuse: raise for a token that cannot be stored. If not, its row reads back as NaN in at least one of key and value, and all other
+            rows are what they would be without it.
 
     Raises:
-        QuantizationError, LayoutError: as for :func:`quantize`.
+        QuantizationError: if ``refuse``, as for :func:`quantize`.
+        LayoutError: as for :func:`quantize`.
     """
+    try:
+        return _pack_rows(key, value, spec, centres, first)
+    except QuantizationError:
+        if refuse:
+            raise
+    bad = ~(key.isfinite().flatten(1).all(1) & value.isfinite().flatten(1).all(1))
+    for token in (~bad).nonzero().flatten().tolist():  # finite, but perhaps too large once centred and rotated
+        one = slice(token, token + 1)
+        try:
+            _pack_rows(key[one], value[one], spec, centres, None if first is None else first[one])
+        except QuantizationError:
+            bad[token] = True
+    key, value = (side.masked_fill(bad[:, None, None], 0) for side in (key, value))
+    rows = _pack_rows(key, value, spec, centres, first)
+    row, (_, heads, head_dim) = spec.row(*key.shape[1:]), key.shape
+    for side, at in ((spec.key, row.key_metadata), (spec.value, row.value_metadata)):
+        if not side.raw:
+            metadata = rows[bad, at : at + heads * side.metadata_bytes(head_dim)].view(torch.float16)
+            rows[bad, at : at + heads * side.metadata_bytes(head_dim)] = metadata.fill_(math.nan).view(torch.uint8)
+    return rows
+
+
+def _pack_rows(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres, first: Tensor | None) -> Tensor:
     tokens, heads, head_dim = key.shape
     row = spec.row(heads, head_dim)
     rows = torch.zeros(tokens, row.nbytes, dtype=torch.uint8, device=key.device)

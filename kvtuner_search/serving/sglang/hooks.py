@@ -16,7 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from kvtuner_search.errors import ServingError
 from kvtuner_search.serving import flags
 from kvtuner_search.serving.configuration import ServingConfiguration
-from kvtuner_search.serving.sglang import launcher
+from kvtuner_search.serving.sglang import launcher, not_finite
 from kvtuner_search.serving.sglang.refusals import Refusal
 
 Hook = tuple[str, Callable[..., Any], HookType]  # a dotted path, what is called there, and how
@@ -80,7 +80,7 @@ def activate(places: Places, configuration: ServingConfiguration) -> None:
     _place(places, f"{places.arguments}.check_server_args", check_server_args, HookType.AFTER)
     _place(places, places.ready, _wait_until_ready, HookType.AROUND)
     _place(places, places.info, _add_report, HookType.AFTER)
-    for hook in places.pool:
+    for hook in (*places.pool, *not_finite.HOOKS):
         _place(places, *hook)
     for name in ("triton", "torch_native"):
         ATTENTION_BACKENDS[name] = _backend(name, ATTENTION_BACKENDS[name])

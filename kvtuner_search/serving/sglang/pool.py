@@ -195,7 +195,7 @@ class PackedPool(MHATokenToKVPool):
             store(key, value, rows, slots, spec, centres, positions)
         else:
             first = None if positions is None else positions == 0
-            rows[slots] = pack_rows(key, value, spec, centres, first)
+            rows[slots] = pack_rows(key, value, spec, centres, first, refuse=False)
 
     def _get_key_buffer(self, layer_id: int) -> Tensor:
         return self._stub
