@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvtuner_search import threads
 from kvtuner_search.cli.interrupts import kill_as_interrupt
 from kvtuner_search.cli.options import quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options, space_options
@@ -92,6 +93,7 @@ def command(**options: Any) -> None:
     The quantized cache is scored by teacher forcing in which attention reads every key and value as stored. What is chosen was picked on one
     held-out split and is measured once on another.
     """
+    threads.settle()  # before torch is imported
     from kvtuner_search.calibration.options import CalibrationOptions
     from kvtuner_search.calibration.session import Session, calibrate
     from kvtuner_search.data import DEFAULT_SOURCES

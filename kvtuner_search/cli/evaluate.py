@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from kvtuner_search import threads
 from kvtuner_search.cli.options import json_option, quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading, model_options
 
@@ -79,6 +80,7 @@ def command(
     samples. docs/evaluate.md says more.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: lm-eval's own bars would break ours
+    threads.settle()  # before torch is imported
     from kvtuner_kernels.layout import LayerSpec, LayoutError
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.errors import UsageError

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvtuner_search import threads
 from kvtuner_search.cli.options import quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading, model_options, space_options
 
@@ -34,6 +35,7 @@ def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -
     probabilities (e_a), with and without centring and rotation. Of every class: the KL divergence of the model's output when one side of one
     layer alone is stored so.
     """
+    threads.settle()  # before torch is imported
     from kvtuner_search.calibration.alone import LayerAlone
     from kvtuner_search.calibration.candidates import pair_name
     from kvtuner_search.calibration.options import CalibrationOptions
