@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
 # ruff: noqa: RUF005 - see operands.py
 """Store banded sides: bring a tile of tokens to the basis, put it on the grid, and write whole words.
 

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
 # ruff: noqa: RUF005, RET505 - see operands.py
 """Heads times a matrix, and rows to numbers: what leads to a fitted basis, and out of it.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvtuner_kernels.bands import basis
-from kvtuner_kernels.basis_kernel import Overlap, banded, bases, dequantized, transform_heads
+from kvtuner_kernels.basis_kernel import Overlap, bases, dequantized, transform_heads
 from kvtuner_kernels.decode_kernel import LOG2E, SPLIT_ALIGNMENT, bounds, decode_kernel
 from kvtuner_kernels.layout import LayerSpec, LayoutError
 from kvtuner_kernels.operands import (
@@ -28,6 +28,7 @@ from kvtuner_kernels.operands import (
     rotation_shift,
     sides,
 )
+from kvtuner_kernels.planes import banded
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
 from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors, overlaps, shared_memory

@@ -16,7 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvtuner_kernels.basis_kernel import banded
 from kvtuner_kernels.operands import (
     ASSEMBLY,
     FIRST_MARK,
@@ -36,6 +35,7 @@ from kvtuner_kernels.operands import (
     scale_byte,
     scale_of,
 )
+from kvtuner_kernels.planes import banded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)

@@ -5,7 +5,7 @@ import torch
 
 from kvtuner_kernels import band_kernel
 from kvtuner_kernels.band_kernel import store_bands_constants
-from kvtuner_kernels.bands import join_basis, unpack_bands
+from kvtuner_kernels.bands import is_first, join_basis, unpack_bands
 from kvtuner_kernels.basis_kernel import transform_constants
 from kvtuner_kernels.gather import gather, move
 from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
@@ -171,17 +171,15 @@ def test_few_codes_turn_in_any_basis(head_dim: int) -> None:
     store(key, value, pool, torch.arange(tokens), spec, centres, at)
     packed = pack_rows(key, value, spec, centres, at == 0)
     row = spec.row(heads, head_dim)
-    for index, metadata in enumerate((row.key_metadata, row.value_metadata)):
+    for index in (0, 1):
         mine, plain = (
-            rows[:, metadata : metadata + 2 * heads].contiguous().view(torch.float16) for rows in (pool, packed)
-        )
-        assert torch.equal(mine.signbit(), plain.signbit())
-        assert torch.allclose(mine.float(), plain.float(), rtol=2.0**-10)
-        codes = [
-            unpack_bands(rows[:, : heads * row.key_head].unflatten(1, (heads, -1)), spec, index, head_dim).int()
+            unpack_bands(rows[:, : heads * row.key_head].unflatten(1, (heads, -1)), spec, index, head_dim)
             for rows in (pool, packed)
-        ]
-        turned = (codes[0] - codes[1]).abs()
+        )
+        assert torch.equal(is_first(mine.scale), is_first(plain.scale))
+        same = mine.scale == plain.scale
+        assert (~same).sum() <= 1  # where a number turned, another scale may have less error
+        turned = (mine.codes.int() - plain.codes.int()).abs()[same]
         assert int(turned.max()) <= 1
         assert int(turned.sum()) <= 5e-4 * turned.numel()
     got = gather(pool, torch.arange(tokens), spec, heads, head_dim, centres, torch.float32)

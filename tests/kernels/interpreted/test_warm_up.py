@@ -60,7 +60,9 @@ def test_a_kernel_that_takes_a_first_token_for_any_other_is_refused(monkeypatch:
     def unmarked(*arguments, **options):  # type: ignore[no-untyped-def]
         at = next(i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.uint8)
         rows = arguments[at].clone()
-        rows[:, BANDED.row(1, 64).value_metadata + 1] &= 127  # the sign of the value's scale
+        digits = BANDED.digits(64)[1]
+        assert digits is not None
+        rows[:, 2 * (digits.word + 8 // digits.bits) - 1] &= 127  # the top bit of the values' scale
         return kernel(*arguments[:at], rows, *arguments[at + 1 :], **options)
 
     monkeypatch.setattr(module, name, unmarked)

@@ -11,7 +11,7 @@ from exact_bases import eighths, made_up_centres
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
 
-from kvtuner_kernels.bands import basis, is_first
+from kvtuner_kernels.bands import basis, is_first, unpack_bands
 from kvtuner_kernels.layout import LayerSpec, bytes_per_token
 from kvtuner_kernels.reference import Centres, pack_rows, unpack_rows
 from kvtuner_search.errors import ExitCode
@@ -125,8 +125,14 @@ def marks(pool: PackedPool, layer: int, slots: torch.Tensor) -> list[bool]:
     spec, _, rows = pool.storage(layer)
     row = spec.row(pool.head_num, DIM)
     said = [
-        is_first(rows[slots, at : at + 2 * pool.head_num].contiguous().view(torch.float16))
-        for side, at in ((spec.key, row.key_metadata), (spec.value, row.value_metadata))
+        is_first(
+            unpack_bands(
+                rows[slots, at : at + pool.head_num * step].unflatten(1, (pool.head_num, -1)), spec, index, DIM
+            ).scale
+        )
+        for index, (side, at, step) in enumerate(
+            ((spec.key, row.key_codes, row.key_head), (spec.value, row.value_codes, row.value_head))
+        )
         if side.banded
     ]
     together = torch.cat(said, 1)

@@ -80,11 +80,13 @@ def test_a_mark_that_outlives_its_token_is_noticed(monkeypatch: pytest.MonkeyPat
     def sticky(pool: PackedPool, layer: Any, loc: Any, *sides: Any, **more: Any) -> None:
         rows, spec = pool.layers[layer.layer_id].rows, SPECS[layer.layer_id]
         at = spec.row(pool.head_num, pool.head_dim)
-        signs = [
-            begin + 2 * head + 1  # the high byte of a head's scale
-            for side, begin in ((spec.key, at.key_metadata), (spec.value, at.value_metadata))
+        signs = [  # bytes whose top bit is that of a scale
+            begin + head * step + 2 * (digits.word + 8 // digits.bits) - 1
+            for digits, begin, step in zip(
+                spec.digits(pool.head_dim), (at.key_codes, at.value_codes), (at.key_head, at.value_head), strict=True
+            )
             for head in range(pool.head_num)
-            if side.banded
+            if digits is not None
         ]
         marks = rows[:, signs] & 128
         original(pool, layer, loc, *sides, **more)
