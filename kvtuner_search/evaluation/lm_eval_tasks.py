@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.reference import Centres
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import DataError, KVTunerError, UsageError
 from kvtuner_search.evaluation.statistics import CONFIDENCE, paired_proportions, paired_ratio
 from kvtuner_search.evaluation.stored import Setting
 from kvtuner_search.models.load import LoadedModel
@@ -120,7 +121,10 @@ def _manager(options: TaskOptions) -> Any:
     missing = list(options.tasks)
     for defaults in (False, True) if path is not None else (True,):  # lm-eval's own thousands take seconds to list
         with _quiet(None):
-            manager = TaskManager(include_path=path, include_defaults=defaults)
+            try:
+                manager = TaskManager(include_path=path, include_defaults=defaults)
+            except Exception as error:  # of a task's file
+                raise _refusal(error, options) from error
         missing = sorted(set(options.tasks) - set(manager.all_tasks))
         if not missing:
             return manager
@@ -153,13 +157,39 @@ def _run(
                 limit=options.limit,
                 bootstrap_iters=0,  # its intervals are not paired
             )
-        except (OSError, ValueError, KeyError, ImportError, AssertionError) as error:  # what tasks and datasets raise
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise DataError(
-                f"lm-eval cannot run {', '.join(options.tasks)}: {first}: offline, give a task whose data_files are local"
-                " with --task-folder (docs/evaluate.md)"
-            ) from error
+        except Exception as error:  # tasks are others' code and data: what they raise has no bounds
+            if _is_no_tasks(error):
+                raise
+            raise _refusal(error, options) from error
     return _Result(_items(found), found["versions"], found["n-shot"], found["higher_is_better"])
+
+
+def _is_no_tasks(error: Exception) -> bool:
+    """Whether it is an error of this program, or the GPU's."""
+    return isinstance(error, KVTunerError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _refusal(error: Exception, options: TaskOptions) -> DataError:
+    """What a task raised as one line with the task's name."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    reason = line if line and isinstance(error, OSError) else ": ".join(filter(None, (type(error).__name__, line)))
+    remedy = "mend its file or its data, or leave it out (--debug shows where it failed)"
+    if isinstance(error, (OSError, ImportError)):
+        remedy = "offline, give a task whose data_files are local with --task-folder (docs/evaluate.md)"
+    return DataError(f"lm-eval cannot run {_failing(error) or ', '.join(options.tasks)}: {reason[:500]}: {remedy}")
+
+
+def _failing(error: Exception) -> str | None:
+    """The task that lm-eval was busy with, read from the innermost frame that knows one."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            if type(value).__module__.startswith("lm_eval."):
+                name = getattr(getattr(value, "config", None), "task", None) or getattr(value, "task_name", None)
+                found = name if isinstance(name, str) else found
+            elif isinstance(value, dict) and {"task", "output_type"} <= value.keys() and isinstance(value["task"], str):
+                found = value["task"]
+    return found
 
 
 def _items(found: Mapping[str, Any]) -> dict[_Key, _Items]:

@@ -244,6 +244,53 @@ def test_what_cannot_be_measured_is_refused(loaded: LoadedModel, tasks: Path) ->
         run_tasks(loaded, [("raw", RAW, {})], options(tasks, "lost"), QUIET)
 
 
+BROKEN = {  # what is wrong -> the line that it takes the place of, and what is said
+    "empty choice": ("doc_to_choice: [maybe, never]", 'doc_to_choice: ["", never]', "IndexError: string index out of range"),
+    "unknown field": ('doc_to_text: "{{q}}"', 'doc_to_text: "{{q.a.b}}"', "UndefinedError"),
+    "no such metric": ("metric: acc", "metric: no_such_metric", "KeyError"),
+    "code that fails": ("doc_to_target: 0", "doc_to_target: !function own.fails", "ZeroDivisionError: integer"),
+    "no such output": ("output_type: multiple_choice", "output_type: telepathy", "telepathy"),
+    "no YAML": ("test_split: test", "test_split: [test", "knows no task 'broken'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_task_is_named_in_one_line(
+    fault: str, loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = (
+        f"task: NAME\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\noutput_type: multiple_choice\n"
+        'test_split: test\ndoc_to_text: "{{q}}"\ndoc_to_choice: [maybe, never]\ndoc_to_target: 0\nmetric_list: [{metric: acc}]\n'
+    )
+    (tmp_path / "rows.jsonl").write_text('{"q": "what is 0"}\n{"q": "what is 1"}\n')
+    (tmp_path / "own.py").write_text("def fails(doc):\n    return 1 // 0\n")
+    line, wrong, said = BROKEN[fault]
+    assert line in good
+    (tmp_path / "sound.yaml").write_text(good.replace("NAME", "sound"))
+    assert run_tasks(loaded, [("raw", RAW, {})], options(tmp_path, "sound"), QUIET)[0][0].samples == 2
+    (tmp_path / "broken.yaml").write_text(good.replace("NAME", "broken").replace(line, wrong))
+    with pytest.raises(DataError) as caught:
+        run_tasks(loaded, [("raw", RAW, {})], options(tmp_path, "sound", "broken"), QUIET)
+    message = str(caught.value)
+    assert "broken" in message.split(": ", 1)[0] or "'broken'" in message
+    assert said in message
+    assert "\n" not in message
+
+
+def test_memory_and_our_own_errors_are_no_tasks(
+    loaded: LoadedModel, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch's."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StoredLM, "loglikelihood", fails)
+    with pytest.raises(OutOfMemoryError):
+        run_tasks(loaded, [("raw", RAW, {})], options(tasks, "recall_likelihood"), QUIET)
+
+
 def test_the_command_shows_both_tables(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["evaluate", "--uniform", "4-g64-asym/4-g64-asym", "--data", "list", "--samples", "2", "--quiet"]
     chosen = ["--tasks", "recall_generated", "--task-folder", str(tasks), "--limit", "4"]
