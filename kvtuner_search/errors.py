@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from kvtuner_search.secrets import mask
+
 
 class ExitCode(IntEnum):
     """What a command returns to the shell."""
@@ -22,9 +24,12 @@ class ExitCode(IntEnum):
 
 
 class KVTunerError(Exception):
-    """Base of all errors that are the caller's to mend."""
+    """Base of all errors that are the caller's to mend. Passwords and keys in the message are masked, wherever it goes."""
 
     exit_code: ExitCode = ExitCode.DATA
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(mask(message))
 
 
 class UsageError(KVTunerError):

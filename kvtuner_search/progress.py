@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from kvtuner_search.secrets import mask
+
 
 class Reporter:
     """Shows stages one after the other and remembers how long each took (``seconds``, by stage name)."""
@@ -54,4 +56,4 @@ class Reporter:
 
     def say(self, message: str) -> None:
         """One line of chatter."""
-        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(mask(message), highlight=False, soft_wrap=True, markup=False)

@@ -22,6 +22,8 @@ from pydantic_core import from_json  # about three times as fast as json, and py
 from kvtuner_search.bench.pulse import Pulse
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.text import printable
+from kvtuner_search.secrets import mask, remember
+from kvtuner_search.serving.validate.address import authorization
 
 # Kinds of failure, with what usually causes them. The names are stable: they stand in records.
 FAILURES: Final = {
@@ -39,6 +41,7 @@ FAILURES: Final = {
     "too-few-tokens": "the answer ended before the tokens that were asked for: counting requested tokens would inflate throughput",
     "too-many-tokens": "more tokens came than were asked for",
     "miscounted": "the server claims another number of tokens than came",
+    "uncounted": "the answer lacks the server's own counts, so nothing says that prompt and answer are whole: a proxy or another server drops them",
     "wrong-finish": "all tokens came, but the answer did not end by its length",
     "not-sent": "given up after too many failures in a row",
 }
@@ -50,9 +53,12 @@ _HEADERS: Final = {
     "Accept": "text/event-stream",
     "Accept-Encoding": "identity",  # compression collects tokens, in a proxy if not in the server
 }
-_EVENT_LIMIT: Final = 1 << 26  # bytes of one line; more is no answer
+_EVENT_LIMIT: Final = 1 << 20  # bytes of one line, and for each token that was asked for
+_TOKEN_LIMIT: Final = 1 << 10  # as many more; what is longer is no answer
 _READ_BUFFER: Final = 10 << 20  # bytes, as in sglang.bench_serving
 _DETAIL: Final = 200  # characters of a failure's detail that are kept
+_EXCERPT: Final = 4096  # bytes of an error's body that are read; masked before they are cut
+_IDS: Final = 2**31  # where the vocabulary is not known
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,15 @@ class Request:
     prompt_tokens: int
     asked: int  # tokens, exactly: the end-of-text token does not end the answer
     body: bytes
+    vocabulary: int = _IDS  # ids of the model's embedding
 
     @classmethod
-    def of(cls, index: int, identifier: str, prompt: Sequence[int], asked: int) -> Self:
+    def of(cls, index: int, identifier: str, prompt: Sequence[int], asked: int, vocabulary: int | None = None) -> Self:
         """Greedy, streaming, of exactly ``asked`` tokens."""
         sampling = {"temperature": 0, "max_new_tokens": asked, "ignore_eos": True}
         content = {"rid": identifier, "input_ids": list(prompt), "sampling_params": sampling, "stream": True}
-        return cls(index, identifier, len(prompt), asked, json.dumps(content, separators=(",", ":")).encode())
+        body = json.dumps(content, separators=(",", ":")).encode()
+        return cls(index, identifier, len(prompt), asked, body, vocabulary or _IDS)
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class _Fault(Exception):
 
     def __init__(self, kind: str, detail: object) -> None:
         super().__init__(kind, detail)
-        self.kind, self.detail = kind, printable(detail)[:_DETAIL]
+        self.kind, self.detail = kind, printable(mask(detail))[:_DETAIL]
 
 
 class _Answer:
@@ -177,19 +185,20 @@ class _Answer:
         self.message = ""
         self._rest = b""
         self._events = 0
+        self._limit = _EVENT_LIMIT + _TOKEN_LIMIT * request.asked
         self._cumulative: bool | None = None
         self._meta: dict[str, Any] = {}  # of the latest event
 
     def count(self, name: str) -> int | None:
         """A number of tokens as the server's latest event has it."""
         value = self._meta.get(name)
-        return value if type(value) is int and value >= 0 else None
+        return value if type(value) is int and 0 <= value <= _IDS else None
 
     def take(self, data: bytes, at: float) -> None:
         """Read the lines that are complete with this data, which came ``at`` ms."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _EVENT_LIMIT:
-            raise _Fault("malformed", f"a line of more than {_EVENT_LIMIT} bytes")
+        if len(self._rest) > self._limit:
+            raise _Fault("malformed", f"a line of more than {self._limit:,} bytes")
         for line in lines:
             if line.startswith(b"data:"):
                 content = line[5:].strip()
@@ -217,13 +226,21 @@ class _Answer:
         if new := self._new(ids):
             if set(map(type, new)) != {int}:
                 raise _Fault("malformed", f"output_ids {new[:8]}")
+            if not 0 <= min(new) <= max(new) < self.request.vocabulary:
+                raise _Fault("malformed", f"output_ids {new[:8]} of a vocabulary of {self.request.vocabulary}")
+            if (
+                len(self.tokens) + len(new) > 2 * self.request.asked + 8
+            ):  # far beyond what judge() counts: it may never end
+                raise _Fault(
+                    "too-many-tokens", f"over {len(self.tokens) + len(new) - 1} of {self.request.asked} tokens"
+                )
             self.tokens += new
             self.arrivals.append((round(at, 3), len(new)))
         reason = meta.get("finish_reason")
         if isinstance(reason, dict):
-            self.finish, self.message = printable(reason.get("type"))[:_DETAIL], printable(reason.get("message", ""))
+            self.finish, self.message = _word(reason.get("type")), _word(reason.get("message", ""))
         elif reason is not None:
-            self.finish = printable(reason)[:_DETAIL]
+            self.finish = _word(reason)
 
     def _new(self, ids: list[Any]) -> list[Any]:
         """The ids that had not come before."""
@@ -251,6 +268,9 @@ class _Answer:
             raise _Fault("dropped", f"the stream ended after {count} of {asked} tokens without a finish reason")
         if self.finish == "abort":
             raise _Fault("aborted", self.message)
+        missing = [name for name in ("prompt_tokens", "completion_tokens") if name not in self._meta]
+        if missing or self._meta["prompt_tokens"] is None:
+            raise _Fault("uncounted", f"the last event has no {' and no '.join(missing or ['prompt_tokens'])}")
         if prompt != self.request.prompt_tokens:
             raise _Fault("wrong-prompt", f"{prompt} tokens of {self.request.prompt_tokens}")
         if not count:
@@ -262,19 +282,29 @@ class _Answer:
             raise _Fault(kind, f"{count} of {asked} tokens, ended by {self.finish}")
         if self.finish != "length":
             raise _Fault("wrong-finish", self.finish)
+        if (self.count("cached_tokens") or 0) > self.request.prompt_tokens:
+            raise _Fault("miscounted", f"{self.count('cached_tokens')} of {prompt} prompt tokens were cached")
 
 
-def session(timeout: float, stall: float) -> aiohttp.ClientSession:
+def _word(value: object) -> str:
+    return printable(mask(value))[:_DETAIL]
+
+
+def session(timeout: float, stall: float, key: str | None = None) -> aiohttp.ClientSession:
     """A session without limits on connections.
 
     Args:
         timeout: seconds that a whole request may take.
         stall: seconds without a byte after which it is given up.
+        key: sent as bearer token, and masked in what is kept of answers.
     """
+    remember(key)
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=min(stall, 30.0), sock_read=stall),
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
         read_bufsize=_READ_BUFFER,
+        headers=authorization(key),
+        auto_decompress=False,  # what unpacks to gigabytes is no stream of tokens
         trust_env=False,
     )
 
@@ -304,6 +334,9 @@ async def ask(
     try:
         async with http.post(url, data=request.body, headers=_HEADERS, allow_redirects=False) as response:
             answer.status = response.status
+            coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+            if coding not in ("identity", ""):
+                raise _Fault("malformed", f"it is compressed ({coding}), which was not asked for")
             if response.status != 200:
                 raise _Fault("http-status", f"{response.status}: {await _excerpt(response)}")
             while data := await response.content.readany():
@@ -336,7 +369,7 @@ async def ask(
         finish=answer.finish,
         counted_prompt=answer.count("prompt_tokens"),
         claimed=answer.count("completion_tokens"),
-        cached_tokens=answer.count("cached_tokens") or 0,
+        cached_tokens=min(answer.count("cached_tokens") or 0, request.prompt_tokens),
         tokens=tuple(answer.tokens),
         arrivals=tuple(answer.arrivals),
         lag=round(lag * 1e3, 3),
@@ -347,6 +380,6 @@ async def ask(
 async def _excerpt(response: aiohttp.ClientResponse) -> str:
     """The beginning of an error's body, if it comes."""
     try:
-        return (await response.content.read(_DETAIL)).decode(errors="replace")
+        return (await response.content.read(_EXCERPT)).decode(errors="replace")
     except (TimeoutError, aiohttp.ClientError, OSError):
         return "(no body)"

@@ -9,6 +9,7 @@ cached prompts: it checks our clock, not the other way round.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,7 +33,13 @@ _FIGURES: Final[dict[str, tuple[str, Callable[[Any], float]]]] = {
 
 
 def cross_check(
-    python: str, url: str, tokenizer: str, prompts: Sequence[Sequence[int]], cell: Cell, timeout: float
+    python: str,
+    url: str,
+    tokenizer: str,
+    prompts: Sequence[Sequence[int]],
+    cell: Cell,
+    timeout: float,
+    key: str | None = None,
 ) -> dict[str, float]:
     """Send a cell's requests again through SGLang's client.
 
@@ -43,6 +50,7 @@ def cross_check(
         prompts: of the cell's measured requests.
         cell: our figures.
         timeout: seconds for the whole run of that client.
+        key: sent as bearer token. That client takes one from OPENAI_API_KEY and API_KEY, which are other services' and are taken out.
 
     Returns:
         Our figure over theirs, for each that both have.
@@ -67,7 +75,9 @@ def cross_check(
             *("--max-concurrency", str(cell.shape.concurrency), "--output-file", str(result)),
         ]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment(key)
+            )
         except subprocess.TimeoutExpired as error:
             raise DataError(
                 f"sglang.bench_serving took more than {timeout:g} s: allow more, or leave it out"
@@ -81,6 +91,12 @@ def cross_check(
             )
         theirs = json.loads(result.read_text().splitlines()[-1])
     return compare(cell, theirs, len(prompts))
+
+
+def _environment(key: str | None) -> dict[str, str]:
+    """This process's, with no key but that of the server that is measured."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("OPENAI_API_KEY", "API_KEY")}
+    return kept if key is None else kept | {"OPENAI_API_KEY": key}
 
 
 def compare(cell: Cell, theirs: dict[str, Any], requests: int) -> dict[str, float]:

@@ -13,10 +13,9 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -28,6 +27,7 @@ from kvtuner_search.bench.summary import elapsed as elapsed
 from kvtuner_search.bench.summary import summarise as summarise
 from kvtuner_search.bench.summary import violations as violations
 from kvtuner_search.errors import UsageError
+from kvtuner_search.serving.validate.address import check_url
 
 GIVE_UP: Final = 8  # failures in a row, in one process, after which the rest is not sent (two if nothing comes): a dead server is not asked for hours
 REQUESTS_A_WORKER: Final = 32  # in flight, above which another process helps
@@ -52,6 +52,7 @@ class Job:
     timeout: float
     stall: float
     epoch: float  # seconds since 1970 when the performance counter was 0
+    key: str | None = field(default=None, repr=False)  # sent as bearer token
 
 
 def run_cell(
@@ -69,6 +70,8 @@ def run_cell(
     advance: Callable[[], None] | None = None,
     workers: int | None = None,
     seed: int = 0,
+    key: str | None = None,
+    vocabulary: int | None = None,
 ) -> list[Result]:
     """Send the requests of one cell and wait for all answers.
 
@@ -86,6 +89,8 @@ def run_cell(
         advance: called once for every measured request.
         workers: processes; None: one, and more where concurrency is high and cores are there.
         seed: of the arrival times of an open loop.
+        key: sent as bearer token.
+        vocabulary: ids of the model's embedding; None: not known.
 
     Returns:
         One result for each measured request, in the order of ``prompts``.
@@ -102,15 +107,13 @@ def run_cell(
         )
     if rate is not None and not 0 < rate < float("inf"):
         raise UsageError(f"a rate of {rate} requests/s: give a positive number, or none for a closed loop")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"{url} is no URL of a server: write http://host:port")
+    url = check_url(url, key)
     name = secrets.token_hex(8)  # an answer to an earlier request with the same prompt must not pass for this one's
     requests = tuple(
-        Request.of(index - warmup, f"{name}-{index}", prompt, shape.output_tokens)
+        Request.of(index - warmup, f"{name}-{index}", prompt, shape.output_tokens, vocabulary)
         for index, prompt in enumerate(prompts)
     )
-    job = Job(url.rstrip("/") + "/generate", requests, timeout, stall, time.time() - time.perf_counter())
+    job = Job(url + "/generate", requests, timeout, stall, time.time() - time.perf_counter(), key)
     blocks = list(_blocks(count, warmup, rounds, rate, seed))
     found: dict[int, Result] = {}
 
@@ -155,7 +158,7 @@ def _blocks(count: int, warmup: int, rounds: int, rate: float | None, seed: int)
 
 
 async def _alone(job: Job, blocks: Sequence[Block], concurrency: int, emit: Callable[[Result], None]) -> None:
-    async with client.session(job.timeout, job.stall) as http:
+    async with client.session(job.timeout, job.stall, job.key) as http:
         sender = Sender(http, job, concurrency, emit)
         for block in blocks:
             await sender.send(block, partial(next, iter(range(block.first, block.last)), None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvtuner_search.bench.presets import Step
@@ -34,3 +34,6 @@ class BenchOptions:
     resume: bool
     overwrite: bool
     command: str  # for the record
+    api_key: str | None = field(
+        default=None, repr=False
+    )  # of the server; None: that of the server arguments, if they have one

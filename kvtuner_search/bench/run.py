@@ -22,7 +22,10 @@ from kvtuner_search.profile.canonical import load as load_profile
 from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.progress import Reporter
+from kvtuner_search.secrets import mask, mask_arguments
+from kvtuner_search.serving.arguments import api_key
 from kvtuner_search.serving.model import served_model
+from kvtuner_search.serving.validate.address import check_url
 from kvtuner_search.serving.validate.folder import Folder
 from kvtuner_search.serving.validate.process import serving
 from kvtuner_search.serving.validate.surroundings import processor, server_versions, tool
@@ -41,6 +44,8 @@ class Run:
     def __init__(self, options: BenchOptions, reporter: Reporter) -> None:
         self.options, self.reporter = options, reporter
         self.model_path = str(reference_model_path()) if options.model == REFERENCE_NAME else options.model
+        self.key = api_key(options.api_key, options.server_arguments)
+        self.url = None if options.url is None else check_url(options.url, self.key)
         if options.url is None and self.model_path is None:
             raise UsageError("no server and no model: give --url of a running server, or --model-path to start one")
         if options.cross_check:
@@ -57,8 +62,8 @@ class Run:
             "preset": options.preset,
             "cells": [key_of(step) for step in options.steps],
             "seed": options.seed,
-            "server arguments": list(options.server_arguments),
-            "url": options.url,
+            "server arguments": mask_arguments(options.server_arguments),
+            "url": options.url and mask(options.url),
         }
         self.folder = Folder(
             options.folder,
@@ -100,8 +105,8 @@ class Run:
     def _server(self) -> Iterator[Place]:
         """A server that is ready."""
         options = self.options
-        if options.url is not None:
-            yield Place(options.url)
+        if self.url is not None:
+            yield Place(self.url, key=self.key)
             return
         versions = server_versions(options.server_python)
         arguments = ["--model-path", str(self.model_path), *options.server_arguments]
@@ -112,7 +117,7 @@ class Run:
         with serving(options.server_python, arguments, self.folder.path / LOG) as server:
             with self.reporter.stage("start of the server"):
                 asyncio.run(server.wait_until_ready(options.start_timeout))
-            yield Place(server.url, server, arguments, versions)
+            yield Place(server.url, server, arguments, versions, self.key)
 
     def _record(self, journal: Journal) -> Record:
         assert journal.contents.server is not None

@@ -12,9 +12,11 @@ from kvtuner_search.bench.floors import model_facts
 from kvtuner_search.bench.record import Cache, Model, Served
 from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.profile.schema import Profile
+from kvtuner_search.secrets import mask_arguments
 from kvtuner_search.serving.model import served_config
-from kvtuner_search.serving.validate.client import ServerError
+from kvtuner_search.serving.validate.client import BadAnswerError
 from kvtuner_search.serving.validate.facts import Facts, resolve_dtype
+from kvtuner_search.serving.validate.info import Info
 
 STOCK: Final = "16-bit"
 _PATHS: Final = ("/", "~", "./", "../")
@@ -36,7 +38,7 @@ class Target:
 
 
 def describe(
-    info: dict[str, Any],
+    content: dict[str, Any],
     url: str,
     *,
     model: str | None,
@@ -47,7 +49,7 @@ def describe(
     """Everything that the record says of a server.
 
     Args:
-        info: ``/server_info``.
+        content: ``/server_info``.
         url: for messages.
         model: folder or hub id with the config.json; None: the path that the server names.
         profile: what it should serve; None: whatever it says.
@@ -59,39 +61,47 @@ def describe(
         UsageError: if the model's config.json or the stored bytes cannot be known.
         NotComparableError: if a server with several ranks has another profile, whose stored bytes it does not tell.
     """
-    facts = Facts.of(info, url)
-    overrides, revision = info.get("json_model_override_args"), info.get("revision")
+    info = Info.of(content, url)
+    facts = Facts.from_info(info)
     try:
-        config = served_config(model or facts.model, revision, overrides)
+        config = served_config(
+            model or facts.model, info.revision, info.json_model_override_args, fetch=model is not None
+        )
     except DataError as error:
         if model is not None:
             raise
         raise UsageError(
-            f"{url} serves {facts.model}, whose config.json cannot be read here ({error}): name the model with --model-path"
+            f"{url} serves {facts.model}, whose config.json cannot be read here ({error}): name the model with --model-path,"
+            " for what a server names is not fetched"
         ) from error
     dtype = resolve_dtype(facts.dtype, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    facts_of_model = model_facts(
-        config,
-        name=_last(facts.model),
-        dtype=dtype,
-        quantization=facts.quantization,
-        dummy=info.get("load_format") == "dummy",
-    )
+    try:
+        facts_of_model = model_facts(
+            config,
+            name=_last(facts.model),
+            dtype=dtype,
+            quantization=facts.quantization,
+            dummy=info.load_format == "dummy",
+        )
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise BadAnswerError(
+            f"{url} serves a model whose config.json, with its --json-model-override-args, describes none ({type(error).__name__}): see both"
+        ) from error
     return Target(
         facts=facts,
-        served=_served(info, facts, dtype, url, started, arguments),
+        served=_served(info, facts, dtype, started, arguments),
         cache=_cache(info, facts, profile, facts_of_model, dtype, url),
         model=facts_of_model,
-        longest=_longest(info, config, url),
-        devices=facts.tensor_parallel * facts.pipeline_parallel * _copies(info, url),
-        first_device=first_device(info.get("base_gpu_id")),
+        longest=_longest(info, config),
+        devices=facts.tensor_parallel * facts.pipeline_parallel * (1 if info.enable_dp_attention else info.dp_size),
+        first_device=first_device(info.base_gpu_id),
     )
 
 
 def public_arguments(arguments: Sequence[str]) -> list[str]:
-    """Server arguments with paths cut to their last part: a record names no machine's places."""
+    """Server arguments without passwords and keys, and with paths cut to their last part: a record names no machine's places."""
     shown = []
-    for argument in arguments:
+    for argument in mask_arguments(arguments):
         option, equals, value = argument.rpartition("=")
         shown.append(option + equals + (_last(value) if value.startswith(_PATHS) else value))
     return shown
@@ -101,11 +111,9 @@ def _last(path: str) -> str:
     return Path(path).name or path
 
 
-def _served(
-    info: dict[str, Any], facts: Facts, dtype: str, url: str, started: bool, arguments: Sequence[str]
-) -> Served:
-    speculative = info.get("speculative_algorithm")
-    steps, drafts = (info.get(f"speculative_num_{name}") or 0 for name in ("steps", "draft_tokens"))
+def _served(info: Info, facts: Facts, dtype: str, started: bool, arguments: Sequence[str]) -> Served:
+    speculative = info.speculative_algorithm
+    steps, drafts = info.speculative_num_steps or 0, info.speculative_num_draft_tokens or 0
     return Served(
         version=facts.version,
         arguments=public_arguments(arguments),
@@ -115,7 +123,7 @@ def _served(
         quantization=facts.quantization,
         tensor_parallel=facts.tensor_parallel,
         pipeline_parallel=facts.pipeline_parallel,
-        nodes=_whole(info, "nnodes", 1, url),
+        nodes=info.nnodes,
         page_size=facts.page_size,
         prefix_cache=facts.prefix_cache,
         speculative=speculative,
@@ -126,10 +134,10 @@ def _served(
     )
 
 
-def _cache(info: dict[str, Any], facts: Facts, profile: Profile | None, model: Model, dtype: str, url: str) -> Cache:
+def _cache(info: Info, facts: Facts, profile: Profile | None, model: Model, dtype: str, url: str) -> Cache:
     numbers = 2 * model.layers * model.kv_heads * model.head_dim  # that one token stores
     if facts.profile_digest is None:
-        stored = info.get("kv_cache_dtype") or "auto"
+        stored = info.kv_cache_dtype or "auto"
         if stored not in _HALF:
             raise UsageError(
                 f"{url} stores its cache as {stored}: only 16-bit caches and profiles are recorded; start it without"
@@ -151,18 +159,18 @@ def _cache(info: dict[str, Any], facts: Facts, profile: Profile | None, model: M
             f"{url} serves profile {facts.profile_digest[:19]}… on several ranks and tells the bytes of the first only: name"
             " that profile with --profile"
         )
-    stored_bytes = _whole(info.get("kvtuner") or {}, "bytes_per_token", None, url)
+    stored_bytes = info.kvtuner.bytes_per_token if info.kvtuner else None
+    if stored_bytes is None or stored_bytes * 8 > 32 * numbers:
+        raise BadAnswerError(
+            f"{url}/server_info says kvtuner.bytes_per_token={stored_bytes}, and a token of this model has {numbers} numbers of 32 bits"
+            " at most: is it this plugin?"
+        )
     return Cache(
         profile=f"profile {facts.profile_digest[7:19]}",
         digest=facts.profile_digest,
         effective_bits=stored_bytes * 8 / numbers,
         bytes_per_token=stored_bytes,
     )
-
-
-def _copies(info: dict[str, Any], url: str) -> int:
-    """How many times the model is served, each with ranks of its own."""
-    return 1 if info.get("enable_dp_attention") else _whole(info, "dp_size", 1, url)
 
 
 def first_device(base: object) -> str:
@@ -176,17 +184,10 @@ def first_device(base: object) -> str:
     return visible[index] if index < len(visible) else str(index)
 
 
-def _longest(info: dict[str, Any], config: dict[str, Any], url: str) -> int:
+def _longest(info: Info, config: dict[str, Any]) -> int:
     """Most tokens of a sequence. SGLang 0.5 keeps some of the context for itself, and says how many of a prompt are left."""
-    stated = info.get("max_req_input_len")
-    if type(stated) is int:
-        return stated + _RESERVED
-    context = info.get("context_length") or config.get("max_position_embeddings") or 2**31 - 1
-    return min(int(context), _whole(info, "max_total_num_tokens", None, url))
-
-
-def _whole(source: dict[str, Any], name: str, default: int | None, url: str) -> int:
-    value = source.get(name, default)
-    if type(value) is not int or value < 1:
-        raise ServerError(f"{url}/server_info says {name}={value!r}: expected is a whole number; is it SGLang 0.5?")
-    return value
+    if info.max_req_input_len is not None:
+        return info.max_req_input_len + _RESERVED
+    positions = config.get("max_position_embeddings")
+    known = positions if type(positions) is int and positions > 0 else 2**31 - 1
+    return min(info.context_length or known, info.max_total_num_tokens)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -44,6 +45,7 @@ class Place:
     versions: dict[str, str] = field(
         default_factory=dict
     )  # of the packages in its environment; empty if it was pointed at
+    key: str | None = field(default=None, repr=False)  # sent as bearer token
 
 
 class Visit:
@@ -67,7 +69,7 @@ class Visit:
         reporter: Reporter,
     ) -> None:
         self.options, self.profile, self.model = options, profile, model
-        self.url, self.server = place.url, place.server
+        self.url, self.server, self.key = place.url, place.server, place.key
         self.journal, self.reporter = journal, reporter
         info: dict[str, Any] = self._ask(lambda client: client.info())
         self.target = describe(
@@ -78,6 +80,11 @@ class Visit:
             started=self.server is not None,
             arguments=place.arguments,
         )
+        if options.cross_check and model is None and not Path(self.target.facts.model).is_dir():
+            raise UsageError(
+                f"--cross-check: SGLang's client would fetch the tokenizer of {self.target.facts.model}, which {self.url} names: name the"
+                " model with --model-path, or leave --cross-check out"
+            )
         self._versions = {"sglang": self.target.served.version, **place.versions, "kvtuner-search": __version__}
         self._local = urlsplit(self.url).hostname in _LOCAL
 
@@ -114,12 +121,22 @@ class Visit:
         prompts = draw(f"{self.options.seed}:checks", PROMPT_TOKENS, PROMPTS, self.target.model.vocabulary)
         with self.reporter.stage("correctness"):
             found = [check_profile(self.profile, self.target.facts)]
-            found += self._ask(lambda client: check_answers(client, prompts, self.target.model))
+            model = self.target.model
+            found += self._ask(lambda client: check_answers(client, prompts, model), model.vocabulary)
         return found
 
     def _cells(self) -> None:
-        watch = Watch(self.url, self.target.facts, local=self._local, first_device=self.target.first_device)
+        watch = Watch(
+            self.url,
+            self.target.facts,
+            local=self._local,
+            first_device=self.target.first_device,
+            timeout=self.options.timeout,
+            key=self.key,
+        )
         generated = watch.generated()
+        if watch.fault is not None:
+            raise watch.fault
         returned, ratios = 0, {}
         try:
             with watch.scraping():
@@ -133,7 +150,8 @@ class Visit:
             checks = check_totals(returned, generated, watch.generated())
             found = Session(checks=checks, scrapes=watch.scrapes(), cross_check=ratios)
             self.journal.session(found.model_dump(mode="json"))
-            watch.close()
+        if watch.fault is not None:
+            raise watch.fault
 
     def _cell(self, step: Step, watch: Watch) -> int:
         """Measure one cell from its beginning; returns the tokens that came back."""
@@ -147,6 +165,8 @@ class Visit:
             timeout=self.options.timeout,
             stall=self.options.stall,
             workers=self.options.workers,
+            key=self.key,
+            vocabulary=self.target.model.vocabulary,
         )
         with self.reporter.stage(title(step), shape.requests) as advance:
             if step.section == "memory":
@@ -204,6 +224,7 @@ class Visit:
                 self._prompts(step)[step.warmup :],
                 cell,
                 max(self.options.timeout, CROSS_CHECK_SECONDS),
+                **({} if self.key is None else {"key": self.key}),
             )
 
     def _prompts(self, step: Step) -> list[list[int]]:
@@ -212,9 +233,9 @@ class Visit:
         seed = f"{self.options.seed}:{key_of(step)}"
         return draw(seed, step.shape.input_tokens, count, self.target.model.vocabulary)
 
-    def _ask(self, question: Callable[[Client], Awaitable[T]]) -> T:
+    def _ask(self, question: Callable[[Client], Awaitable[T]], vocabulary: int | None = None) -> T:
         async def asked() -> T:
-            async with Client(self.url, self.options.timeout) as client:
+            async with Client(self.url, self.options.timeout, self.key, vocabulary) as client:
                 return await question(client)
 
         return asyncio.run(asked())

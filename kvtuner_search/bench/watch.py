@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import re
 import subprocess
 import threading
 import time
@@ -10,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvtuner_search.bench.record import Reading, Scrape
 from kvtuner_search.serving.validate.facts import Facts
+from kvtuner_search.serving.validate.transport import BadAnswerError, ServerError, Transport, cut
 
 INTERVAL: Final = 5.0  # seconds between two readings; each holds up the server's event loop for some milliseconds
 GENERATED: Final = "sglang:generation_tokens_total"
@@ -36,6 +38,13 @@ METRICS: Final = (
 _LABELS: Final = ("dp_rank", "pp_rank", "tp_rank")  # the others name folders, or are the same for all
 _SETTLE: Final = 10.0  # seconds that a server may take to become idle
 _PAUSE: Final = 0.1  # seconds between two looks
+_PATIENCE: Final = 30.0  # seconds for one reading
+_LOADS: Final = 1 << 20  # bytes of /get_load; SGLang's has some 100 a rank
+_METRICS: Final = 64 << 20  # bytes of /metrics that are read, and none is kept but the lines of METRICS
+_LINES: Final = 16_384  # of METRICS; SGLang has a dozen a rank
+_LINE: Final = 1 << 16  # bytes of a line
+_RANK: Final = re.compile(r"[0-9]{1,6}")
+_GREATEST: Final = 1e18  # of a figure that counts or measures something here
 
 
 class Watch:
@@ -46,17 +55,28 @@ class Watch:
         facts: its own account.
         local: it runs on this machine, so that its device can be looked at.
         first_device: index of its first GPU, as ``nvidia-smi`` counts, or its UUID.
+        timeout: seconds that one reading may take; at most half a minute is waited.
+        key: sent as bearer token.
+
+    Attributes:
+        fault: what was wrong with the metrics, if something was. A server without metrics has no fault, nor one that is too busy to answer.
     """
 
-    def __init__(self, url: str, facts: Facts, *, local: bool, first_device: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        facts: Facts,
+        *,
+        local: bool,
+        first_device: str,
+        timeout: float = _PATIENCE,
+        key: str | None = None,
+    ) -> None:
         self.facts, self._local, self._device = facts, local, first_device
-        self._http = httpx2.Client(base_url=url, timeout=30.0, trust_env=False)
+        self._url, self._timeout, self._key = url, min(timeout, _PATIENCE), key
+        self.fault: BadAnswerError | None = None
         self._series: dict[str, list[float]] = {}
         self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._http.close()
 
     def reading(self) -> Reading:
         """Free slots and device memory. The server has nothing to do, and its prefix cache was flushed."""
@@ -78,14 +98,25 @@ class Watch:
     def _loads(self) -> list[dict[str, Any]]:
         """``/get_load`` of every data-parallel rank; empty where the server has none."""
         wanted = ("num_reqs", "num_tokens", "num_pending_tokens")
-        with suppress(httpx2.HTTPError, ValueError):
-            response = self._http.get("/get_load")
-            loads = response.json() if response.status_code == 200 else []
-            if isinstance(loads, list) and all(
-                isinstance(load, dict) and all(type(load.get(name)) is int for name in wanted) for load in loads
-            ):
-                return loads
-        return []
+        try:
+            loads = asyncio.run(self._get_loads())
+        except BadAnswerError:
+            raise
+        except ServerError:
+            return []
+        if not isinstance(loads, list) or not all(
+            isinstance(load, dict) and all(type(load.get(name)) is int for name in wanted) for load in loads
+        ):
+            return []
+        if not all(0 <= load[name] <= 2**31 for load in loads for name in wanted):
+            raise BadAnswerError(
+                f"{self._url}/get_load counts requests or tokens below 0 or above 2 billion: is it SGLang?"
+            )
+        return loads
+
+    async def _get_loads(self) -> Any:
+        async with Transport(self._url, self._timeout, self._key) as http:
+            return await http.json("GET", "/get_load", limit=_LOADS)
 
     def _device_bytes(self) -> int | None:
         if not self._local or self.facts.device != "cuda":
@@ -99,14 +130,22 @@ class Watch:
     def scrape(self) -> dict[str, float]:
         """One reading of METRICS by series, which is also kept; empty for a server without ``--enable-metrics``."""
         try:
-            response = self._http.get("/metrics")
-            found = parse_metrics(response.text.splitlines()) if response.status_code == 200 else {}
-        except (httpx2.HTTPError, ValueError):
+            found = parse_metrics(asyncio.run(self._get_metrics()))
+        except BadAnswerError as error:
+            self.fault = self.fault or error
+            return {}
+        except (ServerError, ValueError):
             return {}  # no metrics, or none in Prometheus' format
         with self._lock:
             for name, value in found.items():
                 self._series.setdefault(name, []).append(value)
         return found
+
+    async def _get_metrics(self) -> list[str]:
+        lines = _Lines()
+        async with Transport(self._url, self._timeout, self._key) as http:
+            await http.read("GET", "/metrics", lines)
+        return lines.all()
 
     def generated(self) -> float | None:
         """Tokens that the server has generated since it started, by its own counter."""
@@ -141,19 +180,59 @@ class Watch:
             ]
 
 
+class _Lines:
+    """Keeps the lines of METRICS. Histograms are most of what SGLang exposes, so other lines are dropped as they come."""
+
+    def __init__(self) -> None:
+        self._kept: list[str] = []
+        self._rest, self._came = b"", 0
+
+    def take(self, data: bytes) -> None:
+        self._came += len(data)
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        self._keep(whole)
+        if self._came > _METRICS or len(self._rest) > _LINE or len(self._kept) > _LINES:
+            raise BadAnswerError(
+                f"{self._came:,} bytes came with {len(self._kept):,} lines of metrics that are read here, and more: no server has so many ranks"
+            )
+
+    def all(self) -> list[str]:
+        """To the end of the body, whose last line need not end."""
+        self._keep([self._rest])
+        return self._kept
+
+    def _keep(self, lines: Iterable[bytes]) -> None:
+        texts = (line.decode(errors="replace") for line in lines if line.startswith(b"sglang:"))
+        self._kept += [text for text in texts if _is_wanted(text)]
+
+
+def _is_wanted(line: str) -> bool:
+    return line.partition("{")[0].partition(" ")[0] in METRICS
+
+
 def parse_metrics(lines: Iterable[str]) -> dict[str, float]:
     """METRICS in Prometheus' text format, by series with the labels of ranks; series that differ in other labels are added up.
 
-    Histograms are most of what SGLang exposes, so other lines are dropped before they are parsed.
+    Raises:
+        ValueError: if it is another format.
+        ServerError: if a rank is no number, or a figure beyond reason.
     """
-    kept = [line for line in lines if line.partition("{")[0].partition(" ")[0] in METRICS]
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families("\n".join([*kept, ""])):
+    for family in text_string_to_metric_families("\n".join([*filter(_is_wanted, lines), ""])):
         for sample in family.samples:
-            labels = ",".join(f'{name}="{sample.labels[name]}"' for name in _LABELS if name in sample.labels)
+            ranks = {name: sample.labels[name] for name in _LABELS if name in sample.labels}
+            if not all(_RANK.fullmatch(rank) for rank in ranks.values()):
+                raise BadAnswerError(
+                    f"/metrics has {sample.name} of the rank {cut(ranks)}: a rank is a number; is it SGLang?"
+                )
+            labels = ",".join(f'{name}="{rank}"' for name, rank in ranks.items())
             name = sample.name + (f"{{{labels}}}" if labels else "")
             if math.isfinite(sample.value):
                 found[name] = found.get(name, 0.0) + sample.value
+                if abs(found[name]) > _GREATEST:
+                    raise BadAnswerError(
+                        f"/metrics says {name}={found[name]:g}: nothing here comes to so much; is it SGLang?"
+                    )
     return found
 
 

@@ -111,7 +111,7 @@ async def _serve(connection: Connection, counter: Synchronized[int], job: Job, l
             await asyncio.sleep(_FLUSH)
             flush()
 
-    async with client.session(job.timeout, job.stall) as http:
+    async with client.session(job.timeout, job.stall, job.key) as http:
         sender = Sender(http, job, lanes, waiting.append)
         connection.send(None)
         while (block := connection.recv()) is not None:

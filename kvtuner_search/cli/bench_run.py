@@ -10,6 +10,7 @@ import click
 
 from kvtuner_search.cli.interrupts import kill_as_interrupt
 from kvtuner_search.cli.options import (
+    api_key_option,
     json_option,
     quiet_option,
     server_arguments,
@@ -87,6 +88,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     help="Write an HTML report to this file.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_envvar=True, help="Seed of the prompts.")
+@api_key_option
 @timeout_option
 @click.option(
     "--stall",

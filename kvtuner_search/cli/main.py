@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+import traceback
+from types import TracebackType
 from typing import Any, Final
 
 import click
@@ -13,6 +16,7 @@ from kvtuner_search.cli.lazy import LazyGroup
 from kvtuner_search.errors import ExitCode, KVTunerError
 from kvtuner_search.output import OutputError, guard, guarded, open_closed_streams
 from kvtuner_search.profile.text import one_line
+from kvtuner_search.secrets import mask, remember_all
 
 # name -> (module with a click command named `command`, one line of help)
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -57,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the command
     guard()  # for good: a traceback has text from files too
+    sys.excepthook = _traceback
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -68,6 +73,7 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     state = {"debug": False}
+    remember_all(arguments, os.environ)
     try:
         result: Any = cli.main(arguments, prog_name="kvtuner-search", standalone_mode=False, obj=state)
         sys.stdout.flush()
@@ -99,8 +105,14 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: ExitCode) -> int:
-    click.echo(f"kvtuner-search: {one_line(message)}", err=True)
+    click.echo(f"kvtuner-search: {one_line(mask(message))}", err=True)
     return code
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What --debug shows, and an error that nobody foresaw: the traceback without passwords and keys."""
+    for line in traceback.format_exception(kind, error, trace):
+        sys.stderr.write(mask(line))
 
 
 if __name__ == "__main__":

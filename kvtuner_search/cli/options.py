@@ -26,6 +26,13 @@ quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr
 timeout_option = click.option(
     "--timeout", type=click.FloatRange(1), default=600.0, show_envvar=True, help="Seconds for one request."
 )
+api_key_option = click.option(
+    "--api-key",
+    metavar="KEY",
+    envvar="KVTUNER_API_KEY",
+    show_envvar=True,
+    help="Key that a server wants, sent as bearer token. The variable keeps it out of the list of processes.",
+)
 start_timeout_option = click.option(
     "--start-timeout",
     type=click.FloatRange(1),

@@ -11,6 +11,7 @@ import click
 
 from kvtuner_search.cli.interrupts import kill_as_interrupt
 from kvtuner_search.cli.options import (
+    api_key_option,
     json_option,
     quiet_option,
     server_arguments,
@@ -136,6 +137,7 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     "--batch-tokens", type=click.IntRange(1), default=4096, show_envvar=True, help="Of the offline evaluation."
 )
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=8, show_envvar=True, help="Requests in flight.")
+@api_key_option
 @timeout_option
 @start_timeout_option
 @click.option("--hardware", show_envvar=True, help="What servers that are pointed at run on, for the record.")

@@ -41,10 +41,11 @@ def local_folder(source: str) -> Path | None:
     return None
 
 
-def config_file(source: str, revision: str | None = None) -> Path:
+def config_file(source: str, revision: str | None = None, *, fetch: bool = True) -> Path:
     """The config.json of a folder or hub id.
 
-    The hub is asked through transformers' loader: its cache, token, mirror and offline mode hold here too.
+    The hub is asked through transformers' loader: its cache, token, mirror and offline mode hold here too. Without ``fetch`` only what
+    its cache has is read.
 
     Raises:
         DataError: if it cannot be found.
@@ -55,7 +56,7 @@ def config_file(source: str, revision: str | None = None) -> Path:
     try:
         from transformers.utils.hub import cached_file
 
-        found = cached_file(source, "config.json", revision=revision)
+        found = cached_file(source, "config.json", revision=revision, local_files_only=not fetch)
     except (OSError, ValueError, ImportError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(f"cannot read the config.json of {source}: {first.rstrip('.')}: {REMEDY}") from error
@@ -64,13 +65,13 @@ def config_file(source: str, revision: str | None = None) -> Path:
     return Path(found)
 
 
-def read_source(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The config.json of a folder or hub id, and its content.
+def read_source(source: str, revision: str | None = None, *, fetch: bool = True) -> tuple[Path, dict[str, Any]]:
+    """The config.json of a folder or hub id, and its content; for ``fetch`` see :func:`config_file`.
 
     Raises:
         DataError: if it cannot be found or read.
     """
-    file = config_file(source, revision)
+    file = config_file(source, revision, fetch=fetch)
     return file, load_config(file)
 
 

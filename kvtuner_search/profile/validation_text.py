@@ -7,6 +7,7 @@ from kvtuner_search.profile.fields import Measure
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import interval_of, printable, shortened, signed
 from kvtuner_search.profile.validation import Semantics, Validation
+from kvtuner_search.secrets import mask
 
 MEASURE_HEADS = ("measure", "stock server", "with the profile", "change", "interval", "samples", "tokens")
 CHECK_HEADS = ("check", "value", "limit", "result")
@@ -97,7 +98,7 @@ def fact_rows(block: Validation) -> list[tuple[str, str]]:
             )
         )
     rows += [("data", f"{d.name}: {d.samples:,} x, {d.tokens:,} tokens, {d.digest[:19]}") for d in block.data]
-    rows.append(("command", block.command))
+    rows.append(("command", mask(block.command)))
     rows += [("note", note) for note in block.notes]
     return [(name, printable(text)) for name, text in rows if text]
 

@@ -25,6 +25,7 @@ from kvtuner_search.report.bench_tables import (
     runs,
 )
 from kvtuner_search.report.svg import escaped
+from kvtuner_search.secrets import mask, mask_arguments
 
 VIOLATION_HEADS: Final = ("rule", "where", "figure", "why it cannot be")
 
@@ -210,7 +211,7 @@ def _details(all_runs: Sequence[Run]) -> Iterator[str]:
     for run in all_runs:
         record = run.record
         yield f"<h3>{escaped(run.name)}</h3>"
-        yield f"<p><code>{escaped(record.command)}</code></p>"
+        yield f"<p><code>{escaped(mask(record.command))}</code></p>"
         yield page.table(("", ""), fact_rows(record))
         if record.cross_check:
             rows = [(name, figure(value)) for name, value in sorted(record.cross_check.items())]
@@ -244,7 +245,7 @@ def fact_rows(record: Record) -> list[tuple[str, str]]:
             "server",
             f"{served.attention_backend} attention, {served.dtype}, page size {served.page_size}, {prefix}, {origin}",
         ),
-        ("arguments", " ".join(served.arguments)),
+        ("arguments", " ".join(mask_arguments(served.arguments))),
         ("weights", weights),
         ("speculation", f"{served.speculative}, {served.draft_tokens} tokens a step" if served.speculative else ""),
         ("profile", f"{cache.profile} {cache.digest or ''}".strip()),

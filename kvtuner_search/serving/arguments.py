@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -13,15 +16,19 @@ from typing import Any, Final, NoReturn
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.canonical import read_limited
 from kvtuner_search.serving.flags import FLAGS
-from kvtuner_search.serving.sglang.refusals import REFUSALS
+from kvtuner_search.serving.sglang.refusals import LATER, REFUSALS
+from kvtuner_search.serving.validate.address import check_key
 
 CONFIG: Final = "--config"
+API_KEY: Final = "--api-key"
 _MAX_CONFIG: Final = 2**20  # bytes
 _ALIASES: Final = {
     "dp_size": ("--data-parallel-size", "--dp"),
     "attn_cp_size": ("--attention-context-parallel-size",),
 }
 _COUNT: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(Ki|Mi|Gi|Ti|k|M|G|T)?", re.ASCII)
+ALL: Final = (*REFUSALS, *LATER)
+_LOOPBACK: Final = ("localhost", "ip6-localhost")
 _FACTORS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
 }  # fmt: skip
@@ -46,12 +53,26 @@ class ServerOptions:
     prefill_attention_backend: str | None
     decode_attention_backend: str | None
     device: str | None
+    dtype: str | None
     quantization: str | None
     speculative_algorithm: str | None
     mem_fraction_static: float | None
     max_total_tokens: int | None
     page_size: int | None
     refusable: Mapping[str, Any]  # what was given of the options that cannot, or not always, go with a profile
+
+    @property
+    def address(self) -> str:
+        """Where the server listens: SGLang's own default is this machine alone, too."""
+        return "127.0.0.1" if self.host is None else self.host
+
+    @property
+    def public(self) -> bool:
+        """Whether other machines can reach it; a name that is not known to be this machine's own counts as one that they can."""
+        try:
+            return not ipaddress.ip_address(self.address).is_loopback
+        except ValueError:
+            return self.address not in _LOOPBACK
 
     @property
     def on_cpu(self) -> bool:
@@ -89,11 +110,30 @@ def read_options(arguments: Sequence[str]) -> ServerOptions:
     if namespace.model_path is None:
         raise UsageError("--model-path is missing: give the model's folder or hub id")
     given = vars(namespace)
-    refusable = {field: given[field] for field in (refusal.field for refusal in REFUSALS) if given[field] is not None}
+    refusable = {field: given[field] for field in (refusal.field for refusal in ALL) if given[field] is not None}
     read = {field.name: given[field.name] for field in fields(ServerOptions) if field.name != "refusable"}
     options = ServerOptions(**read, refusable=refusable)
     _check_sizes(options)
+    _check_address(options)
     return options
+
+
+def api_key(given: str | None, arguments: Sequence[str]) -> str | None:
+    """The key that a server wants: as given, or as a server that is started with these arguments gets it.
+
+    Raises:
+        UsageError: if no HTTP header can carry it.
+    """
+    if given is None:
+        with suppress(UsageError):  # the server will say what is wrong with its file
+            arguments = [*_config_file(arguments), *arguments]
+        found, _ = parse_flags(arguments, _add_key)
+        given = found.api_key
+    return check_key(given)
+
+
+def _add_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(API_KEY)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -113,13 +153,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill-attention-backend")
     parser.add_argument("--decode-attention-backend")
     parser.add_argument("--device")
+    parser.add_argument("--dtype")
     parser.add_argument("--quantization")
     parser.add_argument("--speculative-algorithm")
     parser.add_argument("--mem-fraction-static", type=float)
     parser.add_argument("--max-total-tokens", type=_count)
     parser.add_argument("--page-size", type=int)
     parser.add_argument(CONFIG)
-    for refusal in REFUSALS:  # switches and options with a value alike
+    for refusal in ALL:  # switches and options with a value alike
         parser.add_argument(refusal.option, *_ALIASES.get(refusal.field, ()), type=_value, nargs="?", const=True)
 
 
@@ -147,6 +188,10 @@ def _config_file(arguments: Sequence[str]) -> list[str]:
     import yaml
 
     path = Path(arguments[index])
+    if list(arguments).count(CONFIG) > 1:
+        raise UsageError(f"{CONFIG} is given twice: SGLang takes one file")
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise UsageError(f"{path} is no YAML file by its name: SGLang takes .yaml and .yml")
     try:
         content = yaml.safe_load(read_limited(path, "a YAML file of SGLang's options", _MAX_CONFIG)) or {}
     except yaml.YAMLError as error:
@@ -160,6 +205,9 @@ def _config_file(arguments: Sequence[str]) -> list[str]:
             raise UsageError(f"{path} sets {key}: give kvtuner-search's own options on the command line")
         if value is False:  # a switch that is off; SGLang leaves it out too
             continue
+        if value == []:  # as SGLang does
+            continue
+        value = json.dumps(value) if isinstance(value, dict) else value
         values = [] if value is True else value if isinstance(value, list) else [value]
         found += [f"--{key}", *map(str, values)]
     return found
@@ -199,6 +247,19 @@ def _check_sizes(options: ServerOptions) -> None:
             f"{options.tp_size} x {options.pp_size} ranks do not divide among {options.nnodes} nodes: change --tp-size,"
             " --pp-size or --nnodes"
         )
+
+
+def _check_address(options: ServerOptions) -> None:
+    host = options.host
+    if host is not None and (
+        not host or not re.fullmatch(r"[\w.:%-]+", host) or host in ("None", "null", "true", "false")
+    ):
+        # An empty host binds to every interface, which nobody asked for.
+        raise UsageError(
+            f"--host {host!r} is no address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface, or leave it out"
+        )
+    if not 1 <= options.port <= 65535:
+        raise UsageError(f"--port {options.port}: give a number from 1 to 65535")
 
 
 def node_ranks(options: ServerOptions) -> tuple[range, range]:

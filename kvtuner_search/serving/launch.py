@@ -14,13 +14,14 @@ from importlib import metadata
 from typing import Final, NoReturn
 
 from kvtuner_search.errors import ServingError, UsageError
+from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving import flags
-from kvtuner_search.serving.arguments import ServerOptions, parse_flags, read_options
+from kvtuner_search.serving.arguments import ALL, ServerOptions, parse_flags, read_options
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.model import context_remark, served_config, served_model, weight_bytes
 from kvtuner_search.serving.plan import Memory, Plan, make_plan
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
-from kvtuner_search.serving.sglang.refusals import REFUSALS, attention_backend
+from kvtuner_search.serving.sglang.refusals import attention_backend, check_speculation
 
 _GROUP: Final = "sglang.srt.plugins"  # the entry-point group that SGLang loads in each of its processes
 _PLUGIN: Final = "kvtuner_search.serving.sglang.plugin:register"
@@ -58,6 +59,7 @@ def prepare(
     if remark is not None:
         print(f"kvtuner-search: {remark}", file=sys.stderr)
     loaded, path = flags.profile_of(namespace, model, options.model_path)
+    check_dtype(options, loaded)
     added = [] if options.host is not None else ["--host", "127.0.0.1"]
     added += [] if options.attention_backend is not None else ["--attention-backend", backend]
     added += [flags.PROFILE, str(path), *([flags.AS_STORED] if as_stored else [])]
@@ -126,7 +128,7 @@ def _check_options(options: ServerOptions) -> str:
     Raises:
         UsageError: if another one, or an option that cannot be combined with a profile, is asked for.
     """
-    for refusal in REFUSALS:
+    for refusal in ALL:
         if refusal.field in options.refusable:
             refusal.check(options.refusable[refusal.field])
     device = "cpu" if options.on_cpu else options.device or "cuda"
@@ -136,7 +138,27 @@ def _check_options(options: ServerOptions) -> str:
         if value not in (None, backend):
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} {value} cannot read packed rows: on {device} give {backend}, or leave it out")
+    check_speculation(options.speculative_algorithm, device)
+    if options.speculative_algorithm is not None and options.pp_size > 1:
+        raise UsageError(
+            f"--speculative-algorithm {options.speculative_algorithm} with --pp-size {options.pp_size}: SGLang combines pipeline stages with no"
+            " speculation: leave one out"
+        )
     return backend
+
+
+def check_dtype(options: ServerOptions, profile: Profile) -> None:
+    """Refuse a model of 32 bits where packed rows, or sides that are stored raw, need 16; each rank looks again.
+
+    Raises:
+        UsageError: names the dtypes that can be served.
+    """
+    raw = any(side.raw for layer in profile.layer_specs() for side in (layer.key, layer.value))
+    if options.dtype in ("float32", "float") and (raw or not options.on_cpu):
+        raise UsageError(
+            f"--dtype {options.dtype}: on a GPU, and where a side is stored raw, a profile needs a model of 16 bits; give --dtype"
+            " bfloat16 or float16"
+        )
 
 
 def _memory(options: ServerOptions, gpu_memory: int | None) -> Memory:

@@ -40,9 +40,15 @@ def served_model(
     return model_info(config, model_path, found or model_path, revision or commit)
 
 
-def served_config(model_path: str, revision: str | None = None, overrides: str | None = None) -> dict[str, Any]:
-    """The content of config.json with its overrides; arguments and errors as for :func:`served_model`."""
-    return read_source(model_path, revision)[1] | _overrides(overrides)
+def served_config(
+    model_path: str, revision: str | None = None, overrides: str | None = None, *, fetch: bool = True
+) -> dict[str, Any]:
+    """The content of config.json with its overrides; arguments and errors as for :func:`served_model`.
+
+    Args:
+        fetch: whether a hub id may be fetched; otherwise only what the hub's cache already has is read.
+    """
+    return read_source(model_path, revision, fetch=fetch)[1] | _overrides(overrides)
 
 
 def context_remark(config: dict[str, Any], context: int | None, model_path: str) -> str | None:

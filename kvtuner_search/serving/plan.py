@@ -289,6 +289,6 @@ def _capacity(plan: Plan) -> Iterator[str]:
 def _address(options: ServerOptions) -> str:
     if options.node_rank > 0:
         return "nothing but /health: node 0 answers requests"
-    host = options.host or "127.0.0.1"
-    public = "" if host in ("127.0.0.1", "localhost", "::1") else ", which other machines can reach"
+    host = options.address
+    public = ", which other machines can reach" if options.public else ""
     return f"http://{f'[{host}]' if ':' in host else host}:{options.port}{public}"

@@ -70,6 +70,14 @@ REFUSALS: Final = (
     Refusal("elastic_ep_backend", "elastic expert parallelism", off, LEAVE),
     Refusal("use_ray", "Ray", off, LEAVE),
 )  # fmt: skip
+LATER: Final = (  # arguments that SGLang 0.5.23 has and 0.5.14 does not
+    Refusal("enable_unified_memory", "unified memory", off, LEAVE),
+    Refusal("enable_unified_cache_external_linker", "an external cache", off, LEAVE),
+    Refusal("enable_page_major_kv_layout", "the page-major layout", off, LEAVE),
+    Refusal("enable_kv_cache_sharding", "sharding of the cache by pages", off, LEAVE),
+    Refusal("dcp_size", "decode context parallelism", one, LEAVE),
+    Refusal("flexkv_config_file", "FlexKV", off, LEAVE),
+)
 
 
 def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
@@ -95,8 +103,16 @@ def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
                 f"--{field.replace('_', '-')} {value}: only {backend} reads packed rows on {arguments.device}: give"
                 f" --attention-backend {backend}"
             )
-    algorithm = arguments.speculative_algorithm
-    if algorithm is not None and (algorithm not in SPECULATION or arguments.device != "cuda"):
+    check_speculation(arguments.speculative_algorithm, arguments.device)
+
+
+def check_speculation(algorithm: str | None, device: str) -> None:
+    """Look whether an algorithm of speculative decoding has been tried with a profile.
+
+    Raises:
+        UsageError: if not.
+    """
+    if algorithm is not None and (algorithm not in SPECULATION or device != "cuda"):
         raise UsageError(
             f"--speculative-algorithm {algorithm}: with a profile only {', '.join(SPECULATION)} have been tried, on GPUs: leave it out"
         )

@@ -9,7 +9,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import hooks, launcher
-from kvtuner_search.serving.sglang.refusals import LEAVE, Refusal, off, one
+from kvtuner_search.serving.sglang.refusals import LATER
 
 _CONFIGURATOR: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
@@ -115,13 +115,6 @@ PLACES: Final = hooks.Places(
         (f"{_CONFIGURATOR}._resolve_kv_pool_class", _pool_class, HookType.AROUND),
         (f"{_CONFIGURATOR}.configure", _configure, HookType.AROUND),
     ),
-    refusals=(
-        Refusal("enable_unified_memory", "unified memory", off, LEAVE),
-        Refusal("enable_unified_cache_external_linker", "an external cache", off, LEAVE),
-        Refusal("enable_page_major_kv_layout", "the page-major layout", off, LEAVE),
-        Refusal("enable_kv_cache_sharding", "sharding of the cache by pages", off, LEAVE),
-        Refusal("dcp_size", "decode context parallelism", one, LEAVE),
-        Refusal("flexkv_config_file", "FlexKV", off, LEAVE),
-    ),
+    refusals=LATER,
     resolved=_resolved,
 )

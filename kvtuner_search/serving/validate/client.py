@@ -1,8 +1,4 @@
-"""A server over HTTP, distrusted: an answer that is missing, short, cut or for another prompt is an error with a reason.
-
-httpx2 because current releases of huggingface_hub bring it with every installation, it is maintained, and cancelling its
-asynchronous requests closes their connections, so that Ctrl-C need not wait for a server.
-"""
+"""A server over HTTP, distrusted: an answer that is missing, short, cut, of another prompt or with impossible values is an error with a reason."""
 
 from __future__ import annotations
 
@@ -11,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-import httpx2
+from kvtuner_search.serving.validate.transport import BadAnswerError as BadAnswerError
+from kvtuner_search.serving.validate.transport import ServerError as ServerError
+from kvtuner_search.serving.validate.transport import Transport, cut
 
-from kvtuner_search.errors import ServingError
-from kvtuner_search.profile.text import printable
-
-_BODY: Final = 200  # characters of an error's body that are shown
-
-
-class ServerError(ServingError):
-    """A server did not answer, or answered something that cannot be used."""
+_INFO: Final = 4 << 20  # bytes of /server_info; SGLang's has some 10 KB a rank
+_ANSWER: Final = 1 << 20  # bytes of an answer, and for each token of prompt and answer
+_TOKEN: Final = 512  # as many more: an id, a log-probability, and text
+_IDS: Final = 2**31  # where the vocabulary is not known
+ROUNDING: Final = 1e-5  # nats above 0 that a log-probability may come to; it then counts as 0
+_LEAST: Final = -1e6  # nats; logits of 16 bits lie not so far apart
 
 
 @dataclass(frozen=True)
@@ -63,33 +59,48 @@ class Answer:
     asked: float | None  # log-probability of the token that was asked about
 
     @classmethod
-    def of(cls, request: Request, content: Any) -> Self:
-        """Check the JSON that ``/generate`` answered.
+    def of(cls, request: Request, content: Any, vocabulary: int | None = None) -> Self:
+        """Check the JSON that ``/generate`` answered. This is the one door: what passes needs no further look.
+
+        Args:
+            vocabulary: ids of the model's embedding; None: not known.
 
         Raises:
-            ServerError: says what is missing or does not fit the request.
+            ServerError: says what is missing, cannot be, or does not fit the request.
         """
         meta = content.get("meta_info") if isinstance(content, dict) else None
         if not isinstance(meta, dict):
-            raise ServerError(f"/generate answered {_cut(content)}: no meta_info; is it SGLang?")
+            raise BadAnswerError(f"/generate answered {cut(content)}: no meta_info; is it SGLang?")
         finish = meta.get("finish_reason")
         kind = finish.get("type") if isinstance(finish, dict) else None
         if kind not in ("length", "stop"):
-            raise ServerError(f"/generate ended with {_cut(finish)}: the request was not finished")
-        if meta.get("prompt_tokens") != len(request.input_ids):
-            raise ServerError(
-                f"/generate saw {meta.get('prompt_tokens')} prompt tokens of {len(request.input_ids)}: the prompt was cut"
+            raise BadAnswerError(f"/generate ended with {cut(finish)}: the request was not finished")
+        prompt, completion = (_counted(meta, name) for name in ("prompt_tokens", "completion_tokens"))
+        if prompt != len(request.input_ids):
+            raise BadAnswerError(
+                f"/generate saw {prompt} prompt tokens of {len(request.input_ids)}: the prompt was cut"
             )
         output = content.get("output_ids")
-        if not (isinstance(output, list) and output and all(type(token) is int for token in output)):
-            raise ServerError(f"/generate answered output_ids {_cut(output)}: the answer is empty")
+        if not (isinstance(output, list) and output):
+            raise BadAnswerError(f"/generate answered output_ids {cut(output)}: the answer is empty")
+        if not all(type(token) is int for token in output):
+            raise BadAnswerError(f"/generate answered output_ids {cut(output)}: these are no token ids")
+        if foreign := [token for token in output if not 0 <= token < (vocabulary or _IDS)]:
+            raise BadAnswerError(
+                f"/generate answered token {cut(foreign[0])}, and the vocabulary ends at {(vocabulary or _IDS) - 1}: it serves"
+                " another model"
+            )
         short = len(output) < request.max_new_tokens and (request.exact_length or kind != "stop")
-        if short or len(output) > request.max_new_tokens or meta.get("completion_tokens") != len(output):
-            raise ServerError(
-                f"/generate answered {len(output)} tokens (it says {meta.get('completion_tokens')}) of"
+        if short or len(output) > request.max_new_tokens or completion != len(output):
+            raise BadAnswerError(
+                f"/generate answered {len(output)} tokens (it says {completion}) of"
                 f" {request.max_new_tokens} and ended by {kind}: the answer is short"
             )
-        cached = meta.get("cached_tokens", 0)
+        cached = meta.get("cached_tokens") or 0
+        if type(cached) is not int or not 0 <= cached <= prompt:
+            raise BadAnswerError(
+                f"/generate took {cut(cached)} of {prompt} tokens from its prefix cache: that cannot be"
+            )
         inputs: list[float] = []
         if request.logprob_start is not None:
             wanted = request.input_ids[request.logprob_start :]
@@ -100,7 +111,20 @@ class Answer:
         if request.asked is not None:
             rows = meta.get("output_token_ids_logprobs")
             asked = _logprobs({"it": rows[0] if isinstance(rows, list) and rows else None}, "it", [request.asked])[0]
-        return cls(tuple(output), cached if type(cached) is int else 0, tuple(inputs), tuple(outputs), asked)
+        return cls(tuple(output), cached, tuple(inputs), tuple(outputs), asked)
+
+
+def _counted(meta: dict[str, Any], name: str) -> int:
+    """A number of tokens as the server counted them."""
+    value = meta.get(name)
+    if value is None:
+        raise BadAnswerError(
+            f"/generate answered without {name}, so nothing says that the prompt and the answer are whole: a proxy that drops"
+            " counts, or no SGLang"
+        )
+    if type(value) is not int or value < 0:
+        raise BadAnswerError(f"/generate answered {name}={cut(repr(value))}: that is no number of tokens")
+    return value
 
 
 def _logprobs(meta: dict[str, Any], name: str, tokens: Sequence[int], skip: int = 0) -> list[float]:
@@ -108,83 +132,54 @@ def _logprobs(meta: dict[str, Any], name: str, tokens: Sequence[int], skip: int 
     rows = meta.get(name)
     if not isinstance(rows, list) or len(rows) != len(tokens):
         count = len(rows) if isinstance(rows, list) else "no"
-        raise ServerError(f"/generate answered {count} {name} of {len(tokens)}: log-probabilities are missing")
+        raise BadAnswerError(f"/generate answered {count} {name} of {len(tokens)}: log-probabilities are missing")
     found = []
     for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        value: Any
         value, of = row[:2] if isinstance(row, list) and len(row) >= 2 else (None, None)
-        if of != token:
-            raise ServerError(f"/generate answered {name}[{index}] of token {of}, asked was {token}: another prompt's")
+        if type(of) is not int or of != token:
+            raise BadAnswerError(
+                f"/generate answered {name}[{index}] of token {cut(of)}, asked was {token}: another prompt's"
+            )
         if index >= skip:
-            if not isinstance(value, float | int) or not math.isfinite(value):
-                raise ServerError(f"/generate answered {name}[{index}] = {value}: no finite log-probability")
-            found.append(float(value))
+            if type(value) not in (int, float) or not _LEAST <= value <= ROUNDING:  # which NaN is not either
+                kind = "no finite log-probability" if not _finite(value) else "no log-probability, which is at most 0"
+                raise BadAnswerError(f"/generate answered {name}[{index}] = {cut(value)}: {kind}")
+            found.append(min(float(value), 0.0))
     return found
 
 
-class Client:
-    """One server. All errors of transport, status and content are ServerError.
+def _finite(value: object) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+class Client(Transport):
+    """SGLang's own endpoints. All errors of transport, status and content are ServerError.
 
     Args:
         url: ``http://host:port``.
-        timeout: seconds without a byte after which a request counts as stalled. Answers are not streamed, so it bounds a request.
+        timeout: seconds for a whole answer. Answers are not streamed, so it bounds a request.
+        key: sent as bearer token.
+        vocabulary: ids of the model's embedding; None: not known.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
-        self.url, self.timeout = url.rstrip("/"), timeout
-        # trust_env off: a proxy of the environment must not stand between this client and a local server.
-        self._http = httpx2.AsyncClient(
-            base_url=self.url,
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, 30.0)),
-            limits=httpx2.Limits(max_connections=None),
-            trust_env=False,
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+    def __init__(self, url: str, timeout: float, key: str | None = None, vocabulary: int | None = None) -> None:
+        super().__init__(url, timeout, key)
+        self.vocabulary = vocabulary
 
     async def info(self) -> dict[str, Any]:
         """``/server_info``."""
-        content = _json(await self._send("GET", "/server_info"), "/server_info")
+        content = await self.json("GET", "/server_info", limit=_INFO)
         if not isinstance(content, dict):
-            raise ServerError(f"{self.url}/server_info answered {_cut(content)}: is it SGLang?")
+            raise BadAnswerError(f"{self.url}/server_info answered {cut(content)}: is it SGLang?")
         return content
 
     async def flush(self) -> None:
         """Empty the prefix cache; a server that is still busy is waited for."""
-        await self._send("POST", f"/flush_cache?timeout={min(self.timeout, 60.0):g}")
+        await self.body("POST", f"/flush_cache?timeout={min(self.timeout / 2, 60.0):g}", limit=1 << 16)
 
     async def generate(self, request: Request) -> tuple[Answer, dict[str, Any]]:
         """The checked answer, and the JSON as it came."""
-        response = await self._send("POST", "/generate", request.body())
-        content = _json(response, "/generate")
-        return Answer.of(request, content), content
-
-    async def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
-        try:
-            response = await self._http.request(method, path, json=body)
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise ServerError(f"{self.url} is no URL ({error}): write http://host:port") from error
-        except httpx2.TimeoutException as error:
-            raise ServerError(f"{self.url}{path} did not answer within {self.timeout:g} s: it stalled") from error
-        except httpx2.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            raise ServerError(f"{self.url}{path} cannot be reached ({reason}): is the server up?") from error
-        if response.status_code != 200:
-            hint = "; the first node answers, ask that one" if response.status_code == 404 else ""
-            raise ServerError(f"{self.url}{path} answered {response.status_code}: {_cut(response.text)}{hint}")
-        return response
-
-
-def _json(response: httpx2.Response, path: str) -> Any:
-    try:
-        return response.json()
-    except ValueError as error:
-        raise ServerError(f"{path} answered no JSON: {_cut(response.text)}") from error
-
-
-def _cut(value: object) -> str:
-    text = printable(" ".join(str(value).split()))
-    return (text if len(text) <= _BODY else text[: _BODY - 1] + "…") or "nothing"
+        limit = _ANSWER + _TOKEN * (len(request.input_ids) + request.max_new_tokens)
+        content = await self.json("POST", "/generate", limit=limit, body=request.body())
+        return Answer.of(request, content, self.vocabulary), content

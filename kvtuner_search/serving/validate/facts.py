@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from kvtuner_search.errors import NotComparableError, UsageError
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.serving.validate.client import ServerError
+from kvtuner_search.serving.validate.info import Info
 
 _ALIKE = ("version", "model", "dtype", "tensor_parallel", "pipeline_parallel", "quantization")
 _SAME_MEMORY = ("memory_fraction", "device", "page_size")
@@ -36,45 +36,36 @@ class Facts:
     tool: str | None  # the plugin's name and version
 
     @classmethod
-    def of(cls, info: dict[str, Any], url: str) -> Self:
+    def of(cls, content: dict[str, Any], url: str) -> Self:
         """Read ``/server_info``.
 
         Raises:
-            ServerError: if a field is missing or has another type.
+            ServerError: if a field is missing, of another type or beyond reason.
         """
-        states = info.get("internal_states")
-        state = states[0] if isinstance(states, list) and states and isinstance(states[0], dict) else {}
-        memory = state.get("memory_usage")
-        memory = memory if isinstance(memory, dict) else {}
-        plugin = info.get("kvtuner")
-        plugin = plugin if isinstance(plugin, dict) else {}
+        return cls.from_info(Info.of(content, url))
 
-        def want(name: str, kind: type, source: dict[str, Any] = info) -> Any:
-            value = source.get(name)
-            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-                raise ServerError(
-                    f"{url}/server_info says {name}={value!r}: expected is {kind.__name__}; is it SGLang 0.5?"
-                )
-            return value
-
+    @classmethod
+    def from_info(cls, info: Info) -> Self:
+        """The same of what was checked."""
+        plugin = info.kvtuner
         return cls(
-            version=want("version", str),
-            model=want("model_path", str),
-            dtype=want("dtype", str),
-            quantization=info.get("quantization"),
-            attention_backend=want("attention_backend", str),
-            device=str(info.get("device")),
-            tensor_parallel=want("tp_size", int),
-            pipeline_parallel=want("pp_size", int),
-            page_size=want("page_size", int),
-            prefix_cache=not info.get("disable_radix_cache", False),
-            memory_fraction=info.get("mem_fraction_static"),
-            token_cap=info.get("max_total_tokens"),
-            tokens=want("max_total_num_tokens", int),
-            cache_gib=memory.get("kvcache"),
-            profile_digest=want("profile_digest", str, plugin) if plugin else None,
-            as_stored=bool(plugin.get("as_stored", False)),
-            tool=plugin.get("tool"),
+            version=info.version,
+            model=info.model_path,
+            dtype=info.dtype,
+            quantization=info.quantization,
+            attention_backend=info.attention_backend,
+            device=str(info.device),
+            tensor_parallel=info.tp_size,
+            pipeline_parallel=info.pp_size,
+            page_size=info.page_size,
+            prefix_cache=not info.disable_radix_cache,
+            memory_fraction=info.mem_fraction_static,
+            token_cap=info.max_total_tokens,
+            tokens=info.max_total_num_tokens,
+            cache_gib=info.cache_gib,
+            profile_digest=None if plugin is None else plugin.profile_digest,
+            as_stored=plugin is not None and bool(plugin.as_stored),
+            tool=None if plugin is None else plugin.tool,
         )
 
     def check_profile(self, profile: Profile, url: str) -> None:

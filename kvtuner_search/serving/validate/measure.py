@@ -52,6 +52,7 @@ class Plan:
     greedy_tokens: int
     concurrency: int
     alive: Callable[[], None] = lambda: None  # raises ServerError if a server that was started here has ended
+    vocabulary: int | None = None  # ids of the model's embedding; None: not known
 
     @property
     def requests(self) -> int:
@@ -95,7 +96,7 @@ async def ask(client: Client, plan: Plan, journal: Journal, advance: Callable[..
     await part("task", [_single(client, _task(prompt)) for prompt in prompts.tasks])
     await part("greedy", [_single(client, request) for request in greedy])
     if plan.method != "token-by-token":
-        answers = [_answer(journal, f"greedy/{i}", request) for i, request in enumerate(greedy)]
+        answers = [_answer(plan, journal, f"greedy/{i}", request) for i, request in enumerate(greedy)]
         pairs = zip(prompts.greedy, answers, strict=True)
         await part("again", [_single(client, _again(prompt, answer.output_ids)) for prompt, answer in pairs])
 
@@ -170,23 +171,24 @@ async def _attempts(plan: Plan, journal: Journal, name: str, job: Job) -> list[A
     raise AssertionError("unreachable")
 
 
-def _answer(journal: Journal, name: str, request: Request) -> Answer:
-    return Answer.of(request, journal.done[name][0])
+def _answer(plan: Plan, journal: Journal, name: str, request: Request) -> Answer:
+    return Answer.of(request, journal.done[name][0], plan.vocabulary)
 
 
 def outcome(plan: Plan, journal: Journal) -> Outcome:
     """Read a complete journal; every response is checked again."""
     prompts = plan.prompts
     greedy = [
-        _answer(journal, f"greedy/{i}", _greedy(prompt, plan.greedy_tokens)) for i, prompt in enumerate(prompts.greedy)
+        _answer(plan, journal, f"greedy/{i}", _greedy(prompt, plan.greedy_tokens))
+        for i, prompt in enumerate(prompts.greedy)
     ]
     rescored: list[NDArray[np.float64]] = []
     if plan.method != "token-by-token":
         requests = [_again(p, a.output_ids) for p, a in zip(prompts.greedy, greedy, strict=True)]
-        rescored = [np.array(_answer(journal, f"again/{i}", r).input_logprobs) for i, r in enumerate(requests)]
+        rescored = [np.array(_answer(plan, journal, f"again/{i}", r).input_logprobs) for i, r in enumerate(requests)]
     return Outcome(
         scored=[_scored(journal, plan, i, sample) for i, sample in enumerate(prompts.split.samples)],
-        task_tokens=[_answer(journal, f"task/{i}", _task(p)).output_ids for i, p in enumerate(prompts.tasks)],
+        task_tokens=[_answer(plan, journal, f"task/{i}", _task(p)).output_ids for i, p in enumerate(prompts.tasks)],
         continuations=[answer.output_ids for answer in greedy],
         decoded=[np.array(answer.output_logprobs) for answer in greedy],
         rescored=rescored,
@@ -200,5 +202,5 @@ def _scored(journal: Journal, plan: Plan, index: int, sample: Sample) -> NDArray
     if plan.method == "token-by-token":
         values, first = journal.done[name], 1
     else:
-        values, first = _answer(journal, name, _score(sample)).input_logprobs, sample.scored[0][0]
+        values, first = _answer(plan, journal, name, _score(sample)).input_logprobs, sample.scored[0][0]
     return np.array([values[position - first] for start, end in sample.scored for position in range(start, end)])

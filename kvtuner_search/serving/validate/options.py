@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -60,3 +60,6 @@ class ValidationOptions:
     resume: bool
     overwrite: bool
     command: str  # for the block
+    api_key: str | None = field(
+        default=None, repr=False
+    )  # of both servers; None: that of the server arguments, if they have one

@@ -9,34 +9,39 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
-
-import httpx2
+from typing import IO, Final
 
 from kvtuner_search.profile.text import printable
+from kvtuner_search.secrets import mask, mask_arguments
 from kvtuner_search.serving.configuration import ENVIRONMENT
-from kvtuner_search.serving.validate.client import ServerError
+from kvtuner_search.serving.validate.transport import ServerError, Transport
 
 STOP_SECONDS: Final = 20.0  # between SIGTERM and SIGKILL
 PORTS: Final = range(20000, 32000)
 _POLL: Final = 0.5  # seconds
 _LOG_TAIL: Final = 64 * 1024  # bytes of a log that are searched for the reason of a failure
+_LINE: Final = 64 * 1024  # bytes of a log's line that are masked together
+_LOOK: Final = 30.0  # seconds that /health may take
+_DRAIN: Final = 5.0  # seconds for what an ended server had still written
+_KEYS: Final = ("KVTUNER_API_KEY",)  # variables of this program that a server has no use for
 
 
 class Server:
     """A running server that this process started."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-        self.process, self.url, self.log = process, url, log
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path, logging: threading.Thread) -> None:
+        self.process, self.url, self.log, self._logging = process, url, log, logging
 
     def check_alive(self) -> None:
         """Raise ServerError, with the reason from the log, if the server has ended."""
         code = self.process.poll()
         if code is not None:
+            self._logging.join(_DRAIN)
             raise ServerError(f"the server ended with {code}: {last_words(self.log)} (whole log: {self.log})")
 
     async def wait_until_ready(self, timeout: float) -> None:
@@ -46,12 +51,11 @@ class Server:
             ServerError: if the server ends, or takes longer than ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
-        async with httpx2.AsyncClient(base_url=self.url, timeout=30.0, trust_env=False) as http:
+        async with Transport(self.url, _LOOK) as http:
             while True:
                 self.check_alive()
-                with suppress(httpx2.TransportError):
-                    if (await http.get("/health")).status_code == 200:
-                        return
+                if await http.answers("/health", _LOOK):
+                    return
                 if time.monotonic() > deadline:
                     raise ServerError(f"the server was not ready after {timeout:g} s: see {self.log}")
                 await asyncio.sleep(_POLL)
@@ -63,23 +67,40 @@ def serving(python: str, arguments: Sequence[str], log: Path) -> Iterator[Server
 
     Args:
         python: interpreter of the environment that has SGLang.
-        log: file for its output.
+        log: file for its output, which SGLang begins with all its arguments; passwords and keys are masked before they reach the disk.
     """
     port = free_port()
     command = [python, "-m", "sglang.launch_server", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     tied = [sys.executable, "-m", "kvtuner_search.serving.validate.tied", str(os.getpid()), *command]
-    environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT}  # the flags alone decide
+    # The flags alone decide what is served.
+    environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, *_KEYS)}
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as stream:
-        stream.write((" ".join(command) + "\n").encode())
-        stream.flush()
-        process = subprocess.Popen(
-            tied, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True
-        )
+    log.write_text(" ".join(mask_arguments(command)) + "\n", encoding="utf-8", errors="surrogateescape")
+    process = subprocess.Popen(
+        tied,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    logging = threading.Thread(target=_copy_masked, args=(process.stdout, log), name="log", daemon=True)
+    logging.start()
     try:
-        yield Server(process, f"http://127.0.0.1:{port}", log)
+        yield Server(process, f"http://127.0.0.1:{port}", log, logging)
     finally:
         stop(process)
+        logging.join(_DRAIN)
+
+
+def _copy_masked(output: IO[bytes], log: Path) -> None:
+    """Append what a server writes to its log, line by line, without passwords and keys. A disk that is full does not hold the server up."""
+    with output, log.open("ab", buffering=0) as stream:
+        while line := output.readline(_LINE):
+            masked = mask(line.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+            with suppress(OSError):
+                stream.write(masked)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -21,12 +21,16 @@ from kvtuner_search.models.source import TOKENIZERS, check_length, check_pointer
 from kvtuner_search.profile.canonical import canonical_json, digest_without_validation, save, seal
 from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.fields import MAX_NOTES
+from kvtuner_search.profile.model_config import text_config
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import bounded
 from kvtuner_search.profile.validation import Semantics, ServerRecord, Validation
 from kvtuner_search.progress import Reporter
+from kvtuner_search.secrets import mask, mask_arguments
+from kvtuner_search.serving.arguments import api_key
 from kvtuner_search.serving.model import served_config, served_model
 from kvtuner_search.serving.validate import figures
+from kvtuner_search.serving.validate.address import check_url
 from kvtuner_search.serving.validate.client import Client
 from kvtuner_search.serving.validate.explained import Explained, Side, notes_on_rounding
 from kvtuner_search.serving.validate.facts import Facts, check_alike, resolve_dtype
@@ -62,10 +66,16 @@ class Run:
     def __init__(self, options: ValidationOptions, reporter: Reporter) -> None:
         self.options, self.reporter = options, reporter
         self.model_path = str(reference_model_path()) if options.model == REFERENCE_NAME else options.model
+        self.key = api_key(options.api_key, options.server_arguments)
+        self.urls = {
+            name: None if url is None else check_url(url, self.key)
+            for name, url in (("profile", options.url), ("baseline", options.baseline_url))
+        }
         self.profile, self.centres = open_profile(options.profile)
         check_model(self.profile, served_model(self.model_path), options.model)
         for note in check_length(served_config(self.model_path), options.length, options.model):
             reporter.say(note)
+        self.vocabulary = _vocabulary(self.model_path)
         self.tokenizer, self.config_dtype = _tokenizer(self.model_path)
         with reporter.stage("prompts"):
             self.prompts = build(
@@ -83,9 +93,9 @@ class Run:
             "profile": self.profile.digest,
             "prompts": self.prompts.digest,
             "greedy tokens": options.greedy_tokens,
-            "server arguments": list(options.server_arguments),
-            "url": options.url,
-            "baseline url": options.baseline_url,
+            "server arguments": mask_arguments(options.server_arguments),
+            "url": options.url and mask(options.url),
+            "baseline url": options.baseline_url and mask(options.baseline_url),
         }
         self.folder = Folder(options.folder, settings, resume=options.resume, overwrite=options.overwrite)
         if options.baseline_from is not None:
@@ -94,9 +104,9 @@ class Run:
     def validate(self) -> Validation:
         """Measure whatever the folder does not have yet, and judge it."""
         options = self.options
-        baseline = self._side("baseline", options.baseline_url, [], None)
+        baseline = self._side("baseline", self.urls["baseline"], [], None)
         flags = ["--kvtuner-profile", str(options.profile.resolve()), "--kvtuner-as-stored"]
-        ours = self._side("profile", options.url, flags, baseline.facts)
+        ours = self._side("profile", self.urls["profile"], flags, baseline.facts)
         compared = options.offline and ours.facts.quantization is None
         block = self._block(ours, baseline, self._explained(ours, baseline) if compared else None)
         write_atomic(self.folder.path / BLOCK, canonical_json(block.model_dump(mode="json")))
@@ -141,7 +151,7 @@ class Run:
         versions: dict[str, str],
         baseline: Facts | None,
     ) -> None:
-        async with Client(url, self.options.timeout) as client:
+        async with Client(url, self.options.timeout, self.key, self.vocabulary) as client:
             facts = Facts.of(await client.info(), url)
             if baseline is None:
                 facts.check_stock(url)
@@ -163,6 +173,7 @@ class Run:
             greedy_tokens=self.options.greedy_tokens,
             concurrency=self.options.concurrency,
             alive=(lambda: None) if server is None else server.check_alive,
+            vocabulary=self.vocabulary,
         )
 
     def _explained(self, ours: _Side, baseline: _Side) -> Explained:
@@ -309,6 +320,12 @@ def _identify(journal: Journal, facts: Facts, versions: dict[str, str]) -> None:
                 f"{journal.path} has answers of a server with other {what}: use --overwrite or another folder"
             )
     journal.identify(found)
+
+
+def _vocabulary(model_path: str) -> int | None:
+    """Ids of the model's embedding; None where its config.json does not say."""
+    found = text_config(served_config(model_path)).get("vocab_size")
+    return found if type(found) is int and found > 0 else None
 
 
 def _tokenizer(model_path: str) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from kvtuner_search import __version__
 from kvtuner_search.errors import UsageError
+from kvtuner_search.secrets import mask_arguments
 from kvtuner_search.serving.validate.facts import Facts
 
 PACKAGES: Final = ("kvtuner-search", "sglang", "torch", "transformers", "triton")
@@ -87,9 +88,9 @@ def processor() -> str:
 
 
 def public_command(arguments: Sequence[str]) -> str:
-    """The command line with folders left out of absolute paths: a profile names no machine's places."""
+    """The command line without passwords and keys, and with folders left out of absolute paths: a profile names no machine's places."""
     shown = []
-    for argument in arguments:
+    for argument in mask_arguments(arguments):
         option, equals, value = argument.rpartition("=")
         shown.append(option + equals + (Path(value).name if value.startswith(("/", "~")) else value))
     text = " ".join(["kvtuner-search", *shown])

@@ -1,0 +1,179 @@
+"""Passwords and keys are masked wherever text leaves this program: messages, logs, records, pages, profiles.
+
+Two nets. :func:`mask` knows what secrets look like: credentials in URLs, options and fields that are called like one, bearer tokens, keys of
+known shape. :func:`remember` is told what a secret is, and every later text is searched for that very value, however it is quoted or cut out of
+its place: a server may send a key back, a driver may quote a password alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+from urllib.parse import quote, quote_plus, unquote
+
+MASK: Final = "***"
+_SHORTEST: Final = 4  # characters of a secret that is searched for by its value; less would blank out ordinary text
+_LONG: Final = 12  # characters from which on it is also found within a word
+
+# Names that end so are secrets: api_key, HF_TOKEN, sslpassword, --admin-api-key. "token" and "key" alone are not: here they are units and tensors.
+_NAME: Final = (
+    r"(?:[\w.-]*(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|private[_-]?key|secret(?:[_-]?key)?|passw(?:or)?d|passphrase|pwd|credentials?"
+    r"|(?:hf|hub|hugging[_-]?face|auth|access|bearer|api|admin|session|refresh|security|git(?:hub|lab)|id)[_-]?token)|authorization)"
+)
+_EMPTY: Final = r"(?!(?:None|null|True|False|true|false)\b|\*\*\*)"
+_QUOTED: Final = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
+_FIELD: Final = re.compile(
+    rf"""(?P<name>(?<![\w.-])["']?{_NAME}["']?\s*(?:=|:|=>)\s*)(?:(?P<quoted>{_QUOTED})|{_EMPTY}(?P<bare>(?:(?:Bearer|Basic|Token)\s+)?[^\s,;&)\]}}"']+))""",
+    re.IGNORECASE,
+)
+_OPTION: Final = re.compile(
+    rf"(?P<name>(?<![\w-])--{_NAME}\s+)(?:(?P<quoted>{_QUOTED})|(?!(?:or|and)\s)(?P<bare>[^\s\"']+))", re.IGNORECASE
+)
+_QUERY: Final = re.compile(r"([?&](?:token|key|sig|signature|auth|x-amz-[\w-]+)=)[^\s&#\"')]+", re.IGNORECASE)
+_BEARER: Final = re.compile(r"\b(Bearer|Basic)\s+(?=[^\s\"']*[\d_=-])[^\s\"',;)]{4,}")
+_SHAPES: Final = re.compile(
+    r"\b(?:sk-[\w-]{8,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{8,}|AKIA[A-Z0-9]{16})\b"
+)
+_URL: Final = re.compile(r"(?P<scheme>(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>[^\s\"'<>`]+)")
+_ABBREVIATED: Final = (
+    "--api-key",
+    "--admin-api-key",
+    "--ssl-keyfile-password",
+)  # argparse takes their unique beginnings
+_SHORTEST_ABBREVIATION: Final = ("--ap", "--adm", "--ssl-keyfile-")
+
+_known: dict[str, re.Pattern[str]] = {}  # secret, in one of its spellings -> what finds it
+
+
+def remember(secret: str | None) -> None:
+    """Mask this very value from now on, as it is, percent-encoded, decoded, and as JSON or Python write it. Too short a value is left to :func:`mask`'s rules."""
+    if not secret:
+        return
+    plain = unquote(secret)
+    for text in {
+        secret,
+        plain,
+        *(quote(plain, safe=safe, errors="replace") for safe in ("", "/")),
+        quote_plus(plain, errors="replace"),
+        repr(plain)[1:-1],
+        secret.encode("unicode_escape").decode(),
+    }:
+        if len(text) >= _SHORTEST and text.strip("*"):
+            within = len(text) >= _LONG
+            edges = ("", "") if within else (r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])")
+            _known[text] = re.compile(edges[0] + re.escape(text) + edges[1])
+
+
+def remember_all(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Start anew with the secrets of one command: its arguments', and those of the variables that it reads."""
+    _known.clear()
+    values = [value for name, value in environment.items() if name.startswith("KVTUNER_")]
+    for name, value in environment.items():
+        if name.startswith(("KVTUNER_", "SGLANG_", "HF_")) and re.fullmatch(_NAME, name, re.IGNORECASE):
+            remember(value)
+    for text in (*arguments, *values):
+        for secret in _found_in(text):
+            remember(secret)
+    for secret in _secret_values(arguments):
+        remember(secret)
+
+
+def mask(text: object) -> str:
+    """The text without passwords, keys and tokens; ``***`` stands in their place.
+
+    >>> mask("mysql://user:secret@host/db cannot be reached")
+    'mysql://user:***@host/db cannot be reached'
+    >>> mask("--api-key sk-1 --port 30000")
+    '--api-key *** --port 30000'
+    """
+    content = str(text)
+    for known, pattern in sorted(_known.items(), key=lambda item: -len(item[0])):
+        if known in content:
+            content = pattern.sub(MASK, content)
+    content = _URL.sub(lambda match: match["scheme"] + _mask_authority(match["scheme"], match["rest"]), content)
+    content = _OPTION.sub(_keep_name, content)
+    content = _FIELD.sub(_keep_name, content)
+    content = _QUERY.sub(rf"\1{MASK}", content)
+    content = _BEARER.sub(rf"\1 {MASK}", content)
+    return _SHAPES.sub(MASK, content)
+
+
+def mask_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line with the values of secret options masked, also where a value is an argument of its own."""
+    shown, hide = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if hide and not argument.startswith("--"):
+            shown.append(MASK)
+            hide = False
+            continue
+        hide = not equals and is_secret_option(name)
+        shown.append(f"{name}={MASK}" if equals and is_secret_option(name) else mask(argument))
+    return shown
+
+
+def is_secret_option(name: str) -> bool:
+    """Whether an option's value is a secret; beginnings of SGLang's own, which argparse completes, count too."""
+    if not name.startswith("--"):
+        return False
+    short = any(
+        full.startswith(name) and name.startswith(least)
+        for full, least in zip(_ABBREVIATED, _SHORTEST_ABBREVIATION, strict=True)
+    )
+    return short or re.fullmatch(_NAME, name[2:], re.IGNORECASE) is not None
+
+
+def _secret_values(arguments: Sequence[str]) -> Iterable[str]:
+    """The values of secret options, behind their = or as the next argument."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if is_secret_option(name):
+            yield value if equals else "".join(arguments[index + 1 : index + 2])
+
+
+def _found_in(text: str) -> Iterable[str]:
+    """The secrets that a text shows by their place: passwords in URLs, values of secret fields."""
+    for match in _URL.finditer(text):
+        yield _credentials(match["scheme"], match["rest"]).partition(":")[2]
+    for match in _FIELD.finditer(text):
+        yield match["bare"] or match["quoted"][1:-1]
+
+
+def _credentials(scheme: str, rest: str) -> str:
+    """``user:password`` of what follows ``scheme``; empty if there is none.
+
+    In a web address it ends before the path, unless what should be a port is none: an unescaped / in a password. Elsewhere
+    (databases) drivers take everything up to the last @ for it.
+    """
+    end = rest.rfind("@")
+    if end < 0:
+        return ""
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if scheme.lower() in ("http://", "https://"):
+        if "@" in authority:
+            return authority[: authority.rfind("@")]
+        host, colon, port = authority.rpartition(":")
+        if not colon or not host or port == "" or port.isdigit() or host.startswith("["):
+            return ""
+    elif ":" not in rest[:end] and "@" not in authority:
+        return ""
+    return rest[:end]
+
+
+def _mask_authority(scheme: str, rest: str) -> str:
+    credentials = _credentials(scheme, rest)
+    if not credentials:
+        return rest
+    user, colon, _ = credentials.partition(":")
+    alone = (
+        MASK if scheme.lower().startswith("http") else user
+    )  # without a password, a web address's user is often a token
+    return (f"{user}:{MASK}" if colon else alone) + rest[len(credentials) :]
+
+
+def _keep_name(match: re.Match[str]) -> str:
+    quoted = match["quoted"]
+    if quoted is not None:
+        return match["name"] + (quoted if len(quoted) == 2 else quoted[0] + MASK + quoted[-1])
+    return match["name"] + MASK

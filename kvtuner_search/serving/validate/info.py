@@ -1,0 +1,122 @@
+"""``/server_info`` at the door: every field that anything here depends on, of the right type and within reason. All others are ignored."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from kvtuner_search.profile.fields import Digest, Positive
+from kvtuner_search.profile.text import printable
+from kvtuner_search.serving.validate.transport import BadAnswerError, cut
+
+_OBJECT: Final = re.compile(r"dictionary or instance of \w+")  # pydantic's words for a JSON object
+
+
+def _harmless(text: str) -> str:
+    if printable(text) != text:
+        raise ValueError("control characters are in it")
+    return text
+
+
+def _object(text: str) -> str:
+    """JSON that replaces fields of config.json."""
+    try:
+        found = from_json(text or "{}")
+    except ValueError as error:
+        raise ValueError("it is no JSON") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return text
+
+
+Word = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_harmless)]
+Size = Annotated[int, Field(ge=1, le=2**20)]  # ranks, nodes, tokens of a page
+Steps = Annotated[int, Field(ge=0, le=2**16)]
+Gib = Annotated[float, Field(ge=0, le=2**30, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, protected_namespaces=())
+
+
+class MemoryUsage(_Read):
+    """Of the first rank."""
+
+    kvcache: Gib | None = None
+
+
+class State(_Read):
+    """Of the first scheduler."""
+
+    memory_usage: MemoryUsage | None = None
+
+
+class Plugin(_Read):
+    """What the plugin reports; a stock server has none."""
+
+    profile_digest: Digest
+    as_stored: bool | None = None
+    tool: Word | None = None
+    bytes_per_token: Positive | None = None
+
+
+class Info(_Read):
+    """By SGLang's names."""
+
+    version: Word
+    model_path: Word
+    dtype: Word
+    attention_backend: Word
+    tp_size: Size
+    pp_size: Size
+    page_size: Size
+    max_total_num_tokens: Positive
+    quantization: Word | None = None
+    device: Word | None = None
+    disable_radix_cache: bool | None = None
+    mem_fraction_static: Share | None = None
+    max_total_tokens: Positive | None = None
+    internal_states: list[State] | None = None
+    kvtuner: Plugin | None = None
+    revision: Word | None = None
+    json_model_override_args: Annotated[str, Field(max_length=2**16), AfterValidator(_object)] | None = None
+    load_format: Word | None = None
+    kv_cache_dtype: Word | None = None
+    context_length: Positive | None = None
+    max_req_input_len: Positive | None = None
+    nnodes: Size = 1
+    dp_size: Size = 1
+    enable_dp_attention: bool | None = None
+    base_gpu_id: Annotated[int, Field(ge=0, le=2**16)] | None = None
+    speculative_algorithm: Word | None = None
+    speculative_num_steps: Steps | None = None
+    speculative_num_draft_tokens: Steps | None = None
+
+    @classmethod
+    def of(cls, content: dict[str, Any], url: str) -> Self:
+        """Check what ``/server_info`` answered.
+
+        Raises:
+            ServerError: names the first field that is missing or cannot be.
+        """
+        if content.get("kvtuner") == {}:  # a plugin without anything to serve
+            content = {**content, "kvtuner": None}
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            name = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "missing":
+                raise BadAnswerError(f"{url}/server_info has no {name}: is it SGLang 0.5?") from error
+            said, reason = cut(repr(first["input"])), _OBJECT.sub("object", first["msg"])
+            raise BadAnswerError(f"{url}/server_info says {name}={said}: {reason}; is it SGLang 0.5?") from error
+
+    @property
+    def cache_gib(self) -> float | None:
+        """Memory of the first rank's cache, GiB to two digits."""
+        states = self.internal_states
+        return states[0].memory_usage.kvcache if states and states[0].memory_usage else None

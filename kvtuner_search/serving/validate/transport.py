@@ -1,0 +1,212 @@
+"""HTTP to a server that may misbehave: a deadline for the whole answer, a bound on its bytes, no compression, no redirects, no retries.
+
+httpx2 because current releases of huggingface_hub bring it with every installation, it is maintained, and cancelling its
+asynchronous requests closes their connections, so that Ctrl-C need not wait for a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final, Protocol, Self
+
+import httpx2
+from pydantic_core import from_json  # its depth is bounded, and it is about three times as fast as json
+
+from kvtuner_search.errors import ServingError
+from kvtuner_search.profile.text import printable
+from kvtuner_search.secrets import mask
+from kvtuner_search.serving.validate.address import KEY_OPTION, authorization
+
+EXCERPT: Final = 200  # characters of what came that are shown
+_READ: Final = 4096  # bytes that are read of a refusal; masked before they are cut to the excerpt
+_PROBE: Final = 5.0  # seconds for a look at what else a server answers
+
+
+class ServerError(ServingError):
+    """A server did not answer, or answered something that cannot be used."""
+
+
+class BadAnswerError(ServerError):
+    """Something came, and no server that works sends it."""
+
+
+def cut(value: object) -> str:
+    """What a server sent, fit for a message."""
+    text = printable(" ".join(mask(value).split()))
+    return (text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…") or "nothing"
+
+
+class Sink(Protocol):
+    """Takes a body as it comes."""
+
+    def take(self, data: bytes) -> None:
+        """The next piece; raises BadAnswerError, without the address, if it is too much, and _EnoughError if no more is wanted."""
+
+
+class _EnoughError(Exception):
+    """The rest of a body is not wanted."""
+
+
+class Body:
+    """A body that is kept whole, up to ``limit`` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.content = limit, bytearray()
+
+    def take(self, data: bytes) -> None:
+        """Keep it."""
+        self.content += data
+        if len(self.content) > self.limit:
+            raise BadAnswerError(f"more than {self.limit:,} bytes came, which no such answer has")
+
+
+class Start(Body):
+    """The first bytes of a body; the rest is not read."""
+
+    def take(self, data: bytes) -> None:
+        """Keep what fits."""
+        self.content += data[: self.limit - len(self.content)]
+        if len(self.content) == self.limit:
+            raise _EnoughError
+
+
+class Transport:
+    """One server. All errors of transport and status are ServerError.
+
+    Args:
+        url: ``http://host:port``.
+        timeout: seconds for a whole answer, from the request to its last byte.
+        key: sent as bearer token.
+    """
+
+    def __init__(self, url: str, timeout: float, key: str | None = None) -> None:
+        self.url, self.timeout, self.key = url.rstrip("/"), timeout, key
+        try:
+            # trust_env off: a proxy of the environment must not stand between this client and a local server.
+            self._http = httpx2.AsyncClient(
+                base_url=self.url,
+                timeout=httpx2.Timeout(timeout, connect=min(timeout, 30.0)),
+                limits=httpx2.Limits(max_connections=None),
+                headers={"Accept-Encoding": "identity", **authorization(key)},
+                trust_env=False,
+            )
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise ServerError(f"{url} is no URL ({error}): write http://host:port") from error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def json(self, method: str, path: str, *, limit: int, body: dict[str, Any] | None = None) -> Any:
+        """The JSON of an answer of at most ``limit`` bytes.
+
+        Raises:
+            ServerError: if none came.
+        """
+        content = await self.body(method, path, limit=limit, body=body)
+        try:
+            return from_json(content)
+        except ValueError as error:
+            start = content[:_READ].decode(errors="replace")
+            raise BadAnswerError(f"{self.url}{path} answered no JSON: {cut(start)} ({error})") from error
+
+    async def body(self, method: str, path: str, *, limit: int, body: dict[str, Any] | None = None) -> bytes:
+        """An answer of at most ``limit`` bytes with status 200; errors as for :meth:`json`."""
+        sink = Body(limit)
+        await self.read(method, path, sink, body)
+        return bytes(sink.content)
+
+    async def read(self, method: str, path: str, sink: Sink, body: dict[str, Any] | None = None) -> None:
+        """Pass an answer with status 200 to ``sink``; errors as for :meth:`json`."""
+        refusal = Start(_READ)
+        status = await self._exchange(method, path, lambda status: sink if status == 200 else refusal, body)
+        if status == 200:
+            return
+        hint = await self._hint(status)
+        text = cut(bytes(refusal.content).decode(errors="replace"))
+        raise ServerError(f"{self.url}{path} answered {status}: {text}{hint}")
+
+    async def answers(self, path: str, within: float = _PROBE) -> bool:
+        """Whether a GET is answered with status 200 within so many seconds."""
+        return await self._look(path, within) is not None
+
+    async def _exchange(
+        self, method: str, path: str, sink_of: Callable[[int], Sink], body: dict[str, Any] | None
+    ) -> int:
+        """Send a request and read the answer to its end; returns the status."""
+        came = 0
+        try:
+            async with asyncio.timeout(self.timeout), self._http.stream(method, path, json=body) as response:
+                coding = response.headers.get("content-encoding", "identity").strip().lower()
+                if coding not in ("identity", ""):
+                    raise BadAnswerError(
+                        f"it is compressed ({cut(coding)}), which was not asked for: ask the server, not a proxy"
+                    )
+                sink = sink_of(response.status_code)
+                with suppress(_EnoughError):
+                    async for data in response.aiter_raw():
+                        came += len(data)
+                        sink.take(data)
+                return response.status_code
+        except BadAnswerError as error:
+            raise BadAnswerError(f"{self.url}{path} gave no answer that can be used: {error}") from error
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise ServerError(f"{self.url} is no URL ({error}): write http://host:port") from error
+        except (httpx2.TimeoutException, TimeoutError) as error:
+            if came:
+                raise BadAnswerError(
+                    f"{self.url}{path} had sent {came:,} bytes after {self.timeout:g} s and was not done: it drips, or does not end"
+                ) from error
+            raise ServerError(f"{self.url}{path} did not answer within {self.timeout:g} s: it stalled") from error
+        except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+            reason = cut(error) if str(error) else type(error).__name__
+            raise ServerError(f"{self.url}{path} cannot be reached ({reason}): is the server up?") from error
+
+    async def _look(self, path: str, within: float = _PROBE) -> bytes | None:
+        """The beginning of what a GET is answered with status 200; None otherwise."""
+        start = Start(1 << 16)
+        probe = Transport(self.url, min(self.timeout, within), self.key)
+        try:
+            async with probe:
+                return (
+                    bytes(start.content) if await probe._exchange("GET", path, lambda _: start, None) == 200 else None
+                )
+        except ServerError:
+            return None
+
+    async def _hint(self, status: int) -> str:
+        """What a status other than 200 usually means, and the remedy."""
+        if status in (401, 403):
+            if self.key is None:
+                return f"; it wants a key: {KEY_OPTION}"
+            return "; it does not take the key that was given: SGLang's --api-key, or --admin-api-key where it has one"
+        if 300 <= status < 400:
+            return "; redirects are not followed, because a key or a figure would go astray: give the address that it leads to"
+        if status not in (404, 405):
+            return ""
+        served = await self._openai()
+        if served is not None:
+            slashes = self.url.endswith("/v1")
+            remedy = "leave /v1 off if SGLang answers there, or " if slashes else ""
+            return (
+                f"; this is an OpenAI-compatible endpoint{served}, and SGLang's own /server_info and /generate are missing: {remedy}give the"
+                " address of the SGLang server itself"
+            )
+        if await self.answers("/health"):
+            return "; the first node answers, ask that one: this address answers /health, as a node of rank above 0 does, or another program"
+        return "; the first node answers, if this is a node of rank above 0; else no SGLang is at this address and path"
+
+    async def _openai(self) -> str | None:
+        """Whose OpenAI-compatible endpoint this is, as far as it tells; None if it is none."""
+        base = self.url.endswith("/v1")
+        content = await self._look("/models" if base else "/v1/models")
+        try:
+            listed = from_json(content or b"")
+            owner = listed["data"][0]["owned_by"]
+            return f" of {cut(owner)}" if isinstance(owner, str) and owner else ""
+        except (ValueError, TypeError, KeyError, IndexError):
+            return "" if base else None
