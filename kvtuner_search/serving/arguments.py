@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from kvtuner_search.errors import UsageError
+from kvtuner_search.errors import KVTunerError, UsageError
 from kvtuner_search.profile.canonical import read_limited
 from kvtuner_search.serving.flags import FLAGS
 from kvtuner_search.serving.sglang.refusals import LATER, REFUSALS
@@ -125,7 +125,7 @@ def api_key(given: str | None, arguments: Sequence[str]) -> str | None:
         UsageError: if no HTTP header can carry it.
     """
     if given is None:
-        with suppress(UsageError):  # the server will say what is wrong with its file
+        with suppress(KVTunerError):  # the server will say what is wrong with its file
             arguments = [*_config_file(arguments), *arguments]
         found, _ = parse_flags(arguments, _add_key)
         given = found.api_key

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_search.secrets import remember
 from kvtuner_search.serving.validate.client import ServerError
 from kvtuner_search.serving.validate.process import last_words, serving
 
@@ -124,3 +125,23 @@ def test_the_reason_is_the_last_line_that_looks_like_an_error(tmp_path: Path) ->
     assert last_words(log) == "two"
     log.write_text("")
     assert last_words(log) == "it said nothing"
+
+
+def test_the_log_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on its first line, which is the command, nor in what the server writes; the rest is as it came, bytes that are no text too."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\nprintf 'ServerArgs(api_key=%s)\\nmysql://u:hunter2@h/d \\377\\nthe key: %s' \"'sk-1'\" topsecret-key\n"
+        'echo "$KVTUNER_API_KEY" >&2\nexit 3\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setenv("KVTUNER_API_KEY", "topsecret-key")
+    remember("topsecret-key")
+    with (
+        pytest.raises(ServerError, match=r"ended with 3: the key: \*\*\*"),
+        serving(str(python), ["--model-path", "m", "--api-key", "topsecret-key"], tmp_path / "log") as server,
+    ):
+        asyncio.run(server.wait_until_ready(30))
+    first, *rest = (tmp_path / "log").read_bytes().splitlines()
+    assert b"--model-path m --api-key *** --host 127.0.0.1" in first
+    assert rest == [b"ServerArgs(api_key='***')", b"mysql://u:***@h/d \xff", b"the key: ***"]

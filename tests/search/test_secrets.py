@@ -1,0 +1,178 @@
+"""No password and no key leaves the program, in whatever form it was given, and ordinary text stays as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtuner_search.bench import files
+from kvtuner_search.cli.main import run
+from kvtuner_search.errors import DataError, ServingError
+from kvtuner_search.profile.canonical import save
+from kvtuner_search.secrets import mask, mask_arguments, remember, remember_all
+from kvtuner_search.serving.validate.surroundings import public_command
+from tests.search.bench import record_factory
+from tests.search.profile_factory import validated
+
+ROOT = Path(__file__).parents[2]
+SECRET = "hunter2-S3cret"
+SHOWN = [
+    ("mysql://u:hunter2-S3cret@127.0.0.1:3999/db", "mysql://u:***@127.0.0.1:3999/db"),
+    ("postgresql+psycopg2://u:a@b/hunter2-S3cret@h/db cannot", "postgresql+psycopg2://u:***@h/db cannot"),
+    ("redis://:hunter2-S3cret@h:1/0", "redis://:***@h:1/0"),
+    ("'mysql://h/db?user=u&password=hunter2-S3cret&x=1'", "'mysql://h/db?user=u&password=***&x=1'"),
+    ("http://u:hunter2-S3cret@host:30000/v1", "http://u:***@host:30000/v1"),
+    ("https://hunter2-S3cret@github.com/a/b", "https://***@github.com/a/b"),
+    ("http://u:12/hunter2-S3cret@host", "http://u:12/hunter2-S3cret@host"),  # a port and a path, as every client reads it
+    ("http://u:1a/hunter2-S3cret@host", "http://u:***@host"),
+    ("https://h/x?token=hunter2-S3cret#y", "https://h/x?token=***#y"),
+    ("--api-key hunter2-S3cret --tp 2", "--api-key *** --tp 2"),
+    ("--admin-api-key=hunter2-S3cret --tp 2", "--admin-api-key=*** --tp 2"),
+    ("--ssl-keyfile-password 'hunter2-S3cret x' --ssl-keyfile f", "--ssl-keyfile-password '***' --ssl-keyfile f"),
+    ("ServerArgs(api_key='hunter2-S3cret', admin_api_key=None, port=1)", "ServerArgs(api_key='***', admin_api_key=None, port=1)"),
+    ('{"api_key": "hunter2-S3cret", "hf_token":"hunter2-S3cret"}', '{"api_key": "***", "hf_token":"***"}'),
+    ("Authorization: Bearer hunter2-S3cret", "Authorization: ***"),
+    ("sent Bearer hunter2-S3cret to it", "sent Bearer *** to it"),
+    ("HF_TOKEN=hunter2-S3cret AWS_SECRET_ACCESS_KEY=hunter2-S3cret", "HF_TOKEN=*** AWS_SECRET_ACCESS_KEY=***"),
+    ("sslpassword=hunter2-S3cret", "sslpassword=***"),
+    ("key sk-abcdefgh12 and hf_abcdefghijklmnopqrst", "key *** and ***"),
+]  # fmt: skip
+PLAIN = [
+    "http://127.0.0.1:30000/server_info answered 404: Not Found; the first node answers",
+    "http://[::1]:30000/path?email=a@b.c",
+    "git+https://github.com/a/b@v1 and sqlite:////tmp/a@b.db",
+    "--kvtuner-nbits-key 4 --kvtuner-axis-key 0 --max-total-tokens 1000 --tokenizer t",
+    "no-tokens: an answer without a single token: its latency is no generation's",
+    "a token: 5 bytes, tokens=1000, per token: 0.5 ms, keys: 4 bits, key=4",
+    "it wants a key: --api-key, or KVTUNER_API_KEY; give --api-key or the variable",
+    "Basic authentication and Bearer tokens",
+    "sha256:5ccfaac7b979 of profile qwen2.5-7b-kv4",
+    "",
+]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    remember_all([], {})
+
+
+@pytest.mark.parametrize(("text", "shown"), SHOWN)
+def test_what_looks_like_a_secret_is_masked(text: str, shown: str) -> None:
+    assert mask(text) == shown
+    assert mask(shown) == shown
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_ordinary_text_stays_as_it_is(text: str) -> None:
+    assert mask(text) == text
+
+
+@given(st.text())
+def test_masking_twice_is_masking_once(text: str) -> None:
+    once = mask(text)
+    assert mask(once) == once
+
+
+def test_a_long_text_is_no_trap() -> None:
+    """Each of these is quadratic, or worse, for a pattern that begins anywhere."""
+    for piece in ("a.", "a-", "api-", "--api", "http://", "x@", "password", '"', "Bearer ", ":"):
+        assert isinstance(mask(piece * 20_000), str)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--api-key", SECRET],
+        ["bench", f"--api-key={SECRET}"],
+        ["bench", "--", "--api-k", SECRET],
+        ["bench", "--", f"--adm={SECRET}"],
+        ["validate", "--url", f"http://u:{SECRET}@h:1"],
+        ["calibrate", f"--storage=mysql://u:{SECRET}@h/d"],
+        ["bench", "--", "--hicache-storage-backend-extra-config", json.dumps({"password": SECRET})],
+        ["bench", "--", "--ssl-keyfile-password", SECRET, "--ssl-keyfile", "f"],
+    ],
+)
+def test_a_command_line_is_shown_without_its_secrets(arguments: list[str]) -> None:
+    command = public_command(arguments)
+    assert SECRET not in command
+    assert "***" in command
+    assert command.startswith(f"kvtuner-search {arguments[0]}")
+    assert mask_arguments(["--tp", "2", "--model-path", "m"]) == ["--tp", "2", "--model-path", "m"]
+    remember_all(arguments, {})
+    assert SECRET not in mask(f"the driver quotes {SECRET!r} alone"), "what was given is known by its value"
+
+
+def test_a_remembered_secret_is_found_in_every_spelling() -> None:
+    remember("p@ss/w%rd'x\\y")
+    for text in ("p@ss/w%rd'x\\y", "p%40ss%2Fw%25rd%27x%5Cy", repr("p@ss/w%rd'x\\y"), json.dumps("p@ss/w%rd'x\\y")):
+        shown = mask(f"a {text} b")
+        assert "ss" not in shown.replace("***", ""), text
+        assert (shown[0], shown[-1]) == ("a", "b")
+    remember("p%40ssw0rd")
+    assert mask("decoded p@ssw0rd") == "decoded ***"
+    remember("test")
+    assert mask("test of the latest tests") == "*** of the latest tests", "a short one is no part of another word"
+    remember("ab")
+    assert mask("ab") == "ab"
+    remember("\udcff\udcfe bytes that are no text")
+    remember(None)
+    remember("")
+
+
+def test_a_new_command_knows_its_own_secrets_alone() -> None:
+    remember("of-an-earlier-command")
+    remember_all(["show"], {"KVTUNER_API_KEY": SECRET, "KVTUNER_BENCH_URL": "http://u:of-the-url@h", "PATH": "/bin"})
+    assert mask(f"{SECRET} of-the-url of-an-earlier-command /bin") == "*** *** of-an-earlier-command /bin"
+
+
+def test_errors_mask_themselves() -> None:
+    remember("echoed-by-a-server")
+    for kind in (DataError, ServingError):
+        assert str(kind("mysql://u:pw@h/d: echoed-by-a-server")) == "mysql://u:***@h/d: ***"
+
+
+def test_the_last_line_of_defence_is_the_commands_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", f"mysql://u:{SECRET}@h/d"]) == 3
+    assert run(["show", "--storage", f"mysql://u:{SECRET}@h/d"]) == 2
+    assert run(["bench", "--url", f"ftp://u:{SECRET}@h/d", "--quiet"]) == 2
+    shown = capsys.readouterr()
+    assert SECRET not in shown.out + shown.err
+    assert "***" in shown.err
+
+
+@pytest.mark.parametrize("more", [[], ["--debug"]])
+def test_a_traceback_has_no_secret(more: list[str], tmp_path: Path) -> None:
+    """Also of an error that nobody foresaw."""
+    broken = "" if more else "def fails(given, **_): raise ValueError(given)\nm.cli.main = fails\n"
+    arguments = [*more, "show", f"mysql://u:{SECRET}@h/d"]
+    code = f"import kvtuner_search.cli.main as m\n{broken}m.main({arguments!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" in done.stderr
+    assert "mysql://u:***@h/d" in done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    assert done.returncode == 1
+
+
+def test_what_an_older_version_wrote_is_shown_without_its_secrets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"kvtuner-search validate --api-key {SECRET} --url http://u:{SECRET}@h:1"
+    save(validated(command=command), tmp_path / "p.json")
+    record = record_factory.record(small=True)
+    served = record.served.model_copy(update={"arguments": ["--api-key", SECRET, f"--hf-token={SECRET}"]})
+    files.write(record.model_copy(update={"command": command, "served": served}), tmp_path / "record.json")
+    assert run(["show", str(tmp_path / "p.json")]) == 0
+    assert run(["show", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]) == 0
+    assert run(["bench", "report", str(tmp_path / "record.json"), "--html", str(tmp_path / "r.html")]) == 0
+    shown = capsys.readouterr()
+    for text in (shown.out + shown.err, *((tmp_path / name).read_text() for name in ("p.html", "r.html"))):
+        assert SECRET not in text
+    assert "--api-key ***" in (tmp_path / "r.html").read_text()
