@@ -20,6 +20,9 @@ CHANCE: Final = (
 )
 _ALIKE: Final = 16  # tokens; shorter answers can be the same by chance
 _LONG: Final = 64  # tokens; so long an answer may take several reads although it came in one piece
+_INSTANT: Final = (
+    0.5  # ms a token; the lines of so quick an answer may share a read without anyone having collected them
+)
 _AT_ONCE: Final = 0.02  # ms a token between these reads: what reading takes, far below any decode step
 
 
@@ -174,9 +177,10 @@ def _not_streamed(where: str, whole: Sequence[Result]) -> Violation | None:
 
 def _in_one_piece(result: Result) -> bool:
     """Whether a proxy or the server had collected the whole answer: its lines came together, however many they are."""
-    tokens, times = len(result.tokens), len({at for at, _ in result.arrivals})
+    tokens, lines, times = len(result.tokens), len(result.arrivals), len({at for at, _ in result.arrivals})
     several_reads = tokens >= _LONG and tokens >= 4 * times and result.latency - result.ttft < _AT_ONCE * tokens
-    return tokens > 1 and (times == 1 or several_reads)
+    collected = result.latency > _INSTANT * tokens and (times == 1 or several_reads)
+    return tokens > 1 and (lines == 1 or collected)
 
 
 def _client_bound(where: str, whole: Sequence[Result]) -> Violation | None:

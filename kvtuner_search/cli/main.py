@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import traceback
+import warnings
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final
 
@@ -62,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the command
     guard()  # for good: a traceback has text from files too
     sys.excepthook = _traceback
+    _mask_libraries()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -107,6 +111,25 @@ def _run(arguments: list[str]) -> int:
 def _fail(message: str, code: ExitCode) -> int:
     click.echo(f"kvtuner-search: {one_line(mask(message))}", err=True)
     return code
+
+
+def _mask_libraries() -> None:
+    """What libraries log, and warn of, without passwords and keys: database drivers quote the address that they were given."""
+    record_of, format_of = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def masked_record(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = record_of(*arguments, **named)
+        with suppress(Exception):  # a message that does not fit its arguments is logging's to report
+            text = record.getMessage()
+            if (masked := mask(text)) != text:
+                record.msg, record.args = masked, None
+        return record
+
+    def masked_warning(message: Any, *arguments: Any, **named: Any) -> str:
+        return mask(format_of(message, *arguments, **named))
+
+    logging.setLogRecordFactory(masked_record)
+    warnings.formatwarning = masked_warning  # type: ignore[assignment]
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -161,6 +161,22 @@ def test_a_traceback_has_no_secret(more: list[str], tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
+def test_what_libraries_log_and_warn_of_has_no_secret(tmp_path: Path) -> None:
+    """Database drivers quote the address that they were given, and the password alone."""
+    code = (
+        "import logging, warnings\nimport kvtuner_search.cli.main as m\n"
+        "def says(given, **_):\n    logging.getLogger('x').warning('%s of 100%%: %r', given[-1], 'hunter2-S3cret')\n"
+        "    logging.getLogger('x').warning('does not fit %d', 'x')\n    warnings.warn(f'slow: {given[-1]}')\n"
+        f"m.cli.main = says\nm.main(['show', 'mysql://u:{SECRET}@h/d'])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "mysql://u:***@h/d of 100%: '***'" in done.stderr
+    assert "slow: mysql://u:***@h/d" in done.stderr
+    assert SECRET not in done.stderr.replace(code, "")
+
+
 def test_what_an_older_version_wrote_is_shown_without_its_secrets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -325,6 +325,10 @@ def test_distinct_arrival_times_count() -> None:
     assert found(*[(100.0 + 80 * read, 20) for read in range(5)]) == [], "pieces of 20 tokens, 4 ms each"
     assert found(*[(100.0 + 0.01 * step, 1) for step in range(100)]) == [], "each at its own time"
     assert found((10.0, 1)) == [], "one token has nothing to stream"
+    assert found((1.9, 1), (1.9, 3)) == [], (
+        "two lines in 2 ms: no server of a model is so quick, and one read may take both"
+    )
+    assert found((1.9, 4)) == ["not-streamed"], "one line is one piece at any speed"
 
 
 def test_only_most_answers_in_one_piece_are_a_violation() -> None:
