@@ -129,7 +129,7 @@ def _mask_libraries() -> None:
         return mask(format_of(message, *arguments, **named))
 
     logging.setLogRecordFactory(masked_record)
-    warnings.formatwarning = masked_warning  # type: ignore[assignment]
+    warnings.formatwarning = masked_warning
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
