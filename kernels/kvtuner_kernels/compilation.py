@@ -172,6 +172,22 @@ def _banded_variants(
 
 def compile_variant(variant: Variant, capability: int, dtype: torch.dtype = torch.bfloat16) -> Resources:
     """Compile for an NVIDIA GPU of ``capability`` (90 is sm_90); no GPU is used. Pointers are taken as 16-byte aligned."""
+    compiled = _compiled(variant, capability, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, _RESOURCES.search(text).groups())  # type: ignore[union-attr]
+    return Resources(registers, stack, compiled.metadata.shared)
+
+
+def layouts(variant: Variant, capability: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Triton's intermediate text of a variant, in which each tensor has its layout over a program's threads."""
+    return str(_compiled(variant, capability, dtype).asm["ttgir"])
+
+
+def _compiled(variant: Variant, capability: int, dtype: torch.dtype) -> Any:
     model = "*bf16" if dtype == torch.bfloat16 else "*fp16"
     signature = {}
     for name in variant.kernel.arg_names:
@@ -189,11 +205,4 @@ def compile_variant(variant: Variant, capability: int, dtype: torch.dtype = torc
         if kind[0] == "*" or (kind == "i32" and name.endswith("stride"))
     ]
     source = ASTSource(variant.kernel, signature, variant.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, _RESOURCES.search(text).groups())  # type: ignore[union-attr]
-    return Resources(registers, stack, compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)

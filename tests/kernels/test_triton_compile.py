@@ -1,9 +1,11 @@
 """Every kernel compiles for each NVIDIA generation, without a GPU, within its registers and its shared memory."""
 
+import re
+
 import pytest
 import torch
 
-from kvtuner_kernels.compilation import CAPABILITIES, compile_variant, variants
+from kvtuner_kernels.compilation import CAPABILITIES, compile_variant, layouts, variants
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.tuning import shared_memory_of
 
@@ -31,6 +33,35 @@ def test_four_bits_everywhere(capability: int) -> None:
 )
 def test_decode_of_other_widths(spec: str) -> None:
     check(spec, QWEN, 90, torch.bfloat16, only="decode")
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        ("b65543332/b65443333", QWEN),
+        ("b44433321/b44433311", (1, 7, 128)),
+        ("b65543332/b65443332", (2, 7, 64)),
+        ("b65543332/b65443332", (8, 4, 96)),
+        ("b65543332/b65443332", (4, 2, 256)),
+    ],
+)
+def test_codes_taken_out_by_position_lie_as_the_matrix_instruction_holds_them(
+    spec: str, shape: tuple[int, int, int]
+) -> None:
+    """A warp has a head or a run of tokens to itself, and assembly for several registers sees a left operand's (planes.py)."""
+    decode = next(v for v in variants(LayerSpec.parse(spec), *shape) if v.name == "decode")
+    text = layouts(decode, 90)
+    mma = re.search(
+        r"^#(\w+) = #ttg.nvidia_mma<.*warpsPerCTA = \[4, 1, 1\], instrShape = \[1, 16, 8\]", text, re.MULTILINE
+    )
+    assert mma is not None
+    held = f"#ttg.dot_op<{{opIdx = 0, parent = #{mma[1]}, kWidth = 2}}>"
+    packed = [line for line in text.splitlines() if "elementwise_inline_asm" in line]
+    wide = [line for line in packed if int(re.search(r"packed_element = (\d+)", line)[1]) > 2]  # type: ignore[index]
+    assert len(wide) >= 4
+    for line in wide:
+        assert line.count(held) == 2, line  # what goes in and what comes out
+        assert re.search(r"tensor<4x", line), line
 
 
 @pytest.mark.slow
