@@ -108,7 +108,13 @@ def variants(
         constants |= {} if spec.value.banded else {"value_point": None}
         later = ("out",) if spec.value.banded else ()
         result.append(
-            Variant(f"merge {batch}", merge_kernel, constants, {"num_warps": 4 if batch == 1 else 1}, turned + later)
+            Variant(
+                f"merge {batch}",
+                merge_kernel,
+                constants,
+                {"num_warps": 1 if constants["WIDTH"] >= head_dim else 4},
+                turned + later,
+            )
         )
     for rows in (16, 64, 4096):
         tile = extend_launch(spec, head_dim, rows, shared)

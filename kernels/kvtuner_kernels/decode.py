@@ -382,7 +382,8 @@ def merge_constants(
     key_side, value_side = sides(spec, heads, head_dim)
     rotated = spec.value.rotated and rotation_block(head_dim) == head_dim
     few = splits * launch.runs <= 12 * batch or rotated
-    width, parts = (triton.next_power_of_2(head_dim), 8) if few else (32, 128)
+    # Beside a first token's row of a wide head, more parts at a time would not fit in registers.
+    width, parts = (triton.next_power_of_2(head_dim), 8) if few else (32, 64 if apart and head_dim > 128 else 128)
     return {
         "GROUP": group, "HEAD_DIM": head_dim, "WIDTH": width, "ROTATED": rotated,
         "CENTRED": spec.value.centred and (rotated or not spec.value.rotated),

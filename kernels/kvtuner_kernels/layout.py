@@ -260,10 +260,7 @@ def place_bands(digit: int, *sides: tuple[int, ...]) -> tuple[tuple[tuple[Place,
         if not bits:
             placed.append((Place(0, 0, 0),) * len(side))
             continue
-        ways = _ways(bits, room)
-        # A side that follows can use what the last word has left, and that alone.
-        last = not any(map(any, sides[number + 1 :]))
-        chosen = min(ways, key=lambda way: (len(way), 0 if last else sum(way[-1]), _planes(way), way))
+        chosen = _best_way(bits, room, not any(map(any, sides[number + 1 :])))
         begin = words - 1 if room else words
         starts: dict[int, list[Place]] = {}
         for at, word in enumerate(chosen, start=begin):
@@ -278,6 +275,11 @@ def place_bands(digit: int, *sides: tuple[int, ...]) -> tuple[tuple[tuple[Place,
 
 
 @functools.cache
+def _best_way(bits: tuple[int, ...], room: int, last: bool) -> tuple[tuple[int, ...], ...]:
+    """Of all ways, one with little in the last word, unless no side follows that could use the room, and of those one of few planes."""
+    return min(_ways(bits, room), key=lambda way: (0 if last else sum(way[-1]), _planes(way), way))
+
+
 def _ways(bits: tuple[int, ...], room: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Every way to put ``bits`` into the fewest words, of which the first has ``room`` bits if that is not 0; equal bits are alike."""
 

@@ -55,6 +55,8 @@ def decode_launch(
     tokens = 64 if head_dim <= 128 and columns == 8 and plain else 32 if head_dim * columns <= 2048 and plain else 16
     if head_dim == 128 and tokens == 64 and wide == 2:
         tokens = 128
+    if head_dim > 128 and (spec.key.banded or spec.value.banded):
+        tokens = 16  # two runs of wide words are one tile
     # Deeper pipelines pay where rows are short; with bytes they cost occupancy.
     stages = 5 if tokens == 64 and wide == 4 else 4
     if shared < HOPPER_SHARED:

@@ -86,13 +86,17 @@ def banded_pairs(
     """
     sides = (worth.keys.bands, worth.values.bands)
     classes = banded_classes()
-    best = [{c.total: _near(c.total, bands) for c in classes} for bands in sides]
+    digit = digit_bits(head_dim)
+    best = [{c.total: _near(c.total, bands, digit) for c in classes} for bands in sides]
     found = {}
     for key, value in itertools.product(classes, repeat=2):
         words, over = divmod(key.total + value.total, WORD_BITS)
         if over:
             continue
-        k, v = _packed(best[0][key.total], best[1][value.total], words, digit_bits(head_dim))
+        packed = _packed(best[0][key.total], best[1][value.total], words, digit)
+        if packed is None:
+            continue
+        k, v = packed
         found[key, value] = BandedPair(
             LayerSpec(TensorSpec(bits=0, bands=k[0]), TensorSpec(bits=0, bands=v[0])),
             k[1] * interpolated(key_ratio, key.total),
@@ -105,18 +109,23 @@ def banded_pairs(
 Pattern = tuple[tuple[int, ...], float]
 
 
-def _near(total: int, worth: Sequence[float]) -> list[Pattern]:
-    """The best patterns of up to ``total`` bits; a few bits less may be what packs."""
-    found = [pattern for less in range(GRAIN) for pattern in best_patterns(total - less, worth, TRIED // (less + 1))]
+def _near(total: int, worth: Sequence[float], digit: int) -> list[Pattern]:
+    """The best patterns of up to ``total`` bits; a few bits less may be what packs beside ``digit`` bits of scales."""
+    least = max(1, total - max(GRAIN, digit) + 1)
+    found = [
+        pattern for t in range(total, least - 1, -1) for pattern in best_patterns(t, worth, TRIED // (total - t + 1))
+    ]
     return sorted(found, key=lambda pattern: (pattern[1], pattern[0]))
 
 
-def _packed(keys: Sequence[Pattern], values: Sequence[Pattern], words: int, digit: int) -> tuple[Pattern, Pattern]:
-    """The two patterns of least summed loss that fit into so many words; the best ones that might if none do."""
+def _packed(
+    keys: Sequence[Pattern], values: Sequence[Pattern], words: int, digit: int
+) -> tuple[Pattern, Pattern] | None:
+    """The two patterns of least summed loss that fit into so many words; None if none do, as may be with the smallest heads."""
     room = words * WORD_BITS - digit
     fit = [(k, v) for k, v in itertools.product(keys, values) if sum(k[0]) + sum(v[0]) <= room]
     order = sorted(fit, key=lambda pair: pair[0][1] + pair[1][1])
-    return next((pair for pair in order if place_bands(digit, pair[0][0], pair[1][0])[1] <= words), order[0])
+    return next((pair for pair in order if place_bands(digit, pair[0][0], pair[1][0])[1] <= words), None)
 
 
 def interpolated(ratio: Mapping[int, float], total: int) -> float:

@@ -89,10 +89,10 @@ class Sensitivity:
                     continue
                 found[key, value] = PairError(
                     LayerSpec(key, value),
-                    math.sqrt(float(sums.key[i]) / sums.key_norm),
-                    math.sqrt(float(sums.value[j]) / sums.value_norm),
+                    _relative(float(sums.key[i]), sums.key_norm),
+                    _relative(float(sums.value[j]), sums.value_norm),
                     float(sums.scores[i]) / sums.rows,
-                    math.sqrt(float(sums.output[i, j]) / sums.output_norm),
+                    _relative(float(sums.output[i, j]), sums.output_norm),
                 )
         return found
 
@@ -177,3 +177,8 @@ def best_variants(
                 found = (error.e_o, spec)
                 best[side][StorageClass.of(spec)] = min(best[side].get(StorageClass.of(spec), found), found)
     return {name: spec for name, (_, spec) in best[0].items()}, {name: spec for name, (_, spec) in best[1].items()}
+
+
+def _relative(squares: float, norm: float) -> float:
+    """Root of the error's squares over those of what is stored; 0 where that is 0 everywhere, as in a layer that does nothing."""
+    return math.sqrt(squares / norm) if norm else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib import util
 from pathlib import Path
@@ -14,6 +15,9 @@ from kvtuner_search.profile.model_config import adapter_message, load_config, po
 
 REMEDY: Final = "give a local folder with config.json, tokenizer and safetensors weights, or a hub id while online"
 TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+WEIGHTS: Final = "model.safetensors"
 
 
 def local_folder(source: str) -> Path | None:
@@ -75,14 +79,30 @@ def read_source(source: str, revision: str | None = None, *, fetch: bool = True)
     return file, load_config(file)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads weights from: those of the index, else the one file, else whatever safetensors there are."""
+    index = folder / f"{WEIGHTS}.index.json"
+    try:
+        named = json.loads(index.read_bytes())["weight_map"].values()
+        if named:
+            return sorted({folder / str(name) for name in named})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        pass  # no index, or one that transformers refuses with its reason
+    one = folder / WEIGHTS
+    return [one] if one.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
 def check_pointers(folder: Path) -> None:
-    """Refuse a folder whose weights or tokenizer are Git LFS pointers.
+    """Refuse a folder of which weights or tokenizer, as far as they are read, are Git LFS pointers.
 
     Raises:
         DataError: names the first one.
     """
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and path.is_file():
+    tokenizer = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt")]
+    if not (folder / "tokenizer.json").is_file():
+        tokenizer += sorted(folder.glob("*.model"))
+    for path in [*tokenizer, *weight_files(folder)]:
+        if path.is_file():
             with path.open("rb") as stream:
                 if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise DataError(lfs_message(path))

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from kvtuner_search.errors import DataError
+from kvtuner_search.models.source import weight_files
 from kvtuner_search.profile.canonical import parse_json, read_limited
 from kvtuner_search.profile.model_config import text_config
 
@@ -18,13 +19,16 @@ _MAX_HEADER: Final = 2**27  # bytes of a safetensors header; a model of 100,000 
 _NAMED: Final = 3  # names that a message has room for
 # Buffers that older versions saved and that no version needs: they follow from the config.
 _DERIVED: Final = re.compile(r"(?:rotary_emb\.inv_freq|\.(?:attn|attention)\.(?:masked_)?bias|\bposition_ids)$")
-_CODES: Final = re.compile(r"F8_.*|F4.*|F6.*|[IU](?:4|8)")  # dtypes of safetensors in which weights are codes
+_CODES: Final = re.compile(r"F8_.*|F4(?:_.*)?|F6_.*|[IU]\d+|BOOL")  # dtypes of safetensors in which weights are codes
 
 
 def stored_dtypes(folder: Path) -> dict[str, str]:
-    """Name -> dtype, as safetensors calls it, of every tensor in a folder's safetensors files; files without a sound header are left out."""
+    """Name -> dtype, as safetensors calls it, of every tensor in the safetensors files that are loaded from a folder; files without a sound
+    header are left out."""
     found: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
+        if path.suffix != ".safetensors" or not path.is_file():
+            continue
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = stream.read(size) if size <= _MAX_HEADER else b""

@@ -222,6 +222,7 @@ def _content(config: dict[str, Any], text: dict[str, Any], reach: int | None) ->
         "kv_heads": heads if text.get("num_key_value_heads") is None else text["num_key_value_heads"],
         "rope": _rope(text),
         "window": _window(text, reach),
+        "other_layers": _other_layers(text),
     }
     plain = _plain_numbers({key: value for key, value in content.items() if value not in (None, False)})
     assert isinstance(plain, dict)
@@ -235,9 +236,9 @@ def _digest(content: dict[str, Any]) -> str:
 def _architectures(config: dict[str, Any]) -> Any:
     """The classes that the file names, or the one that its ``model_type`` means."""
     text = text_config(config)
-    named = config.get("architectures") if config.get("architectures") is not None else text.get("architectures")
+    named = config.get("architectures") or text.get("architectures")
     family = family_of(text)
-    return [family.architecture] if named is None and family is not None else named
+    return [family.architecture] if not named and family is not None else named
 
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
@@ -279,6 +280,14 @@ def _window(text: dict[str, Any], reach: int | None) -> dict[str, Any] | None:
     if isinstance(types, list) and types and set(map(str, types)) <= set(_FULL):
         return None
     return {"size": window, "layers": types}
+
+
+def _other_layers(text: dict[str, Any]) -> dict[str, Any] | None:
+    """What makes a model another one beside attention of the usual kind; None for those that are served. No window: see :func:`_window`."""
+    types = text.get("layer_types")
+    kinds = types if isinstance(types, list) and set(map(str, types)) - {*_FULL, "sliding_attention"} else None
+    marks = {name: text[name] for name in ("kv_lora_rank", "alibi", "is_encoder_decoder") if text.get(name)}
+    return {**marks, "kinds": kinds} if kinds or marks else None
 
 
 def windowed_layers(config: dict[str, Any]) -> tuple[int, list[int]] | None:

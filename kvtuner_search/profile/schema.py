@@ -348,7 +348,7 @@ def _once(what: str, keys: list[tuple[str, ...]]) -> None:
         seen.add(key)
 
 
-@lru_cache(maxsize=4096)  # a front repeats few specs many times
+@lru_cache(maxsize=2**15)  # as many specs as a front may have
 def _layer_bytes(text: str, kv_heads: int, head_dim: int) -> int:
     return LayerSpec.parse(text).bytes_per_token(kv_heads, head_dim)
 

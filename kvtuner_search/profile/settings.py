@@ -17,7 +17,8 @@ from kvtuner_search.profile.text import quoted, shortened
 FailOn = Literal["error", "warning", "none"]
 FAIL_ON: Final[tuple[FailOn, ...]] = get_args(FailOn)
 
-_MAX_BYTES: Final = 2**20
+_MAX_BYTES: Final = 2**18
+_MAX_DOTS: Final = 300  # in a line: what a dotted key takes to read grows with the square of them
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
 _SIZE: Final = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
 _UNITS: Final = {
@@ -150,7 +151,10 @@ def _checked(file: Path, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(table: dict[str, Any]) -> str:
-    return shortened(json.dumps(table, sort_keys=True, default=str), 2000)
+    try:
+        return shortened(json.dumps(table, sort_keys=True, default=str), 2000)
+    except ValueError:  # a number with more digits than Python writes
+        return "unreadable"
 
 
 def parse_size(text: str) -> int:
@@ -177,9 +181,13 @@ def _table(file: Path) -> dict[str, Any]:
 def _parse_table(data: bytes, file: Path) -> dict[str, Any]:
     import tomllib
 
+    if max(line.count(b".") for line in data.split(b"\n")) > _MAX_DOTS:
+        raise UsageError(
+            f"{file} has a line with more than {_MAX_DOTS} dots, which could be a key without end: break it, or name another with --config"
+        )
     try:
         content: Any = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
         raise UsageError(f"{file} is no valid TOML: {error}: mend it, or name another with --config") from error
     for name in ("tool", "kvtuner-search", "diff"):
         content = content.get(name, {})

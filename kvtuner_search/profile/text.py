@@ -56,7 +56,10 @@ def quoted(value: object, limit: int = 60) -> str:
     if isinstance(value, str | bytes) and len(value) > limit:
         value = value[:limit]  # the repr of a long text is as long
         return shortened(repr(value)[:-1] + "…", limit)
-    return shortened(repr(value), limit)
+    try:
+        return shortened(repr(value), limit)
+    except ValueError:
+        return "a number without end"  # more digits than Python writes
 
 
 def bounded(lines: Sequence[str], count: int, length: int = 4096) -> list[str]:

@@ -52,7 +52,7 @@ def test_calibration_says_so_and_the_gate_says_unproven(
         == 0
     )
     assert (
-        "warning: one sample gives no interval, so quality is unproven on list; give more --samples"
+        "warning: one sample gives no interval, so quality is unproven on list, text; give more --samples"
         in capsys.readouterr().err
     )
     (path,) = tmp_path.glob("*bit.json")
