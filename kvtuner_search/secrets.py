@@ -7,6 +7,7 @@ its place: a server may send a key back, a driver may quote a password alone.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
@@ -24,14 +25,17 @@ _NAME: Final = (
 _EMPTY: Final = r"(?!(?:None|null|True|False|true|false)\b|\*\*\*)"
 _QUOTED: Final = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 _FIELD: Final = re.compile(
-    rf"""(?P<name>(?<![\w.-])["']?{_NAME}["']?\s*(?:=|:|=>)\s*)(?:(?P<quoted>{_QUOTED})|{_EMPTY}(?P<bare>(?:(?:Bearer|Basic|Token)\s+)?[^\s,;&)\]}}"']+))""",
+    rf"""(?P<name>(?<![\w.-])["']?{_NAME}["']?\s*(?:=>|=|:)\s*)(?:(?P<quoted>{_QUOTED})|{_EMPTY}(?P<bare>(?:(?:Bearer|Basic|Digest|Token)\s+)?[^\s,;&)\]}}"']+))""",
     re.IGNORECASE,
 )
 _OPTION: Final = re.compile(
-    rf"(?P<name>(?<![\w-])--{_NAME}\s+)(?:(?P<quoted>{_QUOTED})|(?!(?:or|and)\s)(?P<bare>[^\s\"']+))", re.IGNORECASE
+    rf"(?P<name>(?<![\w-])--{_NAME}\s+)(?:(?P<quoted>{_QUOTED})|(?!(?:or|and|if|where|when|is|was|that|in|for|to)\s)(?P<bare>[^\s\"']+))",
+    re.IGNORECASE,
 )
-_QUERY: Final = re.compile(r"([?&](?:token|key|sig|signature|auth|x-amz-[\w-]+)=)[^\s&#\"')]+", re.IGNORECASE)
-_BEARER: Final = re.compile(r"\b(Bearer|Basic)\s+(?=[^\s\"']*[\d_=-])[^\s\"',;)]{4,}")
+_QUERY: Final = re.compile(
+    r"([?&#](?:token|key|ssl_?key|api%5Fkey|sig|signature|auth|x-amz-[\w-]+)=)[^\s&#\"')]+", re.IGNORECASE
+)
+_BEARER: Final = re.compile(r"\b(Bearer|Basic|Digest)\s+(?=[^\s\"']*[\d_=-])[^\s\"',;)]{4,}")
 _SHAPES: Final = re.compile(
     r"\b(?:sk-[\w-]{8,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{8,}|AKIA[A-Z0-9]{16})\b"
 )
@@ -42,6 +46,10 @@ _ABBREVIATED: Final = (
     "--ssl-keyfile-password",
 )  # argparse takes their unique beginnings
 _SHORTEST_ABBREVIATION: Final = ("--ap", "--adm", "--ssl-keyfile-")
+
+_ADDRESS: Final = re.compile(
+    r"url|storage", re.IGNORECASE
+)  # in names of options and variables whose values are addresses
 
 _known: dict[str, re.Pattern[str]] = {}  # secret, in one of its spellings -> what finds it
 
@@ -57,6 +65,7 @@ def remember(secret: str | None) -> None:
         *(quote(plain, safe=safe, errors="replace") for safe in ("", "/")),
         quote_plus(plain, errors="replace"),
         repr(plain)[1:-1],
+        json.dumps(plain)[1:-1],
         secret.encode("unicode_escape").decode(),
     }:
         if len(text) >= _SHORTEST and text.strip("*"):
@@ -70,13 +79,17 @@ def remember_all(arguments: Sequence[str], environment: Mapping[str, str]) -> No
     _known.clear()
     values = [value for name, value in environment.items() if name.startswith("KVTUNER_")]
     for name, value in environment.items():
-        if name.startswith(("KVTUNER_", "SGLANG_", "HF_")) and re.fullmatch(_NAME, name, re.IGNORECASE):
+        if name.startswith(("KVTUNER_", "SGLANG_", "HF_", "HUGGING_FACE_")) and re.fullmatch(
+            _NAME, name, re.IGNORECASE
+        ):
             remember(value)
     for text in (*arguments, *values):
         for secret in _found_in(text):
             remember(secret)
     for secret in _secret_values(arguments):
         remember(secret)
+    for address in _addresses(arguments, environment):
+        remember(_password(address))
 
 
 def mask(text: object) -> str:
@@ -130,6 +143,26 @@ def _secret_values(arguments: Sequence[str]) -> Iterable[str]:
         name, equals, value = argument.partition("=")
         if is_secret_option(name):
             yield value if equals else "".join(arguments[index + 1 : index + 2])
+
+
+def _addresses(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterable[str]:
+    """What options and variables that are called so say of where something is, whether it is a URL or not."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and _ADDRESS.search(name):
+            yield value if equals else "".join(arguments[index + 1 : index + 2])
+    yield from (value for name, value in environment.items() if name.startswith("KVTUNER_") and _ADDRESS.search(name))
+
+
+def _password(address: str) -> str:
+    """What stands before the last @ of an address, however it is written: the password, or the lone name of a web address, often a token."""
+    before = address.rpartition("@")[0]
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=:/)", before)
+    credentials = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*:/+|^//", "", before)
+    user, colon, password = credentials.partition(":")
+    if colon:
+        return "" if "/" in user else password
+    return user if scheme is not None and scheme[0].lower().startswith("http") else ""
 
 
 def _found_in(text: str) -> Iterable[str]:

@@ -38,7 +38,8 @@ FIRST_MARK: Final = 128  # of a scale's byte
 TRIED: Final = (0, -1, 1, 2)
 RATIOS: Final = tuple(2.0 ** (-by / SCALES_AN_OCTAVE) for by in TRIED)
 WEIGHTS: Final = tuple(2.0 ** (2 * by / SCALES_AN_OCTAVE) for by in TRIED)
-ENDS: Final = (1, 125)  # of the nearest's number, so that all that are tried exist
+NOT_FINITE: Final = 127  # the number of what cannot be stored, where it is not refused: it reads back as NaN
+ENDS: Final = (1, 124)  # of the nearest's number, so that all that are tried exist
 # Mantissas, 23 bits, from which on a mean square is nearer to the next scale's square, and to the one after that.
 THRESHOLDS: Final = tuple(round((2 ** (k / SCALES_AN_OCTAVE) - 1) * 2**23) for k in (1, 3))
 ROOTS: Final = tuple(2 ** (k / SCALES_AN_OCTAVE) for k in range(SCALES_AN_OCTAVE))
@@ -161,7 +162,8 @@ def _quarters(power: Tensor) -> Tensor:
 
 def scale_values(stored: Tensor) -> Tensor:
     """fp32 scales of bytes as they are stored, uint8 or int32 of any shape."""
-    return _quarters((stored.int() & (FIRST_MARK - 1)) - SCALE_MIDDLE)
+    number = stored.int() & (FIRST_MARK - 1)
+    return torch.where(number == NOT_FINITE, torch.nan, _quarters(number - SCALE_MIDDLE))
 
 
 def dequantize_bands(found: BandCodes, bands: tuple[int, ...]) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kvtuner_kernels.bands import (
     FP16_MAX,
+    NOT_FINITE,
     BandCodes,
     basis,
     check_basis,
@@ -250,16 +251,19 @@ def pack_rows(
         except QuantizationError:
             bad[token] = True
     key, value = (side.masked_fill(bad[:, None, None], 0) for side in (key, value))
-    rows = _pack_rows(key, value, spec, centres, first)
+    rows = _pack_rows(key, value, spec, centres, first, bad)
     row, (_, heads, head_dim) = spec.row(*key.shape[1:]), key.shape
     for side, at in ((spec.key, row.key_metadata), (spec.value, row.value_metadata)):
-        if not side.raw:
+        if not (side.raw or side.banded):
             metadata = rows[bad, at : at + heads * side.metadata_bytes(head_dim)].view(torch.float16)
             rows[bad, at : at + heads * side.metadata_bytes(head_dim)] = metadata.fill_(math.nan).view(torch.uint8)
     return rows
 
 
-def _pack_rows(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres, first: Tensor | None) -> Tensor:
+def _pack_rows(
+    key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres, first: Tensor | None, bad: Tensor | None = None
+) -> Tensor:
+    """:func:`pack_rows`; scales of banded sides say of the tokens ``bad`` that they are not finite."""
     tokens, heads, head_dim = key.shape
     row = spec.row(heads, head_dim)
     rows = torch.zeros(tokens, row.nbytes, dtype=torch.uint8, device=key.device)
@@ -278,7 +282,9 @@ def _pack_rows(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres, fi
             assert centre is not None  # as just checked
             y = to_basis(x, basis(centre), first)
             _check_peak(y, True)
-            banded[-1] = quantize_bands(y, side.bands, first)
+            found = quantize_bands(y, side.bands, first)
+            scale = found.scale if bad is None else found.scale.masked_fill(bad[:, None], NOT_FINITE)
+            banded[-1] = BandCodes(found.codes, scale)
             continue
         else:
             quantized = quantize(x, side, centre)

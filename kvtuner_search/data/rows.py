@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.profile.canonical import LFS_POINTER, lfs_message
 
 Row = Mapping[str, object]
 CHATS: Final = ("messages", "conversations", "conversation")  # fields that hold a chat, where no field is named
@@ -153,10 +154,28 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
         yield where, row
 
 
+def _check_file(path: Path) -> None:
+    """Refuse what is no file that ends, and what git left in a file's place.
+
+    Raises:
+        DataError: with the remedy.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no regular file: give a file")
+    try:
+        with path.open("rb") as stream:
+            pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return  # whoever reads it says why it cannot
+    if pointer:
+        raise DataError(lfs_message(path))
+
+
 def _parquet(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row | None]]:
     import pyarrow
     import pyarrow.parquet
 
+    _check_file(path)
     try:
         with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
             names = file.schema_arrow.names
@@ -167,7 +186,7 @@ def _parquet(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row | N
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # also text that is not UTF-8
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read ({reason}): check that it is a parquet file") from error
     if number == 0:
@@ -180,6 +199,7 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: if it cannot be read or is empty.
     """
+    _check_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -192,3 +192,38 @@ def test_what_an_older_version_wrote_is_shown_without_its_secrets(
     for text in (shown.out + shown.err, *((tmp_path / name).read_text() for name in ("p.html", "r.html"))):
         assert SECRET not in text
     assert "--api-key ***" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://u:{}@127.0.0.1:1",
+        "u:{}@127.0.0.1:30000",
+        "//u:{}@127.0.0.1:30000",
+        "http:/u:{}@127.0.0.1:30000",
+        "https://{}@host",
+        "mysql://u:{}@h/db",
+    ],
+)
+@pytest.mark.parametrize("secret", [SECRET, 'hunter2"pw', "hunter2'pw", "hunter2 pw", "hunter2<pw>"])
+def test_an_address_that_an_option_is_given_is_known_however_it_is_written(address: str, secret: str) -> None:
+    text = address.format(secret)
+    for arguments, environment in (
+        (["--url", text], {}),
+        ([f"--storage={text}"], {}),
+        ([], {"KVTUNER_BENCH_URL": text}),
+    ):
+        remember_all(arguments, environment)
+        for said in (f"{text!r} is no URL", json.dumps({"url": text}), f"bad password {secret}."):
+            assert secret not in mask(said)
+            assert secret.replace('"', '\\"') not in mask(said)
+
+
+def test_what_only_looks_like_an_address_is_not_hidden() -> None:
+    for text in ("sqlite:////srv/a@b/study.db", "/srv/runs@home/study.journal", "http://127.0.0.1:30000"):
+        remember_all(["--storage", text], {})
+        assert mask(f"{text} is locked") == f"{text} is locked"
+    remember_all(["--data", "hub:gsm8k:main@1"], {})
+    assert mask("hub:gsm8k:main@1") == "hub:gsm8k:main@1"
+    for text in ("SGLang's --api-key, or --admin-api-key if it has one", "give --api-key where the server wants one"):
+        assert mask(text) == text

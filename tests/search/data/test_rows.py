@@ -8,11 +8,14 @@ import os
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from words import QUESTIONS, Words, load, write
 
 from kvtuner_search.data import load_dataset_for, load_evaluation
 from kvtuner_search.errors import DataError
+from kvtuner_search.profile.canonical import LFS_POINTER
 
 
 @pytest.mark.parametrize("name", ["NOTES.TXT", "Notes.Md", "ROWS.JSONL", "Rows.Parquet"])
@@ -189,3 +192,24 @@ def test_json_beyond_what_python_reads_is_named(value: str, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"rows\.jsonl: line 2") as raised:
         load(str(tmp_path / "rows.jsonl"))
     assert len(str(raised.value)) < 300
+
+
+def test_text_in_parquet_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    array = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match=r"bad\.parquet: cannot be read"):
+        load_evaluation([str(tmp_path / "bad.parquet")], Words(), seed=0, samples=1, length=4)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_what_is_no_file_that_ends_and_what_git_left_in_its_place(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(LFS_POINTER + b"v1\noid sha256:" + b"4d" * 32 + b"\nsize 123456\n")
+    with pytest.raises(DataError, match=r"is a Git LFS pointer.*git lfs pull"):
+        load_evaluation([str(path)], Words(), seed=0, samples=1, length=4)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="is no regular file"):
+        load_evaluation([str(path)], Words(), seed=0, samples=1, length=4)

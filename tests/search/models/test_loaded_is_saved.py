@@ -307,3 +307,35 @@ def test_validate_asks_the_same_of_tokenizer_and_length(
     (folder / "tokenizer.json").write_bytes(POINTER)
     assert run(given) == 3
     assert "tokenizer.json is a Git LFS pointer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.bool])
+def test_whole_numbers_are_codes_whatever_their_width(tiny_model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = edited(tiny_model, tmp_path / "m", lambda t: t | {LAYER: (t[LAYER] * 1000).to(dtype)})
+    with pytest.raises(DataError, match=rf"stores {LAYER} as (I\d+|BOOL)"):
+        load_model(ModelOptions(source=str(folder)))
+
+
+def test_weights_in_64_bits_are_weights(tiny_model: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_model, tmp_path / "m", lambda t: {name: x.double() for name, x in t.items()})
+    load_model(ModelOptions(source=str(folder)))
+
+
+def test_files_that_nobody_reads_may_be_anything(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "tokenizer.model"):
+        (folder / name).write_bytes(POINTER)
+    save_file({LAYER: torch.zeros(4, dtype=torch.int8)}, folder / "other-int8.safetensors")
+    load_model(ModelOptions(source=str(folder)))
+
+
+@pytest.mark.parametrize("side", ["k_proj", "v_proj"])
+def test_a_layer_that_does_nothing_is_measured(tiny_model: Path, tmp_path: Path, side: str) -> None:
+    dead = {f"layers.1.self_attn.{side}.weight", f"layers.1.self_attn.{side}.bias"}
+    folder = edited(
+        tiny_model,
+        tmp_path / "m",
+        lambda t: {n: torch.zeros_like(x) if n.removeprefix("model.") in dead else x for n, x in t.items()},
+    )
+    given = ["--data", "list", "--samples", "2", "--length", "170", "--quiet", "--output", str(tmp_path / "out")]
+    assert run(["sensitivity", "--model", str(folder), *given]) == 0

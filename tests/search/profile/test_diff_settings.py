@@ -150,3 +150,22 @@ def test_sizes(text: str, nbytes: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is no size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x=" + "1" * 5000,
+        "[tool.kvtuner-search.diff]\nfail-on=0x" + "f" * 5000,
+        "[tool.kvtuner-search.diff]\nmax-loss-increase=0x" + "f" * 5000,
+        "a." * 30000 + "a=1",
+        "[" + "a." * 30000 + "a]",
+        "[" * 5000,
+    ],
+)
+def test_a_file_that_no_reader_bears_is_a_usage_error(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "pyproject.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        load_settings(file, tmp_path)
+    assert len(str(error.value)) < 1000

@@ -328,3 +328,23 @@ def test_a_folder_with_an_adapter_alone_names_its_base(tmp_path: Path, capsys: p
     path = write(tmp_path / "p.json", "16/16")
     assert run(["check", str(path), "--model", str(tmp_path)]) == 3
     assert "merge it into its base model" in capsys.readouterr().err
+
+
+def test_other_kinds_of_layers_are_another_model() -> None:
+    plain = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+    }
+    full = plain | {"layer_types": ["full_attention", "full_attention"]}
+    assert normal_form(full) == normal_form(plain)
+    for more in (
+        {"layer_types": ["linear_attention", "full_attention"]},
+        {"kv_lora_rank": 512},
+        {"alibi": True},
+        {"is_encoder_decoder": True},
+    ):
+        assert normal_form(plain | more) != normal_form(plain)
+    assert normal_form(plain | {"architectures": []}) == normal_form(plain)
