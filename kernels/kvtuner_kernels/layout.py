@@ -280,30 +280,41 @@ def _best_way(bits: tuple[int, ...], room: int, last: bool) -> tuple[tuple[int, 
     return min(_ways(bits, room), key=lambda way: (0 if last else sum(way[-1]), _planes(way), way))
 
 
-def _ways(bits: tuple[int, ...], room: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def _ways(bits: tuple[int, ...], room: int) -> frozenset[tuple[tuple[int, ...], ...]]:
     """Every way to put ``bits`` into the fewest words, of which the first has ``room`` bits if that is not 0; equal bits are alike."""
-
-    def fill(left: tuple[int, ...], rooms: tuple[int, ...]) -> set[tuple[tuple[int, ...], ...]]:
-        if not rooms:
-            return set() if left else {()}
-        if sum(left) > sum(rooms):
-            return set()
-        found = set()
-        for count in range(len(left) + 1):
-            for word in set(itertools.combinations(left, count)):
-                if sum(word) <= rooms[0]:
-                    rest = list(left)
-                    for b in word:
-                        rest.remove(b)
-                    found |= {(word, *others) for others in fill(tuple(rest), rooms[1:])}
-        return found
-
     for count in itertools.count(1 if room else -(-sum(bits) // WORD_BITS)):
         rooms = (room,) * bool(room) + (WORD_BITS,) * (count - bool(room))
-        found = fill(bits, rooms)
+        found = _fill(bits, rooms)
         if found:
-            return tuple(sorted(found))
+            return found
     raise AssertionError
+
+
+@functools.cache
+def _fill(bits: tuple[int, ...], rooms: tuple[int, ...]) -> frozenset[tuple[tuple[int, ...], ...]]:
+    """Every way to put ``bits`` into words of these rooms."""
+    if not rooms:
+        return frozenset() if bits else frozenset({()})
+    least = sum(bits) - sum(rooms[1:])  # what does not fit into the other words
+    return frozenset(
+        (word, *others)
+        for word, held, rest in _parts(bits)
+        if least <= held <= rooms[0]
+        for others in _fill(rest, rooms[1:])
+    )
+
+
+@functools.cache
+def _parts(bits: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]:
+    """Every part of ``bits``, its sum, and what it leaves; all fall, and equal bits are alike."""
+    if not bits:
+        return (((), 0, ()),)
+    same = bits.count(bits[0])
+    return tuple(
+        ((bits[0],) * taken + word, bits[0] * taken + held, (bits[0],) * (same - taken) + rest)
+        for word, held, rest in _parts(bits[same:])
+        for taken in range(same + 1)
+    )
 
 
 def _planes(way: tuple[tuple[int, ...], ...]) -> int:
