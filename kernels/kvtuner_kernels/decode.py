@@ -27,6 +27,7 @@ from kvtuner_kernels.operands import (
     power_of_2,
     rotation_shift,
     sides,
+    within_reach,
 )
 from kvtuner_kernels.planes import banded
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
@@ -252,13 +253,10 @@ def decode(
         raise LayoutError(f"max_kv_splits={max_kv_splits}: give it exactly when num_kv_splits is given")
     if query.dtype == torch.float32 and ASSEMBLY:
         raise LayoutError("fp32 queries are for the interpreter alone: convert to bf16 or fp16")
-    if query.numel() > 2**31:
-        raise LayoutError(f"queries of {list(query.shape)} are more than 2**31 numbers: decode fewer requests at once")
+    query = within_reach(query, "queries")
     out = torch.empty_like(query) if out is None else out
     if batch == 0:
         return out
-    if sum((size - 1) * stride for size, stride in zip(query.shape, query.stride(), strict=True)) >= 2**31:
-        query = query.contiguous()  # the kernel has no register left for an address of 64 bits within the query
     group = query_heads // heads
     launch = launch or decode_launch(spec, heads, group, head_dim, shared_memory(rows.device))
     splits = max_kv_splits or multiprocessors(rows.device) * launch.programs

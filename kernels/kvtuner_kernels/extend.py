@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtuner_kernels.basis_kernel import bases, first_rows, transform_heads
 from kvtuner_kernels.extend_kernel import extend_kernel
 from kvtuner_kernels.layout import LayerSpec, LayoutError
-from kvtuner_kernels.operands import ASSEMBLY, check_centre, check_rows, sides
+from kvtuner_kernels.operands import ASSEMBLY, check_centre, check_rows, sides, within_reach
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 from kvtuner_kernels.rotation import rotate_heads
 from kvtuner_kernels.tuning import LONG, ExtendLaunch, extend_launch, shared_memory
@@ -92,6 +92,8 @@ def extend(
     out = torch.empty_like(query) if out is None else out
     if tokens == 0:
         return out
+    query = within_reach(query, "queries")
+    key, value = (x if x is None else within_reach(x, "keys or values of a chunk") for x in (key, value))
     as_stored = key is None or value is None
     key_basis, value_basis = bases(spec, centres)
     transformed = value_side.rotated or value_side.centred or value_basis is not None

@@ -312,7 +312,7 @@ def extend_kernel(
     if first_key is not None:
         first_at = (request * HEADS + head) * HEAD_DIM
         first_score = _times(prefix_query + at, live, first_key + first_at, HEAD_DIM)
-    at = (origin + token) * query_token_stride + query_head * query_head_stride
+    at = (first_query + token) * query_token_stride + query_head * query_head_stride
     channel = tl.arange(0, power_of_2(HEAD_DIM))[None, :]
     shift = tl.zeros([TILE_ROWS, 1], tl.float32)
     # What centring took from the scores: the chunk's keys have it, and a soft cap sees it.
@@ -374,7 +374,7 @@ def extend_kernel(
     query_head = head * GROUP + (row % GROUP)[:, None]
     live = (row < new * GROUP)[:, None]
     if not AS_STORED:
-        at = (origin + token) * query_token_stride + query_head * query_head_stride
+        at = (first_query + token) * query_token_stride + query_head * query_head_stride
         q = tl.load(query + at + channel, mask=live & (channel < HEAD_DIM), other=0.0).to(DTYPE)
         key_channel = tl.arange(0, power_of_2(HEAD_DIM))[:, None]
         end = tl.where(busy, new, 0)
@@ -393,12 +393,14 @@ def extend_kernel(
                 visible = visible & (index[None, :] <= token)
             if WINDOW:
                 visible = visible & (index[None, :] > token - WINDOW)
-            keys = key + (origin + index)[None, :] * key_token_stride + head * key_head_stride + key_channel
+            keys = key + (first_query + index)[None, :] * key_token_stride + head * key_head_stride + key_channel
             k = tl.load(keys, mask=inside[None, :] & (key_channel < HEAD_DIM), other=0.0).to(DTYPE)
             scores = tl.dot(q, k)
             p, top, total, decay = _softmax_step(scores, 0.0, top, total, softmax_scale, visible, CAP)
             weights = rounded(p, VALUE_DTYPE, ASSEMBLY_BODY)
-            values = value + (origin + index)[:, None] * value_token_stride + head * value_head_stride + group_channel
+            values = (
+                value + (first_query + index)[:, None] * value_token_stride + head * value_head_stride + group_channel
+            )
             new_acc = ()
             for group in tl.static_range(GROUPS):
                 v = tl.load(values + group * (PLANES * VALUE.words), mask=inside[:, None] & exists, other=0.0)

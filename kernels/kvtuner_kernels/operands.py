@@ -167,6 +167,18 @@ def check_centre(side: Side, centre: torch.Tensor | None, heads: int, head_dim: 
         )
 
 
+def within_reach(x: torch.Tensor, what: str) -> torch.Tensor:
+    """``x``, or a dense copy where its last number lies 2**31 numbers or more from the first: for kernels with no register left for 64 bits.
+
+    Raises:
+        LayoutError: if it has more than 2**31 numbers.
+    """
+    if x.numel() > 2**31:
+        raise LayoutError(f"{what} of {list(x.shape)} are more than 2**31 numbers: give fewer at once")
+    far = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
+    return x.contiguous() if far else x
+
+
 @triton.constexpr_function
 def plane_bits(side, plane):
     """Bits of a plane's codes."""
