@@ -1,5 +1,6 @@
 """What the tests of heavy modules share."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE / "calibration"), str(HERE / "data")]  # for tiny_models, study_worker and words
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: commands would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
