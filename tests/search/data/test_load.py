@@ -184,7 +184,7 @@ def test_rows_too_long_or_twice_or_unanswered_are_left_out(tmp_path: Path) -> No
         ("data.csv", "unknown source 'data.csv'"),
         ("{tmp}/absent.txt", "cannot be read .No such file"),
         ("{tmp}/absent.jsonl", "cannot be read .No such file"),
-        ("{tmp}/folder.txt", "cannot be read .Is a directory"),
+        ("{tmp}/folder.txt", "is no regular file"),
         ("{tmp}/empty.txt", "is empty"),
         ("{tmp}/latin1.txt", "byte 3 is not UTF-8"),
         ("{tmp}/latin1.jsonl", "byte 3 is not UTF-8"),

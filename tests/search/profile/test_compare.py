@@ -345,7 +345,7 @@ def test_other_vectors_without_bands_are_no_other_basis() -> None:
 def test_bytes_of_bands_are_those_of_shared_words() -> None:
     comparison = compare(profile(**banded("b44444444/16")), profile(**banded("b65443322/b44333222")))
     layer = comparison.layers[0]
-    assert layer.new_bytes == 2 * (4 * 8 * 2 + 2 + 2), (
-        "52 bits of codes in 4 words of 8 channels, and two scales, for each head"
+    assert layer.new_bytes == 2 * (4 * 8 * 2), (
+        "52 bits of codes and two of scales in 4 words of 8 channels, for each head"
     )
     assert comparison.new.storage.bytes_per_token == 4 * layer.new_bytes

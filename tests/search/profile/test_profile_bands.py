@@ -92,14 +92,14 @@ def test_a_head_that_does_not_split_into_bands_is_refused() -> None:
 
 
 def test_effective_bits_count_words_scales_and_padding_and_no_first_token() -> None:
-    # 20 and 17 bits of codes: three words a head that keys and values share; apart they would take two each.
+    # 20 and 17 bits of codes, two of scales: three words a head that keys and values share; apart they would take two each.
     made = fitted(["b54332210/b43322210"] * 4)
-    assert made.storage.bytes_per_token == 4 * 2 * (3 * HEAD_DIM // 8 * 2 + 2 + 2)
+    assert made.storage.bytes_per_token == 4 * 2 * (3 * HEAD_DIM // 8 * 2)
     assert made.storage.effective_bits == 16 * made.storage.bytes_per_token / made.storage.bytes_per_token_16bit
     apart = [LayerSpec.parse(f"{text}/16").key.code_bytes(HEAD_DIM) for text in ("b54332210", "b43322210")]
     assert apart == [2 * HEAD_DIM // 8 * 2] * 2
     with pytest.raises(ProfileError, match="the layers add up to"):
-        fitted(["b54332210/b43322210"] * 4, storage__bytes_per_token=4 * 2 * (4 * HEAD_DIM // 8 * 2 + 2 + 2))
+        fitted(["b54332210/b43322210"] * 4, storage__bytes_per_token=4 * 2 * (4 * HEAD_DIM // 8 * 2))
 
 
 def test_a_front_of_banded_settings_reads_back(tmp_path: Path) -> None:

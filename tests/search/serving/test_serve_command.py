@@ -288,7 +288,7 @@ def test_layers_in_bases_are_shown_by_their_bands_and_their_bases_come_off_the_c
     assert data["capacity"]["tokens"] == (cache - 4 * one) // max(stored)
     assert data["capacity"]["tokens_16bit"] == cache // (2 * 2 * HEAD_DIM * 2)
     out = command(*arguments, "--gpu-memory", "1GiB", "--dry-run")[1]
-    assert "keys b65443322 (mean 3.625), values b54433221 (mean 3): 4.250 bits" in out
+    assert "keys b65443322 (mean 3.625), values b54433221 (mean 3): 4.000 bits" in out
     assert "layer 3     keys b65443322 (mean 3.625), values 8-g64-asym:" in out
     assert "of it are taken by bases, whatever the number of tokens" in out
     out = command("--profile", small[0], "--model-path", small[1], "--gpu-memory", "1GiB", "--dry-run")[1]
