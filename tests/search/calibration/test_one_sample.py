@@ -127,7 +127,7 @@ def test_no_interval_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert interval_of(made.quality[0]) == "(one sample, no interval)"
     (tmp_path / "a.json").write_text(dumps(made))
     assert run(["show", str(tmp_path / "a.json")]) == 0
-    assert "no interval" in capsys.readouterr().out
+    assert "one sample, no" in capsys.readouterr().out  # the rest may be on the next line
     assert "no interval" in profile_html(made, None)
 
 
