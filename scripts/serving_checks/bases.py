@@ -16,9 +16,9 @@ from kvtuner_search.profile.schema import LayerEntry, ModelInfo, storage_of
 KEYS: Final = ("b87655443", "b65444332")
 VALUES: Final = ("b76655433", "b54443332")
 SPEED: Final = {
-    "B4": "b76544332/b65443322",
-    "B3": "b54433221/b54433221",
-}  # 4 and 3 words a channel of both sides: 4.125 and 3.125 bits
+    "B4": "b75544222/b65443333",
+    "B3": "b54433221/b54432221",
+}  # 4 and 3 words a channel of both sides
 NAME: Final = "quick-pass"
 
 
