@@ -20,70 +20,40 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvtuner_kernels.decode_sides import (
+    by_run,
+    digit_weights,
+    load_tiles,
+    load_words,
+    plane_codes,
+    query_operands,
+    scale_digits,
+    scales_of,
+)
 from kvtuner_kernels.operands import (
-    ASSEMBLY,
+    ASSEMBLY_BODY,
     approximate_log2,
     fill,
     grid_of,
     inverse_power,
     plane_bits,
-    power_below,
     rounded,
-    scale_of,
-    small,
-    small_by_position,
 )
 from kvtuner_kernels.planes import (
     banded,
     bits,
     channels,
-    digit_fields,
-    digit_unit,
-    even,
-    fields,
-    least_unit,
-    masks,
     middles,
     plane_count,
     plane_group,
     plane_tile,
-    starts,
     steps,
-    tile_count,
-    tile_run,
     tile_words,
     units,
 )
 
 SPLIT_ALIGNMENT = tl.constexpr(32)  # tokens; SGLang's _MIN_BLOCK_KV
 LOG2E = tl.constexpr(1.4426950408889634)
-ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
-
-
-@triton.jit
-def _by_run(run, VALUES: tl.constexpr, RUNS: tl.constexpr):
-    """One of VALUES for each entry of ``run``, as fp32 or int32."""
-    result = tl.zeros(run.shape, tl.int32) + VALUES[0]
-    for r in tl.static_range(1, RUNS):
-        result = tl.where(run == r, VALUES[r], result)
-    return result
-
-
-@triton.jit
-def _codes(words, PLANE: tl.constexpr, AXIS: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """One plane of uint16 ``words``, a tile whose words lie along AXIS (1 or 2), as numbers of DTYPE in units of :func:`units`."""
-    if even(SIDE, PLANE):
-        return small(words, bits(SIDE, PLANE)[0], starts(SIDE, PLANE)[0], DTYPE, ASSEMBLY_BODY)
-    elif ASSEMBLY_BODY:
-        # A thread's words: along the words first, in blocks of 16 tokens, or along the tokens first. 32 threads hold a head.
-        EACH: tl.constexpr = SIDE.padded * (16 if AXIS == 2 else words.shape[2]) // 32
-        return small_by_position(words, fields(SIDE, PLANE), EACH)
-    else:
-        RUNS: tl.constexpr = words.shape[AXIS] // SIDE.padded
-        run = tl.arange(0, RUNS * SIDE.padded) // SIDE.padded
-        run = run[None, None, :] if AXIS == 2 else run[None, :, None]
-        start = _by_run(run, starts(SIDE, PLANE), RUNS).to(tl.uint16)
-        return ((words >> start) & _by_run(run, masks(SIDE, PLANE), RUNS).to(tl.uint16)).to(DTYPE)
 
 
 @triton.jit
@@ -97,120 +67,6 @@ def bounds(kv_indptr, request, WINDOW: tl.constexpr, FIRST: tl.constexpr):
     if FIRST:
         start = tl.minimum(tl.maximum(start, low + 1), high)
     return start, high
-
-
-@triton.jit
-def _query_operands(query, columns, mask, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Per plane one [BATCH, words, N] operand, per group a sum of q [BATCH, 1, N], and the unit of scores [BATCH, 1, N].
-
-    Operands and sums are in units of powers of two, so that a query of any magnitude is exact in fp16 and operands make up for
-    those of :func:`small`. Sums are what minima are multiplied with; for a symmetric side, what its codes are about, less.
-    """
-    operands = ()
-    sums = ()
-    PLANES: tl.constexpr = plane_count(SIDE)
-    LEAST: tl.constexpr = least_unit(SIDE, ASSEMBLY_BODY)
-    ONE: tl.constexpr = 2.0**-24 if ASSEMBLY_BODY else 1.0
-    peak = tl.full([1, 1, 1], 0.0, tl.float32)
-    for x in tl.static_range(PLANES):
-        part, step, _, _ = _query_part(query, columns, mask, SIDE, x)
-        peak = tl.maximum(peak, tl.max(tl.abs(part) * step, 1, keep_dims=True))
-    unit = tl.maximum(power_below(peak), 2.0**-60) * 2.0**-14  # the largest channel becomes 2**14 or more
-    for x in tl.static_range(PLANES):
-        part, step, one, run = _query_part(query, columns, mask, SIDE, x)
-        part = (part * (inverse_power(unit) * (step * (LEAST / one)))).to(DTYPE)
-        if SIDE.bits < 16:
-            # Summed by a product: a second use keeps the operand in registers, instead of bringing it there for every tile.
-            weight = one / ONE
-            if SIDE.symmetric:
-                weight *= -_by_run(run, middles(SIDE, x), tile_words(SIDE, plane_tile(SIDE, x)) // SIDE.padded)
-            weight = weight.to(DTYPE).reshape([1, 1, part.shape[1]])
-            total = tl.dot(tl.broadcast_to(weight, [part.shape[0], 16, part.shape[1]]), part)
-            total = tl.max(total, 1, keep_dims=True) * ONE  # all rows are alike
-            if x == 0:
-                group_sum = total
-            elif plane_group(SIDE, x) == plane_group(SIDE, x - 1):
-                group_sum += total
-            else:
-                sums = sums + (group_sum,)
-                group_sum = total
-            if x == PLANES - 1:
-                sums = sums + (group_sum,)
-        operands = operands + (part,)
-    return operands, sums, unit / LEAST
-
-
-@triton.jit
-def _query_part(query, columns, mask, SIDE: tl.constexpr, PLANE: tl.constexpr):
-    """A plane's channels of the query, fp32 [BATCH, words, N]; and steps, units and runs [1, words, 1]."""
-    TILE: tl.constexpr = plane_tile(SIDE, PLANE)
-    RUNS: tl.constexpr = tile_words(SIDE, TILE) // SIDE.padded
-    word = tl.arange(0, tile_words(SIDE, TILE))[None, :, None]
-    run = word // SIDE.padded
-    word = word % SIDE.padded
-    exists = (word < SIDE.words) & (_by_run(run, bits(SIDE, PLANE), RUNS) > 0)
-    channel = _by_run(run, channels(SIDE, PLANE), RUNS) + word
-    part = tl.load(query + columns + channel, mask=mask & exists, other=0.0).to(tl.float32)
-    return part, _by_run(run, steps(SIDE, PLANE), RUNS), _by_run(run, units(SIDE, PLANE, ASSEMBLY_BODY), RUNS), run
-
-
-@triton.jit
-def _load_words(
-    rows, slot, heads, column, RUN: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr, CONTIGUOUS: tl.constexpr
-):  # fmt: skip
-    """uint16 words from run RUN on, padded ones of each run one after the other; ``slot``, ``heads`` and ``column`` broadcast to the tile."""
-    # Neighbouring tokens are declared contiguous, which is not true and has one effect: lanes are laid over tokens before
-    # heads. A thread then has few tokens to address, one multiply-add each, and its heads lie at constant offsets from there.
-    token = tl.max_contiguous(slot * (ROW // 2), CONTIGUOUS)
-    pointer = rows.to(tl.pointer_type(tl.uint16)) + (SIDE.codes // 2 + RUN * SIDE.words)
-    if SIDE.words == SIDE.padded:
-        return tl.load(((pointer + column) + token) + heads * (SIDE.head_codes // 2))
-    else:
-        word = column % SIDE.padded
-        pointer = pointer + column // SIDE.padded * SIDE.words + word
-        return tl.load((pointer + token) + heads * (SIDE.head_codes // 2), mask=word < SIDE.words, other=0)
-
-
-@triton.jit
-def _tiles(rows, slot, heads, AXIS: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr, CONTIGUOUS: tl.constexpr):
-    """uint16 words of all of a side's tiles; words lie along AXIS, 1 or 2."""
-    COUNT: tl.constexpr = tile_count(SIDE)
-    tiles = ()
-    for x in tl.static_range(COUNT):
-        column = tl.arange(0, tile_words(SIDE, x))
-        column = column[None, None, :] if AXIS == 2 else column[None, :, None]
-        tiles = tiles + (_load_words(rows, slot, heads, column, tile_run(SIDE, x), SIDE, ROW, CONTIGUOUS),)
-    return tiles
-
-
-@triton.jit
-def _digit_weights(BATCH: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """What a tile's digits are multiplied with to give the number of a scale, [BATCH, words, N], N columns alike."""
-    word = tl.arange(0, RUNS * SIDE.padded)[None, :, None]
-    digit = word - SIDE.digits.channel
-    mine = (digit >= 0) & (digit < 8 // SIDE.digits.bits)
-    weight = tl.where(mine, 1 << tl.where(mine, digit * SIDE.digits.bits, 0), 0).to(DTYPE)
-    return tl.broadcast_to(weight, [BATCH, RUNS * SIDE.padded, N])
-
-
-@triton.jit
-def _digits(words, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Digits of scales in a tile whose first run is a head's first, [BATCH, TOKENS, words], in units of :func:`digit_unit`."""
-    RUNS: tl.constexpr = words.shape[2] // SIDE.padded
-    if RUNS == 1:
-        return small(words, SIDE.digits.bits, SIDE.digits.start, DTYPE, ASSEMBLY_BODY)
-    elif ASSEMBLY_BODY:
-        return small_by_position(words, digit_fields(SIDE, RUNS), SIDE.padded * 16 // 32)
-    else:
-        here = tl.arange(0, words.shape[2])[None, None, :] < SIDE.padded
-        return tl.where(here, (words >> SIDE.digits.start) & (2**SIDE.digits.bits - 1), 0).to(DTYPE)
-
-
-@triton.jit
-def _scales(digits, weights, SHAPE: tl.constexpr, SIDE: tl.constexpr):
-    """fp32 scales [BATCH, TOKENS, N], N columns alike; rows hold no first tokens."""
-    number = tl.dot(digits, weights, tl.zeros(SHAPE, tl.float32))
-    return scale_of(number * (1 / digit_unit(SIDE, ASSEMBLY_BODY)))
 
 
 @triton.jit
@@ -231,7 +87,7 @@ def _scores(
             part = tl.full(SHAPE, 0.0, tl.float32)
         for x in tl.static_range(PLANES):
             if plane_group(SIDE, x) == group:
-                codes = _codes(tiles[plane_tile(SIDE, x)], x, 2, SIDE, DTYPE)
+                codes = plane_codes(tiles[plane_tile(SIDE, x)], x, 2, SIDE, DTYPE)
                 part = tl.dot(codes, operands[x], part)
         if scales is not None:
             part = part * scales
@@ -297,7 +153,7 @@ def _add_values(
     heads3 = heads[:, :, None]
     GROUPS: tl.constexpr = SIDE.groups
     PLANES: tl.constexpr = plane_count(SIDE)
-    tiles = _tiles(rows, slot3, heads3, 1, SIDE, ROW, [1, 1, 2])
+    tiles = load_tiles(rows, slot3, heads3, 1, SIDE, ROW, [1, 1, 2])
     new_acc = ()
     new_offsets = ()
     for group in tl.static_range(GROUPS):
@@ -315,7 +171,7 @@ def _add_values(
             new_offsets = new_offsets + (offsets[group] * decay + lane_sums(p * minima[group]),)
         for x in tl.static_range(PLANES):
             if plane_group(SIDE, x) == group:
-                numbers = _codes(tiles[plane_tile(SIDE, x)], x, 1, SIDE, DTYPE)
+                numbers = plane_codes(tiles[plane_tile(SIDE, x)], x, 1, SIDE, DTYPE)
                 new_acc = new_acc + (tl.dot(numbers, weights, acc[x] * decay),)
     return new_acc, new_offsets
 
@@ -328,15 +184,15 @@ def _store_plane(target, acc, offset, inverse, found, SIDE: tl.constexpr, PLANE:
     word = tl.arange(0, WORDS)[None, :, None]
     run = word // SIDE.padded
     word = word % SIDE.padded
-    out = acc / _by_run(run, units(SIDE, PLANE, ASSEMBLY_BODY), RUNS)
+    out = acc / by_run(run, units(SIDE, PLANE, ASSEMBLY_BODY), RUNS)
     if SIDE.bits < 16 and SIDE.symmetric:
         offset = tl.broadcast_to(offset[:, None, :, :], [acc.shape[0], WORDS // 16, 16, acc.shape[2]])
-        out -= offset.reshape(acc.shape) * _by_run(run, middles(SIDE, PLANE), RUNS)
-        out *= _by_run(run, steps(SIDE, PLANE), RUNS)
+        out -= offset.reshape(acc.shape) * by_run(run, middles(SIDE, PLANE), RUNS)
+        out *= by_run(run, steps(SIDE, PLANE), RUNS)
     elif SIDE.bits < 16:
         out += tl.sum(offset, 1, keep_dims=True)
-    channel = _by_run(run, channels(SIDE, PLANE), RUNS) + word
-    exists = (word < SIDE.words) & (_by_run(run, bits(SIDE, PLANE), RUNS) > 0)
+    channel = by_run(run, channels(SIDE, PLANE), RUNS) + word
+    exists = (word < SIDE.words) & (by_run(run, bits(SIDE, PLANE), RUNS) > 0)
     tl.store(target + channel, out * inverse, mask=found & exists)
 
 
@@ -391,11 +247,11 @@ def decode_kernel(
     # The tile that brings the scales has one run, or two of the keys.
     if banded(KEY):
         DIGIT_RUNS: tl.constexpr = tile_words(KEY, 0) // KEY.padded
-        key_weights = _digit_weights(BATCH, COLUMNS, DIGIT_RUNS, KEY, KEY_DTYPE)
+        key_weights = digit_weights(BATCH, COLUMNS, DIGIT_RUNS, KEY, KEY_DTYPE)
         if banded(VALUE):
-            value_weights = _digit_weights(BATCH, COLUMNS, DIGIT_RUNS, VALUE, KEY_DTYPE)
+            value_weights = digit_weights(BATCH, COLUMNS, DIGIT_RUNS, VALUE, KEY_DTYPE)
     elif banded(VALUE):
-        value_weights = _digit_weights(BATCH, COLUMNS, 1, VALUE, VALUE_DTYPE)
+        value_weights = digit_weights(BATCH, COLUMNS, 1, VALUE, VALUE_DTYPE)
 
     if split_counts is not None:
         first = program // splits
@@ -430,7 +286,7 @@ def decode_kernel(
             part = program + request
 
         columns = request * query_token_stride + query_heads * query_head_stride
-        operands, sums, unit = _query_operands(query, columns, mask, KEY, KEY_DTYPE)
+        operands, sums, unit = query_operands(query, columns, mask, KEY, KEY_DTYPE)
         # fp32 [batch, query heads]: what centring took from the scores, seen only by a soft cap.
         if query_shift is not None:
             shift = tl.load(query_shift + request * QUERY_HEADS + query_heads, mask=mask, other=0.0)
@@ -447,18 +303,18 @@ def decode_kernel(
             token = tile + run * TOKENS + tl.arange(0, TOKENS)[None, :]
             # Beyond the end the last token is read again and weighted with 0: no mask, and no row that is not in use.
             slot = tl.load(slots + tl.minimum(token, high - 1) * 2).to(tl.int64)
-            key_tiles = _tiles(rows, slot[:, :, None], stored_heads[:, :, None], 2, KEY, ROW, [1, 2, 1])
+            key_tiles = load_tiles(rows, slot[:, :, None], stored_heads[:, :, None], 2, KEY, ROW, [1, 2, 1])
             key_scales = None
             value_scales = None
             if banded(KEY):
-                digits = _digits(key_tiles[0], KEY, KEY_DTYPE)
-                key_scales = _scales(digits, key_weights, SHAPE, KEY)
+                digits = scale_digits(key_tiles[0], KEY, KEY_DTYPE)
+                key_scales = scales_of(digits, key_weights, SHAPE, KEY)
                 if banded(VALUE):
-                    value_scales = _scales(digits, value_weights, SHAPE, KEY)
+                    value_scales = scales_of(digits, value_weights, SHAPE, KEY)
             elif banded(VALUE):
                 words = tl.arange(0, VALUE.padded)[None, None, :]
-                lone = _load_words(rows, slot[:, :, None], stored_heads[:, :, None], words, 0, VALUE, ROW, [1, 2, 1])
-                value_scales = _scales(_digits(lone, VALUE, VALUE_DTYPE), value_weights, SHAPE, VALUE)
+                lone = load_words(rows, slot[:, :, None], stored_heads[:, :, None], words, 0, VALUE, ROW, [1, 2, 1])
+                value_scales = scales_of(scale_digits(lone, VALUE, VALUE_DTYPE), value_weights, SHAPE, VALUE)
             scores = _scores(
                 key_tiles, key_scales, rows, slot, stored_heads, operands, sums, KEY, ROW, KEY_DTYPE, SHAPE
             )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kvtuner_kernels.operands import (
-    ASSEMBLY,
+    ASSEMBLY_BODY,
     FIRST_MARK,
     codes,
     fill,
@@ -38,7 +38,6 @@ from kvtuner_kernels.operands import (
 from kvtuner_kernels.planes import banded
 
 LOG2E = tl.constexpr(1.4426950408889634)
-ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
 PIECE = tl.constexpr(32)  # channels
 
 

@@ -212,6 +212,7 @@ class TensorSpec:
 
 
 RAW: Final = TensorSpec()
+_side = functools.lru_cache(4096)(TensorSpec.parse)  # layers are many, sides are few
 
 
 class Place(NamedTuple):
@@ -349,7 +350,7 @@ class LayerSpec:
         key, slash, value = text.partition("/")
         if not slash:
             raise LayoutError(f"{text!r} is no layer spec: write KEY/VALUE, e.g. 8-g64-asym/4-g64-asym")
-        return cls(TensorSpec.parse(key), TensorSpec.parse(value))
+        return cls(_side(key), _side(value))
 
     def places(self, head_dim: int) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
         """The places of the bands of keys and of values; empty for a side that is not banded."""

@@ -20,14 +20,14 @@ import triton.language as tl
 from kvtuner_kernels import bands
 from kvtuner_kernels.bands import EXTRA_ROWS, STEPS
 from kvtuner_kernels.layout import BANDS, Digits, LayerSpec, LayoutError, Place, TensorSpec
-from kvtuner_kernels.planes import Field, Plane, Tile, band_planes, digit_field, uniform_planes
+from kvtuner_kernels.planes import Field, Plane, Tile, band_planes, digit_field, uniform_planes, window
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # what the kernels are compiled and tested for
-ASSEMBLY_BODY = tl.constexpr(not triton.knobs.runtime.interpret)
 SCALES_AN_OCTAVE = tl.constexpr(bands.SCALES_AN_OCTAVE)
 SCALE_MIDDLE = tl.constexpr(bands.SCALE_MIDDLE)
 FIRST_MARK = tl.constexpr(bands.FIRST_MARK)
 ASSEMBLY = not triton.knobs.runtime.interpret  # Triton's interpreter has no inline assembly
+ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
 
 
 @dataclass(frozen=True)
@@ -267,19 +267,9 @@ def _assembly(bits, plane, piece, dtype):
 
 @triton.constexpr_function
 def _subnormal(bits, start):
-    shift, low = _window(bits, start)
+    shift, low = window(bits, start)
     mask = ((2**bits - 1) << low) * 0x10001
     return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; and.b32 $0, t, {mask}; }}" if shift else f"and.b32 $0, $1, {mask};"
-
-
-@triton.constexpr_function
-def _window(bits, start):
-    """Right shift that brings code bits into fp16's mantissa (10 bits), and where they then start in it.
-
-    Nearly all codes need no shift or one of 6, which brings the upper ten bits there, so that planes share it.
-    """
-    shift = 0 if start + bits <= 10 else min(start, 6)
-    return shift, start - shift
 
 
 @triton.constexpr_function
@@ -318,17 +308,9 @@ def operand(
         )
 
 
-@triton.constexpr_function
-def exponent(bits, start, dtype, asm):
-    """:func:`small` returns codes times two to this power."""
-    if bits == 16 or not asm:
-        return 0
-    return _window(bits, start)[1] - 24
-
-
 @triton.jit
 def small(words, BITS: tl.constexpr, START: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Codes of BITS bits from bit START of uint16 ``words``, as numbers of DTYPE times a power of two (:func:`exponent`).
+    """Codes of BITS bits from bit START of uint16 ``words``, as numbers of DTYPE times a power of two (:func:`kvtuner_kernels.planes.units`).
 
     In the assembly body DTYPE is fp16: code bits alone are a subnormal number, which matrix instructions multiply exactly.
     """

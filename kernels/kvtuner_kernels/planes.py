@@ -42,10 +42,19 @@ class Tile(NamedTuple):
     runs: int  # 1 or 2
 
 
-def field(bits: int, start: int, channel: int, step: float = 1.0) -> Field:
-    """A field; nearly all need no shift or one of 6, which brings the upper ten bits into the mantissa, so that planes share it."""
+@triton.constexpr_function
+def window(bits, start):
+    """Right shift that brings code bits into fp16's mantissa (10 bits), and where they then start in it.
+
+    Nearly all codes need no shift or one of 6, which brings the upper ten bits there, so that planes share it.
+    """
     shift = 0 if start + bits <= 10 else min(start, 6)
-    return Field(bits, start, channel, step, shift, start - shift)
+    return shift, start - shift
+
+
+def field(bits: int, start: int, channel: int, step: float = 1.0) -> Field:
+    """A field, with where its bits lie in a mantissa."""
+    return Field(bits, start, channel, step, *window(bits, start))
 
 
 def uniform_planes(bits: int, segments: int, words: int) -> tuple[tuple[Tile, ...], tuple[Plane, ...]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_search.cli.main import run
 from kvtuner_search.profile.canonical import dumps, load
 from kvtuner_search.serving.plan import _specs
 from tests.search.profile_factory import BANDED, fitted, safetensors, transforms, validated, write, write_fitted
@@ -19,21 +18,6 @@ from tests.search.profile_factory import BANDED, fitted, safetensors, transforms
 MIXED = [BANDED, "8-g64-asym-c/b33222110", "b88644321/4-g64-asym", "16/16"]
 STORED = Path(__file__).resolve().parents[1] / "profile" / "stored"
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in ``tmp_path``: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith(("KVTUNER_", "GITHUB_"))]:
-        monkeypatch.delenv(name)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 # show

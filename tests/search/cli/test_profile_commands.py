@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from kvtuner_kernels.layout import LAYOUT_VERSION
-from kvtuner_search.cli.main import run
 from kvtuner_search.profile.canonical import canonical_json, digest_of, load
 from kvtuner_search.profile.rules import RULES
 from tests.search.profile_factory import digest, measure, profile, safetensors, write
@@ -22,21 +20,6 @@ from tests.search.profile_factory import digest, measure, profile, safetensors, 
 K8V8, K8V4 = "8-g64-asym/8-g64-asym", "8-g64-asym/4-g64-asym"
 ROOT = Path(__file__).resolve().parents[3]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in ``tmp_path``: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith(("KVTUNER_", "GITHUB_"))]:
-        monkeypatch.delenv(name)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
