@@ -281,7 +281,7 @@ def test_sensitivity_lists_every_pair(tiny_model: Path, tmp_path: Path, capsys: 
 BAD = [
     (["--model", "no/such/model/folder"], 3, "does not exist"),
     (["--data", "nothing-like-this"], 3, "unknown source 'nothing-like-this'"),
-    (["--target-bits", "0.5"], 2, "below 1"),
+    (["--target-bits", "0.5"], 2, "not in the range 1<=x<=16"),
     (["--target-bits", "1.5", "--no-bands"], 2, "below 3"),
     (["--target-bits", "4", "--max-loss", "1"], 2, "exclude each other"),
     (["--max-loss", "-1"], 2, "not positive"),
