@@ -19,11 +19,11 @@ from typing import Any, Final, Self
 import aiohttp
 from pydantic_core import from_json  # about three times as fast as json, and pydantic brings it along
 
+from kvtuner_search.addresses import authorization
 from kvtuner_search.bench.pulse import Pulse
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, remember
-from kvtuner_search.serving.validate.address import authorization
 
 # Kinds of failure, with what usually causes them. The names are stable: they stand in records.
 FAILURES: Final = {

@@ -11,8 +11,8 @@ from typing import Final
 
 from kvtuner_search.bench.record import Check, Model
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.serving.validate.client import Answer, Client, Request, ServerError
-from kvtuner_search.serving.validate.facts import Facts
+from kvtuner_search.servers.client import Answer, Client, Request, ServerError
+from kvtuner_search.servers.facts import Facts
 
 PROMPTS: Final = 3
 PROMPT_TOKENS: Final = 32

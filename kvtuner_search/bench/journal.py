@@ -19,7 +19,7 @@ from typing import Any, Final
 from kvtuner_search.bench.client import Result
 from kvtuner_search.bench.record import Reading, Section, Shape
 from kvtuner_search.errors import DataError
-from kvtuner_search.serving.validate.folder import whole_lines
+from kvtuner_search.servers.folder import whole_lines
 
 REQUESTS: Final = "requests.jsonl"
 

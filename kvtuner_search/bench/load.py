@@ -13,46 +13,22 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-import aiohttp
-
+from kvtuner_search.addresses import check_url
 from kvtuner_search.bench import client
 from kvtuner_search.bench.client import Request, Result
-from kvtuner_search.bench.pulse import Pulse, uncollected
+from kvtuner_search.bench.pulse import uncollected
 from kvtuner_search.bench.record import Shape
+from kvtuner_search.bench.sender import Block, Job, Sender
 from kvtuner_search.bench.summary import elapsed as elapsed
 from kvtuner_search.bench.summary import summarise as summarise
 from kvtuner_search.bench.summary import violations as violations
+from kvtuner_search.bench.workers import run_blocks
 from kvtuner_search.errors import UsageError
-from kvtuner_search.serving.validate.address import check_url
 
-GIVE_UP: Final = 8  # failures in a row, in one process, after which the rest is not sent (two if nothing comes): a dead server is not asked for hours
 REQUESTS_A_WORKER: Final = 32  # in flight, above which another process helps
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive requests that are sent under one clock: the warm-up, or a round. The next block starts when all have been answered."""
-
-    first: int
-    last: int  # exclusive
-    round: int
-    due: tuple[float, ...] | None  # seconds after the start at which each is to be sent; None: closed loop
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a process needs to send its part of a cell."""
-
-    url: str  # of /generate
-    requests: tuple[Request, ...]  # warm-up first
-    timeout: float
-    stall: float
-    epoch: float  # seconds since 1970 when the performance counter was 0
-    key: str | None = field(default=None, repr=False)  # sent as bearer token
 
 
 def run_cell(
@@ -130,8 +106,6 @@ def run_cell(
         if processes == 1:
             asyncio.run(_alone(job, blocks, concurrency, emit))
         else:
-            from kvtuner_search.bench.workers import run_blocks
-
             run_blocks(job, blocks, concurrency, processes, emit)
     per_round = count // rounds
     for request in requests[warmup:]:
@@ -162,43 +136,6 @@ async def _alone(job: Job, blocks: Sequence[Block], concurrency: int, emit: Call
         sender = Sender(http, job, concurrency, emit)
         for block in blocks:
             await sender.send(block, partial(next, iter(range(block.first, block.last)), None))
-
-
-class Sender:
-    """One process's part of a cell.
-
-    Args:
-        http: session for all its requests.
-        job: the cell.
-        lanes: most requests in flight.
-        emit: gets every result as it comes.
-    """
-
-    def __init__(self, http: aiohttp.ClientSession, job: Job, lanes: int, emit: Callable[[Result], None]) -> None:
-        self._http, self._job, self._lanes, self._emit = http, job, lanes, emit
-        self._failures = 0  # in a row
-
-    async def send(self, block: Block, take: Callable[[], int | None]) -> None:
-        """Send requests as ``take`` gives their numbers until it gives None; nothing once too many have failed."""
-        start = time.perf_counter()
-        try:
-            async with Pulse() as pulse, asyncio.TaskGroup() as group:
-                for _ in range(min(self._lanes, block.last - block.first)):
-                    group.create_task(self._lane(block, take, pulse, start))
-        except BaseExceptionGroup as group_error:  # of ``emit``, e.g. a full disk; one is enough to say so
-            raise group_error.exceptions[0] from None
-
-    async def _lane(self, block: Block, take: Callable[[], int | None], pulse: Pulse, start: float) -> None:
-        job = self._job
-        while self._failures < GIVE_UP and (number := take()) is not None:
-            due = None
-            if block.due is not None:
-                due = start + block.due[number - block.first]
-                await asyncio.sleep(due - time.perf_counter())
-            result = await client.ask(self._http, job.url, job.requests[number], pulse, job.epoch, block.round, due)
-            cost = GIVE_UP // 2 if result.failure in ("stalled", "timeout") else 1  # each of these costs minutes
-            self._failures = 0 if result.whole else self._failures + cost
-            self._emit(result)
 
 
 def _not_sent(request: Request, round_: int, epoch: float) -> Result:

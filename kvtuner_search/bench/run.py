@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from kvtuner_search.addresses import check_url
 from kvtuner_search.bench import files, floors, judge, load, slo
 from kvtuner_search.bench.account import Account, Session, account_of
 from kvtuner_search.bench.journal import REQUESTS, CellLog, Journal
@@ -23,12 +24,11 @@ from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.progress import Reporter
 from kvtuner_search.secrets import mask, mask_arguments
-from kvtuner_search.serving.arguments import api_key
-from kvtuner_search.serving.model import served_model
-from kvtuner_search.serving.validate.address import check_url
-from kvtuner_search.serving.validate.folder import Folder
-from kvtuner_search.serving.validate.process import serving
-from kvtuner_search.serving.validate.surroundings import processor, server_versions, tool
+from kvtuner_search.servers.folder import Folder
+from kvtuner_search.servers.host import processor, server_versions, tool
+from kvtuner_search.servers.process import serving
+from kvtuner_search.serving.sglang.arguments import api_key
+from kvtuner_search.serving.sglang.model import served_model
 
 RECORD: Final = "record.json"
 LOG: Final = "server.log"

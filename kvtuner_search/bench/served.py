@@ -13,10 +13,10 @@ from kvtuner_search.bench.record import Cache, Model, Served
 from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.secrets import mask_arguments
-from kvtuner_search.serving.model import served_config
-from kvtuner_search.serving.validate.client import BadAnswerError
-from kvtuner_search.serving.validate.facts import Facts, resolve_dtype
-from kvtuner_search.serving.validate.info import Info
+from kvtuner_search.servers.client import BadAnswerError
+from kvtuner_search.servers.facts import Facts, resolve_dtype
+from kvtuner_search.servers.info import Info
+from kvtuner_search.serving.sglang.model import served_config
 
 STOCK: Final = "16-bit"
 _PATHS: Final = ("/", "~", "./", "../")

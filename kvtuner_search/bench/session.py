@@ -26,8 +26,8 @@ from kvtuner_search.bench.watch import Watch
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.progress import Reporter
-from kvtuner_search.serving.validate.client import Client
-from kvtuner_search.serving.validate.process import Server
+from kvtuner_search.servers.client import Client
+from kvtuner_search.servers.process import Server
 
 CROSS_CHECK_SECONDS: Final = 1800.0  # SGLang's own client may take as long in any case
 LEAST_ANSWER: Final = 6  # tokens

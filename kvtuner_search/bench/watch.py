@@ -15,8 +15,8 @@ from typing import Any, Final
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvtuner_search.bench.record import Reading, Scrape
-from kvtuner_search.serving.validate.facts import Facts
-from kvtuner_search.serving.validate.transport import BadAnswerError, ServerError, Transport, cut
+from kvtuner_search.servers.facts import Facts
+from kvtuner_search.servers.transport import BadAnswerError, ServerError, Transport, cut
 
 INTERVAL: Final = 5.0  # seconds between two readings; each holds up the server's event loop for some milliseconds
 GENERATED: Final = "sglang:generation_tokens_total"

@@ -17,8 +17,8 @@ from typing import Final
 
 from kvtuner_search.bench import client
 from kvtuner_search.bench.client import Result
-from kvtuner_search.bench.load import Block, Job, Sender
 from kvtuner_search.bench.pulse import uncollected
+from kvtuner_search.bench.sender import Block, Job, Sender
 from kvtuner_search.errors import KVTunerError
 
 _FLUSH: Final = 0.05  # seconds between two messages with results; one message each would cost as much as the requests

@@ -18,7 +18,8 @@ from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres, as_stored
 from kvtuner_search.calibration.candidates import CLIPS, TRANSFORMS, StorageClass
 from kvtuner_search.evaluation.moments import Moments
-from kvtuner_search.evaluation.stored import first_tokens, transform_of
+from kvtuner_search.evaluation.stored import first_tokens
+from kvtuner_search.transforms import transform_of
 
 QUERIES: Final = 64  # query positions a sequence
 CLIP_TOKENS: Final = 2048  # tokens on which clips are chosen

@@ -11,14 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from rich.console import Console
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.calibration.choosing import Target, choose
@@ -27,10 +26,11 @@ from kvtuner_search.calibration.outputs import profile_content, record, without_
 from kvtuner_search.calibration.pipeline import Run, analyse, make_space, prepare, search
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.errors import DataError, ExitCode, UsageError
-from kvtuner_search.evaluation.stored import Setting, centres_file
+from kvtuner_search.evaluation.stored import Setting
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.canonical import save, seal
 from kvtuner_search.progress import Reporter
+from kvtuner_search.transforms import centres_file
 
 WAIT: Final = 5.0  # seconds for the helpers of a run that was killed to end
 
@@ -57,8 +57,13 @@ class Session:
         return self.output / "study.journal"
 
 
-def calibrate(options: CalibrationOptions, session: Session) -> None:
-    """Run a calibration and write ``NAME-BITS.json``, ``.safetensors``, ``report.html`` and ``record.json``.
+def calibrate(
+    options: CalibrationOptions, session: Session, publish: Callable[[dict[str, Any], Path], Sequence[Path]]
+) -> None:
+    """Run a calibration and write ``NAME-BITS.json``, ``.safetensors`` and ``record.json``.
+
+    Args:
+        publish: gets the record and the output folder when all is decided, shows what was found, and returns the files that it wrote.
 
     Raises:
         UsageError, DataError: if something cannot be used; nothing that was finished is lost.
@@ -108,7 +113,11 @@ def calibrate(options: CalibrationOptions, session: Session) -> None:
                 content["name"] = _profile_name(run, session, target)
                 setting = tuple(map(LayerSpec.parse, layers))
                 paths.append(_write_profile(session.output, content, setting, plan.centres))
-            _write_report(session, record(run, plan, space, found, random, targets, test), paths, reporter)
+            content = record(run, plan, space, found, random, targets, test)
+            written = session.output / "record.json"
+            write_atomic(written, json.dumps(content, sort_keys=True, allow_nan=False) + "\n")
+            for path in [*paths, *publish(content, session.output), written]:
+                reporter.say(f"wrote {path}")
 
 
 @contextmanager
@@ -245,15 +254,3 @@ def _write_profile(folder: Path, content: dict[str, Any], setting: Setting, cent
     path = folder / f"{content['name']}.json"
     save(seal(content), path)
     return path
-
-
-def _write_report(session: Session, content: dict[str, Any], paths: list[Path], reporter: Reporter) -> None:
-    from kvtuner_search.report.calibration_html import render
-    from kvtuner_search.report.terminal import summary
-
-    write_atomic(session.output / "record.json", json.dumps(content, sort_keys=True, allow_nan=False) + "\n")
-    write_atomic(session.output / "report.html", render(content))
-    console = Console()
-    summary(content, console if console.is_terminal else Console(width=100))
-    for path in [*paths, session.output / "report.html", session.output / "record.json"]:
-        reporter.say(f"wrote {path}")

@@ -104,7 +104,7 @@ def command(**options: Any) -> int:
     from kvtuner_search.files import write_atomic
     from kvtuner_search.profile.canonical import canonical_json
     from kvtuner_search.progress import Reporter
-    from kvtuner_search.serving.validate.surroundings import public_command
+    from kvtuner_search.servers.host import public_command
 
     if options["resume"] and options["overwrite"]:
         raise UsageError("--resume and --overwrite exclude each other: one keeps the rows, the other deletes them")

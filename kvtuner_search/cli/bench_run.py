@@ -122,7 +122,7 @@ def command(**options: Any) -> int:
     from kvtuner_search.errors import ExitCode, UsageError
     from kvtuner_search.files import write_atomic
     from kvtuner_search.progress import Reporter
-    from kvtuner_search.serving.validate.surroundings import public_command
+    from kvtuner_search.servers.host import public_command
 
     output, report, as_json = options.pop("output"), options.pop("report"), options.pop("as_json")
     reporter = Reporter(options.pop("quiet"))

@@ -118,4 +118,19 @@ def command(**options: Any) -> None:
     options["sources"] = options["sources"] or DEFAULT_SOURCES
     options["target_bits"] = options["target_bits"] or (() if options["max_loss"] is not None else (4.0,))
     with kill_as_interrupt():
-        calibrate(CalibrationOptions(model=loading(options), **options), session)
+        calibrate(CalibrationOptions(model=loading(options), **options), session, _publish)
+
+
+def _publish(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the report and print its summary; returns the files written."""
+    from rich.console import Console
+
+    from kvtuner_search.files import write_atomic
+    from kvtuner_search.report.calibration_html import render
+    from kvtuner_search.report.terminal import summary
+
+    report = folder / "report.html"
+    write_atomic(report, render(record))
+    console = Console()
+    summary(record, console if console.is_terminal else Console(width=100))
+    return [report]

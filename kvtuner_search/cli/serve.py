@@ -6,9 +6,9 @@ import click
 
 from kvtuner_search.cli.options import json_option, size_callback
 from kvtuner_search.profile.canonical import canonical_json
-from kvtuner_search.serving.flags import AS_STORED, FLAGS, PROFILE
-from kvtuner_search.serving.launch import check_installation, prepare, start
-from kvtuner_search.serving.plan import to_json, to_text
+from kvtuner_search.serving.sglang.flags import AS_STORED, FLAGS, PROFILE
+from kvtuner_search.serving.sglang.launch import check_installation, prepare, start
+from kvtuner_search.serving.sglang.plan import to_json, to_text
 
 _SGLANG = (
     ("--model-path PATH", "The model's folder or hub id; required."),

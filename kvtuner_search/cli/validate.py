@@ -170,9 +170,9 @@ def command(**options: Any) -> int:
     from kvtuner_search.errors import ExitCode, UsageError
     from kvtuner_search.profile.canonical import canonical_json
     from kvtuner_search.progress import Reporter
-    from kvtuner_search.serving.validate.options import Limits, ValidationOptions
-    from kvtuner_search.serving.validate.run import Run, write_block
-    from kvtuner_search.serving.validate.surroundings import public_command
+    from kvtuner_search.servers.host import public_command
+    from kvtuner_search.validate.options import Limits, ValidationOptions
+    from kvtuner_search.validate.run import Run, write_block
 
     output, write, as_json = options.pop("output"), options.pop("write"), options.pop("as_json")
     reporter = Reporter(options.pop("quiet"))

@@ -21,8 +21,9 @@ from kvtuner_kernels.bands import (
 )
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_kernels.reference import NO_CENTRES, Centres, dequantize, pack, quantize, unpack
-from kvtuner_search.evaluation.stored import Setting, transform_of
+from kvtuner_search.evaluation.stored import Setting
 from kvtuner_search.models.runner import Runner
+from kvtuner_search.transforms import transform_of
 
 Stop = Callable[[int, Sequence[int]], bool]  # (prompt index, tokens generated so far) -> whether that prompt is done
 

@@ -12,13 +12,14 @@ from kvtuner_search.data import load_evaluation
 from kvtuner_search.errors import DataError, NotComparableError, UsageError
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.statistics import measures
-from kvtuner_search.evaluation.stored import Setting, load_centres
+from kvtuner_search.evaluation.stored import Setting
 from kvtuner_search.models.load import LoadedModel
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.canonical import load
-from kvtuner_search.profile.checks import check_model, check_transforms, folder_of
+from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import ModelInfo, Profile
 from kvtuner_search.progress import Reporter
+from kvtuner_search.transforms import read_transforms
 
 
 def open_profile(path: Path) -> tuple[Profile, dict[int, Centres]]:
@@ -28,8 +29,7 @@ def open_profile(path: Path) -> tuple[Profile, dict[int, Centres]]:
         ProfileError: if the profile or its transforms file cannot be used.
     """
     profile = load(path)
-    data = check_transforms(profile, folder_of(path, profile))
-    return profile, load_centres(data, profile.model.num_layers) if data is not None else {}
+    return profile, read_transforms(path, profile)
 
 
 def check_belongs(profile: Profile, model: ModelInfo) -> None:

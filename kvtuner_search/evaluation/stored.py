@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.reference import NO_CENTRES, Centres, as_stored
+from kvtuner_search.transforms import transform_of
 
 Setting = tuple[LayerSpec, ...]  # one LayerSpec a layer
-
-MEAN_ROW: Final = -2  # of a basis tensor (kvtuner_kernels.bands.join_basis)
-_MOVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> device -> its copy there
-
-
-def transform_of(spec: TensorSpec, tensor: Tensor | None, device: torch.device | None = None) -> Tensor | None:
-    """What a side's spec needs of what calibration holds for the side: the basis, a centring vector, or nothing.
-
-    Args:
-        spec: of the side.
-        tensor: fp32 [H, D + 2, D], a basis, whose mean is the centring vector; or fp32 [H, D], a centring vector alone.
-        device: where it is wanted. The same tensor comes back every time, since what follows from a basis is worked out once a tensor.
-    """
-    if not spec.fitted or tensor is None:
-        return None
-    if spec.banded or tensor.dim() == 2:
-        return tensor if device is None or device == tensor.device else _on(tensor, device)
-    mean = tensor[:, MEAN_ROW]
-    return mean if device is None else mean.to(device)
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    copies: dict[torch.device, Tensor] = _MOVED.setdefault(tensor, {})  # type: ignore[no-untyped-call]
-    if device not in copies:
-        copies[device] = tensor.to(device)
-    return copies[device]
 
 
 def first_tokens(key: Tensor) -> Tensor:
@@ -71,29 +44,3 @@ class StoredCache:
 def stored_cache(setting: Sequence[LayerSpec], centres: Mapping[int, Centres]) -> StoredCache:
     """The tap for a whole setting."""
     return StoredCache(dict(enumerate(setting)), centres)
-
-
-def centres_file(setting: Sequence[LayerSpec], centres: Mapping[int, Centres]) -> bytes:
-    """Bytes of the safetensors file with what the setting needs, named ``layers.{i}.key|value``: centring vectors fp32 [H, D] and bases
-    fp32 [H, D + 2, D]."""
-    from safetensors.torch import save
-
-    tensors: dict[str, Tensor] = {}
-    for index, spec in enumerate(setting):
-        for name, side, centre in (
-            ("key", spec.key, centres.get(index, NO_CENTRES).key),
-            ("value", spec.value, centres.get(index, NO_CENTRES).value),
-        ):
-            needed = transform_of(side, centre)
-            if side.fitted:
-                assert needed is not None, f"layer {index} has no transform for its {name}s"
-                tensors[f"layers.{index}.{name}"] = needed.cpu().contiguous()
-    return save(tensors, metadata={"format": "pt"})
-
-
-def load_centres(data: bytes, layers: int) -> dict[int, Centres]:
-    """The inverse of centres_file, by layer index."""
-    from safetensors.torch import load
-
-    tensors = load(data)
-    return {i: Centres(tensors.get(f"layers.{i}.key"), tensors.get(f"layers.{i}.value")) for i in range(layers)}

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.errors import ProfileError, UsageError
 from kvtuner_search.profile.canonical import load as load_profile
-from kvtuner_search.profile.checks import check_transforms, folder_of
 from kvtuner_search.profile.schema import Profile
+from kvtuner_search.transforms import check_transforms, folder_of
 
 ENVIRONMENT: Final = "KVTUNER_SERVING"
 
@@ -63,27 +62,26 @@ class ServingConfiguration:
             raise UsageError(f"{ENVIRONMENT}={text[:80]!r} has a field of the wrong type: unset it")
         return found
 
-    def open(self) -> tuple[Profile, list[LayerSpec]]:
-        """The profile that this configuration means.
+    def open(self) -> tuple[Profile, bytes | None]:
+        """The profile that this configuration means, and the content of its transforms file, checked; None if it has none.
 
         Raises:
             ProfileError: if the file cannot be used, or is not the one that the server was started with.
         """
-        profile, layers = load(Path(self.profile))
+        profile, transforms = load(Path(self.profile))
         if profile.digest != self.digest:
             raise ProfileError(
                 f"{self.profile} has digest {profile.digest[:19]}…, the server was started with {self.digest[:19]}…:"
                 " put the same file on every node, and do not change it while a server starts"
             )
-        return profile, layers
+        return profile, transforms
 
 
-def load(path: Path) -> tuple[Profile, list[LayerSpec]]:
-    """A profile and its layers' specs, with its transforms file checked.
+def load(path: Path) -> tuple[Profile, bytes | None]:
+    """A profile and the content of its transforms file, both checked; None if it has none.
 
     Raises:
         ProfileError: if the profile or its transforms file is missing, damaged, or of another layout.
     """
     profile = load_profile(path)
-    check_transforms(profile, folder_of(path, profile))
-    return profile, profile.layer_specs()
+    return profile, check_transforms(profile, folder_of(path, profile))

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from kvtuner_kernels.layout import BANDS, LayerSpec, TensorSpec
 from kvtuner_search.profile.canonical import load, save, seal
-from kvtuner_search.profile.checks import check_transforms
 from kvtuner_search.profile.schema import LayerEntry, ModelInfo, storage_of
+from kvtuner_search.transforms import check_transforms
 
 # Bits by band that keys and values take in turn; of four layers one has both sides in a basis, two have one, and one has none.
 KEYS: Final = ("b87655443", "b65444332")
@@ -38,8 +38,8 @@ def reference_profile(folder: Path, base: Path, prompts: Sequence[Sequence[int]]
         base: a profile of the reference model.
         prompts: token ids, on which bases are fitted.
     """
-    from kvtuner_search.evaluation.stored import load_centres
     from kvtuner_search.models.reference_model import reference_model_path
+    from kvtuner_search.transforms import load_centres
 
     path = folder / "reference-bases.json"
     if not path.exists():
@@ -75,7 +75,7 @@ def example_profile(path: Path, model: ModelInfo, layers: Sequence[LayerSpec]) -
 
 def write_profile(path: Path, model: ModelInfo, layers: Sequence[LayerSpec], centres: Mapping[int, Any]) -> None:
     """A profile, and its transforms file beside it."""
-    from kvtuner_search.evaluation.stored import centres_file
+    from kvtuner_search.transforms import centres_file
 
     data = centres_file(tuple(layers), centres)
     file = path.with_suffix(".safetensors")

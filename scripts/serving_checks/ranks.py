@@ -15,7 +15,7 @@ from serving_checks.servers import Config, Server
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.capacity import heads_per_rank, stage_bytes
-from kvtuner_search.serving.partition import of_profile
+from kvtuner_search.serving.sglang.partition import of_profile
 
 PARTS = {"tp": (2, 1, 1), "pp": (1, 2, 1), "nodes": (1, 2, 2), "tp-pp": (2, 2, 1), "tp-pp-nodes": (2, 2, 2)}
 

@@ -17,7 +17,7 @@ from kvtuner_search.cli.main import run
 from kvtuner_search.errors import DataError, ServingError
 from kvtuner_search.profile.canonical import save
 from kvtuner_search.secrets import mask, mask_arguments, remember, remember_all
-from kvtuner_search.serving.validate.surroundings import public_command
+from kvtuner_search.servers.host import public_command
 from tests.search.bench import record_factory
 from tests.search.profile_factory import validated
 

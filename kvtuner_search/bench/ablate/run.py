@@ -26,8 +26,8 @@ from kvtuner_search.models.reference_model import REFERENCE_NAME
 from kvtuner_search.profile.canonical import canonical_json
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.progress import Reporter
-from kvtuner_search.serving.validate.folder import Folder, whole_lines
-from kvtuner_search.serving.validate.surroundings import tool
+from kvtuner_search.servers.folder import Folder, whole_lines
+from kvtuner_search.servers.host import tool
 
 ROWS: Final = "rows.jsonl"
 RESULT: Final = "ablation.json"

@@ -17,12 +17,12 @@ from kvtuner_search.bench.presets import Step
 from kvtuner_search.bench.record import Record, Shape
 from kvtuner_search.bench.run import RECORD, Run
 from kvtuner_search.errors import ServingError
-from kvtuner_search.evaluation.stored import centres_file
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.canonical import save, seal
 from kvtuner_search.profile.presets import SOURCE
 from kvtuner_search.profile.schema import LayerEntry, ModelInfo, storage_of
 from kvtuner_search.progress import Reporter
+from kvtuner_search.transforms import centres_file
 
 
 def steps(prompt: int, output: int, concurrency: int, requests: int) -> list[Step]:

@@ -14,9 +14,8 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from kvtuner_search.errors import ServingError
-from kvtuner_search.serving import flags
 from kvtuner_search.serving.configuration import ServingConfiguration
-from kvtuner_search.serving.sglang import launcher, not_finite
+from kvtuner_search.serving.sglang import flags, launcher, not_finite
 from kvtuner_search.serving.sglang.refusals import Refusal
 
 Hook = tuple[str, Callable[..., Any], HookType]  # a dotted path, what is called there, and how

@@ -16,9 +16,9 @@ from kvtuner_search.errors import ExitCode, KVTunerError, ServingError
 from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.profile.text import one_line
-from kvtuner_search.serving import flags, partition
 from kvtuner_search.serving.configuration import ServingConfiguration
-from kvtuner_search.serving.model import served_model
+from kvtuner_search.serving.sglang import flags, partition
+from kvtuner_search.serving.sglang.model import served_model
 from kvtuner_search.serving.sglang.refusals import Refusal, attention_backend, check_arguments
 
 EXIT_CODES = frozenset(int(code) for code in (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCode.SERVER))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from kvtuner_kernels.layout import LAYOUT_VERSION, LayerSpec, bytes_per_token
 from kvtuner_kernels.reference import Centres
 from kvtuner_search import __version__
 from kvtuner_search.errors import NotComparableError, ServingError, UsageError
-from kvtuner_search.evaluation.stored import load_centres
-from kvtuner_search.profile.checks import check_transforms, folder_of
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.capacity import basis_bytes
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang.agreement import Report, check, exchange
 from kvtuner_search.serving.sglang.pool import PackedPool, local_heads
+from kvtuner_search.transforms import load_centres
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ def served(configuration: ServingConfiguration) -> Served:
     Raises:
         ProfileError: if it cannot be used, or is not the one that the server was started with.
     """
-    profile, layers = configuration.open()
-    data = check_transforms(profile, folder_of(Path(configuration.profile), profile))
+    profile, data = configuration.open()
+    layers = profile.layer_specs()
     return Served(configuration, profile, layers, {} if data is None else load_centres(data, len(layers)))
 
 

@@ -22,8 +22,8 @@ from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.models.load import LoadedModel, ModelOptions, load_model
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.canonical import load
-from kvtuner_search.profile.checks import check_transforms
 from kvtuner_search.progress import Reporter
+from kvtuner_search.transforms import check_transforms
 
 sys.path.append(str(Path(__file__).parent))  # for record_factory
 from record_factory import record

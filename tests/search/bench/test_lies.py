@@ -16,6 +16,7 @@ from kvtuner_search.bench import load
 from kvtuner_search.bench.client import FAILURES, Result
 from kvtuner_search.bench.prompts import draw
 from kvtuner_search.bench.record import Cell, Shape, Violation
+from kvtuner_search.bench.sender import GIVE_UP
 
 TOKENS = 16
 SHAPE = Shape(requests=6, concurrency=3, input_tokens=10, output_tokens=TOKENS)
@@ -110,7 +111,7 @@ def test_what_nobody_serves_is_refused_and_soon_given_up() -> None:
             f"http://127.0.0.1:{taken.getsockname()[1]}", draw(0, 4, 100, 1000), shape, concurrency=1
         )
     cell = load.summarise("ttft", shape, results)
-    assert cell.failures == {"refused": load.GIVE_UP, "not-sent": 100 - load.GIVE_UP}
+    assert cell.failures == {"refused": GIVE_UP, "not-sent": 100 - GIVE_UP}
     assert {violation.rule for violation in load.violations("ttft", results)} == {"refused", "not-sent"}
 
 

@@ -23,8 +23,8 @@ from kvtuner_search.bench.record import Shape
 from kvtuner_search.cli.main import run
 from kvtuner_search.errors import UsageError
 from kvtuner_search.models.reference_model import reference_model_path
-from kvtuner_search.serving.arguments import api_key
-from kvtuner_search.serving.validate.client import ServerError
+from kvtuner_search.servers.client import ServerError
+from kvtuner_search.serving.sglang.arguments import api_key
 from tests.search.bench.test_load import result
 
 ROOT = Path(__file__).parents[3]

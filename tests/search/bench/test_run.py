@@ -15,7 +15,7 @@ from kvtuner_search.bench.record import Hardware
 from kvtuner_search.errors import NotComparableError, UsageError
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.profile.canonical import load
-from kvtuner_search.serving.validate.client import ServerError
+from kvtuner_search.servers.client import ServerError
 
 
 def test_a_truthful_server_gives_a_record_of_all_that_came_back(fake: Start, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.profile.canonical import dumps, load
-from kvtuner_search.serving.plan import _specs
+from kvtuner_search.serving.sglang.plan import _specs
 from tests.search.profile_factory import BANDED, fitted, safetensors, transforms, validated, write, write_fitted
 
 MIXED = [BANDED, "8-g64-asym-c/b33222110", "b88644321/4-g64-asym", "16/16"]

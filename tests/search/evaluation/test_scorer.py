@@ -14,9 +14,10 @@ from kvtuner_search.evaluation import scorer as scorer_module
 from kvtuner_search.evaluation.generation import PackedCache
 from kvtuner_search.evaluation.scorer import Scorer, Scores
 from kvtuner_search.evaluation.statistics import measures, paired_loss, paired_ratio
-from kvtuner_search.evaluation.stored import centres_file, load_centres, stored_cache, transform_of
+from kvtuner_search.evaluation.stored import stored_cache
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.runner import Runner
+from kvtuner_search.transforms import centres_file, load_centres, transform_of
 
 ROUGH = LayerSpec(TensorSpec(2, 16), TensorSpec(2, 16, symmetric=True))
 

@@ -17,8 +17,9 @@ from kvtuner_search.errors import ProfileError
 from kvtuner_search.evaluation.offline import open_profile
 from kvtuner_search.profile import checks
 from kvtuner_search.profile.canonical import dumps, load, loads, save
-from kvtuner_search.profile.checks import EXTRA_ROWS, check_transforms, strict_remarks, transform_shapes
+from kvtuner_search.profile.checks import strict_remarks
 from kvtuner_search.profile.schema import Profile, TensorEntry
+from kvtuner_search.transforms import EXTRA_ROWS, check_transforms, transform_shapes
 from tests.search.profile_factory import (
     BANDED,
     HEAD_DIM,

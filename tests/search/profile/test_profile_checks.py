@@ -12,8 +12,9 @@ import pytest
 
 from kvtuner_search.errors import NotComparableError, ProfileError
 from kvtuner_search.profile.canonical import dumps, load
-from kvtuner_search.profile.checks import MAX_HEADER, check_model, check_transforms, strict_remarks
+from kvtuner_search.profile.checks import check_model, strict_remarks
 from kvtuner_search.profile.schema import Profile
+from kvtuner_search.transforms import MAX_HEADER, check_transforms
 from tests.search.profile_factory import digest, measure, profile, safetensors
 
 LAYERS = ["4-g64-asym-c/4-g64-asym", "4-g64-asym/4-g64-asym", "4-g64-asym-c/4-g64-asym-c", "16/16"]

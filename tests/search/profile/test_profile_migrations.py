@@ -15,11 +15,12 @@ from kvtuner_kernels.reference import pack_rows
 from kvtuner_search.errors import ProfileError
 from kvtuner_search.evaluation.offline import open_profile
 from kvtuner_search.profile.canonical import canonical_json, digest_of, digest_without_validation, dumps, load, loads
-from kvtuner_search.profile.checks import check_transforms, strict_remarks
+from kvtuner_search.profile.checks import strict_remarks
 from kvtuner_search.profile.compare import compare
 from kvtuner_search.profile.migrations import migrate
 from kvtuner_search.profile.schema import SCHEMA_VERSION
 from kvtuner_search.profile.validation_text import is_stale, verdict
+from kvtuner_search.transforms import check_transforms
 from tests.search.profile_factory import digest, profile, validated
 
 STORED = Path(__file__).parent / "stored"

@@ -16,7 +16,7 @@ from kvtuner_kernels.layout import LAYOUT_VERSION, LayerSpec
 from kvtuner_search.cli.main import run
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.profile.canonical import canonical_json, digest_of, load
-from kvtuner_search.serving import launch
+from kvtuner_search.serving.sglang import launch
 from tests.search.profile_factory import HEAD_DIM, KV_HEADS, profile, safetensors, write, write_fitted
 
 ROOT = Path(__file__).resolve().parents[3]

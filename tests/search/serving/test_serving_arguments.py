@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_search.errors import KVTunerError, UsageError
-from kvtuner_search.serving.arguments import node_ranks, read_options
+from kvtuner_search.serving.sglang.arguments import node_ranks, read_options
 
 M = ["--model-path", "m"]
 

@@ -13,7 +13,7 @@ from kvtuner_search.errors import KVTunerError, NotComparableError, ProfileError
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.serving.configuration import ServingConfiguration
-from kvtuner_search.serving.flags import FLAGS, add_arguments, profile_of, requested, resolve
+from kvtuner_search.serving.sglang.flags import FLAGS, add_arguments, profile_of, requested, resolve
 from tests.search.profile_factory import digest, write
 
 MODEL = ModelInfo(

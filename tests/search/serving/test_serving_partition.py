@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.canonical import load
-from kvtuner_search.serving.partition import ENVIRONMENT, Partition, choose, of_profile
+from kvtuner_search.serving.sglang.partition import ENVIRONMENT, Partition, choose, of_profile
 from tests.search.profile_factory import profile
 
 PROFILES = Path(__file__).resolve().parents[3] / "profiles"

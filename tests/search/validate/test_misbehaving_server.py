@@ -16,15 +16,15 @@ import pytest
 from fake_sglang import Fake
 from misbehaving import FAULTS, misbehaving
 
+from kvtuner_search.addresses import check_key, check_url
 from kvtuner_search.bench.client import Request as Streamed
 from kvtuner_search.bench.load import run_cell
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.bench.watch import Watch
 from kvtuner_search.errors import UsageError
-from kvtuner_search.serving.validate.address import check_key, check_url
-from kvtuner_search.serving.validate.client import Answer, Client, Request, ServerError
-from kvtuner_search.serving.validate.facts import Facts
-from kvtuner_search.serving.validate.info import Info
+from kvtuner_search.servers.client import Answer, Client, Request, ServerError
+from kvtuner_search.servers.facts import Facts
+from kvtuner_search.servers.info import Info
 
 ROOT = Path(__file__).parents[3]
 PROMPT = tuple(range(5, 15))
@@ -86,7 +86,7 @@ def test_memory_stays_bounded(fault: str) -> None:
 import asyncio, sys
 sys.path += {[str(Path(__file__).parent)]!r}
 from kvtuner_search.bench.watch import Watch
-from kvtuner_search.serving.validate.client import Client, Request, ServerError
+from kvtuner_search.servers.client import Client, Request, ServerError
 from misbehaving import misbehaving
 async def ask(url, question):
     async with Client(url, 20.0) as client:

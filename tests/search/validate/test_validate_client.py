@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fake_sglang import Fake, logprob
 
-from kvtuner_search.serving.validate.client import Answer, Client, Request, ServerError
-from kvtuner_search.serving.validate.process import free_port
+from kvtuner_search.servers.client import Answer, Client, Request, ServerError
+from kvtuner_search.servers.process import free_port
 
 PROMPT = tuple(range(5, 15))
 Start = Callable[..., Fake]

@@ -156,7 +156,7 @@ def test_where_that_cannot_be_done_the_server_is_refused(
 def test_a_cache_that_loses_rows_is_no_sample(
     fake: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kvtuner_search.serving.validate.measure._PAUSE", 0.0)
+    monkeypatch.setattr("kvtuner_search.validate.measure._PAUSE", 0.0)
     ours = profile_server(fake, as_stored=False)
     ours.fault = {"cached_tokens": 0}
     assert validate(PROFILE, tmp_path / "run", *at(fake(), ours)) == 5
@@ -200,7 +200,7 @@ def test_an_environment_without_sglang_is_a_usage_error(
 def test_a_failure_ends_the_run_and_resuming_asks_only_for_the_rest(
     fake: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kvtuner_search.serving.validate.measure._PAUSE", 0.0)
+    monkeypatch.setattr("kvtuner_search.validate.measure._PAUSE", 0.0)
     baseline, ours = fake(), profile_server(fake)
     ours.fault = {"status": 404}
     assert validate(PROFILE, tmp_path / "run", *at(baseline, ours)) == 5

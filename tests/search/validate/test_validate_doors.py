@@ -53,7 +53,7 @@ def test_tokens_outside_the_vocabulary_end_the_run(
     fake: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The tokenizer, and the embedding of the offline evaluation, would trip over them."""
-    monkeypatch.setattr("kvtuner_search.serving.validate.measure._PAUSE", 0.0)
+    monkeypatch.setattr("kvtuner_search.validate.measure._PAUSE", 0.0)
     ours = profile_server(fake)
     ours.next = lambda prefix: 8192  # type: ignore[method-assign]  # the reference model's ids end at 8191
     assert validate(PROFILE, tmp_path / "run", *at(fake(), ours)) == 5

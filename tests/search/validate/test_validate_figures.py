@@ -10,14 +10,14 @@ import pytest
 
 from kvtuner_search.data import Sample, Split
 from kvtuner_search.profile.validation import Capacity, Semantics
-from kvtuner_search.serving.validate import figures
-from kvtuner_search.serving.validate.explained import Explained, Side, notes_on_rounding
-from kvtuner_search.serving.validate.facts import Facts
-from kvtuner_search.serving.validate.judge import judge
-from kvtuner_search.serving.validate.measure import Outcome
-from kvtuner_search.serving.validate.options import Limits
-from kvtuner_search.serving.validate.prompts import TaskPrompt
-from kvtuner_search.serving.validate.twice import Twice
+from kvtuner_search.servers.facts import Facts
+from kvtuner_search.validate import figures
+from kvtuner_search.validate.explained import Explained, Side, notes_on_rounding
+from kvtuner_search.validate.judge import judge
+from kvtuner_search.validate.measure import Outcome
+from kvtuner_search.validate.options import Limits
+from kvtuner_search.validate.prompts import TaskPrompt
+from kvtuner_search.validate.twice import Twice
 from tests.search.profile_factory import profile
 
 FACTS = Facts(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_search.errors import UsageError
-from kvtuner_search.serving.validate.folder import Folder
+from kvtuner_search.servers.folder import Folder
 
 SETTINGS = {"profile": "a", "prompts": "b"}
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kvtuner_search.errors import DataError, UsageError
-from kvtuner_search.serving.validate.gsm8k import is_right, parse
-from kvtuner_search.serving.validate.prompts import Prompts, TaskPrompt, build, cut_short, right
+from kvtuner_search.validate.gsm8k import is_right, parse
+from kvtuner_search.validate.prompts import Prompts, TaskPrompt, build, cut_short, right
 
 
 class Characters:

@@ -22,12 +22,12 @@ from kvtuner_search.models.attention import Tap
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.validation import Capacity, Check, Semantics
-from kvtuner_search.serving.validate import figures
-from kvtuner_search.serving.validate.explained import Explained, Side, notes_on_rounding
-from kvtuner_search.serving.validate.judge import judge
-from kvtuner_search.serving.validate.measure import Outcome
-from kvtuner_search.serving.validate.options import Limits
-from kvtuner_search.serving.validate.twice import compute, rounded_anew
+from kvtuner_search.validate import figures
+from kvtuner_search.validate.explained import Explained, Side, notes_on_rounding
+from kvtuner_search.validate.judge import judge
+from kvtuner_search.validate.measure import Outcome
+from kvtuner_search.validate.options import Limits
+from kvtuner_search.validate.twice import compute, rounded_anew
 
 PROFILES = Path(__file__).parents[3] / "profiles" / "reference"
 PROMPT, NEW = 48, 8  # tokens of a prompt and of its continuation

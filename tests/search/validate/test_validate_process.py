@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from kvtuner_search.secrets import remember
-from kvtuner_search.serving.validate.client import ServerError
-from kvtuner_search.serving.validate.process import last_words, serving
+from kvtuner_search.servers.client import ServerError
+from kvtuner_search.servers.process import last_words, serving
 
 ARGUMENTS = ["--model-path", "m"]
 
@@ -94,7 +94,7 @@ def test_a_serving_configuration_of_the_environment_does_not_reach_the_server(
 def test_a_server_dies_with_a_parent_that_was_killed(server_python: str, tmp_path: Path) -> None:
     code = (
         "import asyncio, pathlib, sys\n"
-        "from kvtuner_search.serving.validate.process import serving\n"
+        "from kvtuner_search.servers.process import serving\n"
         f"with serving({server_python!r}, {ARGUMENTS!r}, pathlib.Path({str(tmp_path / 'log')!r})) as server:\n"
         "    asyncio.run(server.wait_until_ready(30))\n"
         "    print(server.process.pid, flush=True)\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvtuner_search.errors import DataError, UsageError
-from kvtuner_search.serving.validate.prompts import Prompts, TaskPrompt, build, notes_on_data, right
+from kvtuner_search.validate.prompts import Prompts, TaskPrompt, build, notes_on_data, right
 from tests.search.profile_factory import profile
 
 

@@ -29,7 +29,7 @@ from kvtuner_kernels.layout import LayerSpec  # noqa: E402
 from kvtuner_kernels.reference import Centres, pack_rows  # noqa: E402
 from kvtuner_kernels.warm_up import example_centres  # noqa: E402
 from kvtuner_search.models.reference_model import reference_model_path  # noqa: E402
-from kvtuner_search.serving.model import served_model  # noqa: E402
+from kvtuner_search.serving.sglang.model import served_model  # noqa: E402
 
 
 @pytest.fixture

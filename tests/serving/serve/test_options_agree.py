@@ -11,9 +11,9 @@ from sglang.srt.entrypoints.engine import _calculate_rank_ranges
 from sglang.srt.server_args import ServerArgs
 
 from kvtuner_search.errors import UsageError
-from kvtuner_search.serving.arguments import ServerOptions, node_ranks, read_options
-from kvtuner_search.serving.flags import FLAGS, add_arguments
-from kvtuner_search.serving.partition import ENVIRONMENT, choose
+from kvtuner_search.serving.sglang.arguments import ServerOptions, node_ranks, read_options
+from kvtuner_search.serving.sglang.flags import FLAGS, add_arguments
+from kvtuner_search.serving.sglang.partition import ENVIRONMENT, choose
 from kvtuner_search.serving.sglang.refusals import REFUSALS
 
 M = ["--model-path", "m"]

@@ -17,7 +17,7 @@ from serving_checks.bases import example_profile
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_search.serving.model import served_model
+from kvtuner_search.serving.sglang.model import served_model
 from kvtuner_search.serving.sglang.not_finite import NO_TOKEN, finish, sample
 
 ROOT = Path(__file__).parents[3]

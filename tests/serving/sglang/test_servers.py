@@ -21,7 +21,7 @@ from serving_checks.machine import write_check_plugin
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.serving.capacity import heads_per_rank, stage_bytes
-from kvtuner_search.serving.partition import of_profile
+from kvtuner_search.serving.sglang.partition import of_profile
 
 TIE = 0.01  # logits
 NEWER = metadata.version("sglang") != "0.5.14"  # binds the threads of pipeline stages one by one too

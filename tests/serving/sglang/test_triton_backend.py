@@ -14,7 +14,7 @@ from servers import running
 from serving_checks.bases import example_profile
 
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_search.serving.model import served_model
+from kvtuner_search.serving.sglang.model import served_model
 
 ROOT = Path(__file__).parents[3]
 FLAGS = ["--enable-kvtuner-quant", "--kvtuner-nbits-key"]

@@ -13,10 +13,10 @@ import pytest
 from servers import COMMON, environment, running
 
 from kvtuner_search.models.reference_model import reference_model_path
-from kvtuner_search.serving.validate.client import Client
-from kvtuner_search.serving.validate.folder import Journal
-from kvtuner_search.serving.validate.measure import Method, Outcome, Plan, ask, outcome
-from kvtuner_search.serving.validate.prompts import build
+from kvtuner_search.servers.client import Client
+from kvtuner_search.servers.folder import Journal
+from kvtuner_search.validate.measure import Method, Outcome, Plan, ask, outcome
+from kvtuner_search.validate.prompts import build
 
 FLAGS = [flag for flag in COMMON if flag not in ("--host", "127.0.0.1")]
 

@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from kvtuner_search.profile.fields import Digest, Positive
 from kvtuner_search.profile.text import printable
-from kvtuner_search.serving.validate.transport import BadAnswerError, cut
+from kvtuner_search.servers.transport import BadAnswerError, cut
 
 _OBJECT: Final = re.compile(r"dictionary or instance of \w+")  # pydantic's words for a JSON object
 

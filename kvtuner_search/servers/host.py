@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from kvtuner_search import __version__
 from kvtuner_search.errors import UsageError
 from kvtuner_search.secrets import mask_arguments
-from kvtuner_search.serving.validate.facts import Facts
+from kvtuner_search.servers.facts import Facts
 
 PACKAGES: Final = ("kvtuner-search", "sglang", "torch", "transformers", "triton")
 _ASK: Final = """

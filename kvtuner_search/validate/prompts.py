@@ -15,7 +15,7 @@ from kvtuner_search.data.tasks import Document, stream
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.fields import DataInfo
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.serving.validate import gsm8k
+from kvtuner_search.validate import gsm8k
 
 _SPARE: Final = 4  # tokens beyond the expected answer, in which it may still be completed
 

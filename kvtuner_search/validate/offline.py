@@ -20,7 +20,7 @@ from kvtuner_search.models.load import LoadedModel
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.validation import OfflineAgreement
 from kvtuner_search.progress import Reporter
-from kvtuner_search.serving.validate.measure import Outcome
+from kvtuner_search.validate.measure import Outcome
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from kvtuner_search.errors import NotComparableError, UsageError
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.serving.validate.info import Info
+from kvtuner_search.servers.info import Info
 
 _ALIKE = ("version", "model", "dtype", "tensor_parallel", "pipeline_parallel", "quantization")
 _SAME_MEMORY = ("memory_fraction", "device", "page_size")

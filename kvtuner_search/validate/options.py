@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Auto = Literal["auto"]  # what rounding explains, measured in the same run: kvtuner_search.serving.validate.explained
+Auto = Literal["auto"]  # what rounding explains, measured in the same run: kvtuner_search.validate.explained
 
 
 @dataclass(frozen=True)

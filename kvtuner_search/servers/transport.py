@@ -14,10 +14,10 @@ from typing import Any, Final, Protocol, Self
 import httpx2
 from pydantic_core import from_json  # its depth is bounded, and it is about three times as fast as json
 
+from kvtuner_search.addresses import KEY_OPTION, authorization
 from kvtuner_search.errors import ServingError
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask
-from kvtuner_search.serving.validate.address import KEY_OPTION, authorization
 
 EXCERPT: Final = 200  # characters of what came that are shown
 _READ: Final = 4096  # bytes that are read of a refusal; masked before they are cut to the excerpt

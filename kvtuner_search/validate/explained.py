@@ -1,7 +1,7 @@
 """What rounding explains of the difference between a server and the offline evaluation, and the limits that follow.
 
 Each figure is taken twice in the same way: of the server against the offline evaluation, and of the second offline computation
-against the first (:mod:`kvtuner_search.serving.validate.twice`), which plays the server and is known to be correct. The latter is
+against the first (:mod:`kvtuner_search.validate.twice`), which plays the server and is known to be correct. The latter is
 what rounding explains, with all that follows from it: codes that turn, and tokens that are chosen otherwise.
 """
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from kvtuner_search.evaluation.statistics import CONFIDENCE, RESAMPLES, Interval, paired_ratio
 from kvtuner_search.profile.validation import OfflineAgreement
-from kvtuner_search.serving.validate.measure import Outcome
-from kvtuner_search.serving.validate.twice import Floats, Twice
+from kvtuner_search.validate.measure import Outcome
+from kvtuner_search.validate.twice import Floats, Twice
 
 FLOOR: Final = 0.005  # nats a token that never count: a tenth of what a profile may cost by default
 SLACK: Final = 0.25  # by this share of itself a distance may exceed what rounding explains

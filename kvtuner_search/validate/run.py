@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from kvtuner_search.addresses import check_url
 from kvtuner_search.data import Split
 from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.evaluation.offline import open_profile
@@ -27,20 +28,19 @@ from kvtuner_search.profile.text import bounded
 from kvtuner_search.profile.validation import Semantics, ServerRecord, Validation
 from kvtuner_search.progress import Reporter
 from kvtuner_search.secrets import mask, mask_arguments
-from kvtuner_search.serving.arguments import api_key
-from kvtuner_search.serving.model import served_config, served_model
-from kvtuner_search.serving.validate import figures
-from kvtuner_search.serving.validate.address import check_url
-from kvtuner_search.serving.validate.client import Client
-from kvtuner_search.serving.validate.explained import Explained, Side, notes_on_rounding
-from kvtuner_search.serving.validate.facts import Facts, check_alike, resolve_dtype
-from kvtuner_search.serving.validate.folder import BLOCK, Folder, Journal
-from kvtuner_search.serving.validate.judge import judge
-from kvtuner_search.serving.validate.measure import Method, Outcome, Plan, ask, outcome
-from kvtuner_search.serving.validate.options import ValidationOptions
-from kvtuner_search.serving.validate.process import Server, serving
-from kvtuner_search.serving.validate.prompts import build, cut_short, notes_on_data, right
-from kvtuner_search.serving.validate.surroundings import hardware, offline_versions, server_versions, tool
+from kvtuner_search.servers.client import Client
+from kvtuner_search.servers.facts import Facts, check_alike, resolve_dtype
+from kvtuner_search.servers.folder import BLOCK, Folder, Journal
+from kvtuner_search.servers.host import hardware, offline_versions, server_versions, tool
+from kvtuner_search.servers.process import Server, serving
+from kvtuner_search.serving.sglang.arguments import api_key
+from kvtuner_search.serving.sglang.model import served_config, served_model
+from kvtuner_search.validate import figures
+from kvtuner_search.validate.explained import Explained, Side, notes_on_rounding
+from kvtuner_search.validate.judge import judge
+from kvtuner_search.validate.measure import Method, Outcome, Plan, ask, outcome
+from kvtuner_search.validate.options import ValidationOptions
+from kvtuner_search.validate.prompts import build, cut_short, notes_on_data, right
 
 _OWN: Final = ("profile", "url", "baseline url")  # settings that the stock server's answers do not depend on
 _VARYING: Final = ("tokens", "cache_gib")  # may differ between two starts of the same server
@@ -179,7 +179,7 @@ class Run:
     def _explained(self, ours: _Side, baseline: _Side) -> Explained:
         """The same tokens through the offline evaluation: does the server compute what calibration measured?"""
         from kvtuner_search.models.runner import Runner
-        from kvtuner_search.serving.validate.twice import compute
+        from kvtuner_search.validate.twice import compute
 
         dtype = resolve_dtype(ours.facts.dtype, self.config_dtype)
         with self.reporter.stage("load the model"):

@@ -18,8 +18,8 @@ from typing import IO, Final
 
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, mask_arguments
+from kvtuner_search.servers.transport import ServerError, Transport
 from kvtuner_search.serving.configuration import ENVIRONMENT
-from kvtuner_search.serving.validate.transport import ServerError, Transport
 
 STOP_SECONDS: Final = 20.0  # between SIGTERM and SIGKILL
 PORTS: Final = range(20000, 32000)
@@ -71,7 +71,7 @@ def serving(python: str, arguments: Sequence[str], log: Path) -> Iterator[Server
     """
     port = free_port()
     command = [python, "-m", "sglang.launch_server", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    tied = [sys.executable, "-m", "kvtuner_search.serving.validate.tied", str(os.getpid()), *command]
+    tied = [sys.executable, "-m", "kvtuner_search.servers.tied", str(os.getpid()), *command]
     # The flags alone decide what is served.
     environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, *_KEYS)}
     log.parent.mkdir(parents=True, exist_ok=True)

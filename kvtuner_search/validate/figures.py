@@ -14,10 +14,10 @@ from kvtuner_search.evaluation.statistics import CONFIDENCE, paired_proportions,
 from kvtuner_search.profile.fields import Measure
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.validation import Capacity, Greedy, TaskResult
+from kvtuner_search.servers.facts import Facts, memory_differs
 from kvtuner_search.serving.capacity import heads_per_rank, stage_bytes
-from kvtuner_search.serving.partition import choose
-from kvtuner_search.serving.validate.facts import Facts, memory_differs
-from kvtuner_search.serving.validate.prompts import TaskPrompt
+from kvtuner_search.serving.sglang.partition import choose
+from kvtuner_search.validate.prompts import TaskPrompt
 
 
 def likelihood(split: Split, ours: NDArray[np.float64], baseline: NDArray[np.float64]) -> list[Measure]:

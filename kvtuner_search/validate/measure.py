@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtuner_search.data import Sample
-from kvtuner_search.serving.validate.client import Answer, Client, Request, ServerError
-from kvtuner_search.serving.validate.folder import Journal
-from kvtuner_search.serving.validate.prompts import Prompts, TaskPrompt
+from kvtuner_search.servers.client import Answer, Client, Request, ServerError
+from kvtuner_search.servers.folder import Journal
+from kvtuner_search.validate.prompts import Prompts, TaskPrompt
 
 Method = Literal["as-stored-extend", "token-by-token", "decode"]
 ATTEMPTS: Final = 3  # of one request, before the run ends with the reason

@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from kvtuner_search.addresses import check_key
 from kvtuner_search.errors import KVTunerError, UsageError
 from kvtuner_search.profile.canonical import read_limited
-from kvtuner_search.serving.flags import FLAGS
+from kvtuner_search.serving.sglang.flags import FLAGS
 from kvtuner_search.serving.sglang.refusals import LATER, REFUSALS
-from kvtuner_search.serving.validate.address import check_key
 
 CONFIG: Final = "--config"
 API_KEY: Final = "--api-key"

@@ -7,8 +7,8 @@ from typing import Final, Literal
 
 from kvtuner_search.profile.fields import Measure
 from kvtuner_search.profile.validation import Capacity, Check, Greedy, Semantics, TaskResult, holds
-from kvtuner_search.serving.validate.explained import Explained, worse
-from kvtuner_search.serving.validate.options import Limits
+from kvtuner_search.validate.explained import Explained, worse
+from kvtuner_search.validate.options import Limits
 
 UNEXPLAINED: Final = (
     0.05  # nats a token, decode against extend where nothing was computed offline and likelihood has no threshold

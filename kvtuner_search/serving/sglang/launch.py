@@ -15,11 +15,11 @@ from typing import Final, NoReturn
 
 from kvtuner_search.errors import ServingError, UsageError
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.serving import flags
-from kvtuner_search.serving.arguments import ALL, ServerOptions, parse_flags, read_options
 from kvtuner_search.serving.configuration import ServingConfiguration
-from kvtuner_search.serving.model import context_remark, served_config, served_model, weight_bytes
-from kvtuner_search.serving.plan import Memory, Plan, make_plan
+from kvtuner_search.serving.sglang import flags
+from kvtuner_search.serving.sglang.arguments import ALL, ServerOptions, parse_flags, read_options
+from kvtuner_search.serving.sglang.model import context_remark, served_config, served_model, weight_bytes
+from kvtuner_search.serving.sglang.plan import Memory, Plan, make_plan
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
 from kvtuner_search.serving.sglang.refusals import attention_backend, check_speculation
 

@@ -10,9 +10,9 @@ from typing import Any, Final
 from kvtuner_kernels.layout import LayerSpec, TensorSpec, bytes_per_token
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import printable, ranges, runs, size
-from kvtuner_search.serving.arguments import ServerOptions, node_ranks
 from kvtuner_search.serving.capacity import StageBytes, heads_per_rank, stage_bytes, token_capacity
-from kvtuner_search.serving.partition import ENVIRONMENT, Partition, of_profile
+from kvtuner_search.serving.sglang.arguments import ServerOptions, node_ranks
+from kvtuner_search.serving.sglang.partition import ENVIRONMENT, Partition, of_profile
 
 GIB: Final = 2**30
 ASSUMED_FRACTION: Final = 0.88  # SGLang's own choice where it does not know the GPU's memory
