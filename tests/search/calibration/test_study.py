@@ -61,7 +61,7 @@ def test_a_finished_study_is_left_alone(tmp_path: Path) -> None:
 def test_two_workers_share_the_trials(tmp_path: Path) -> None:
     storage = tmp_path / "study.journal"
     processes = [start(storage, TRIALS, 0.02) for _ in range(2)]
-    assert [p.wait(60) for p in processes] == [0, 0]
+    assert [p.wait(300) for p in processes] == [0, 0]
     trials = finished(storage)
     distinct = [t.choices for t in trials if not t.duplicate]
     assert TRIALS <= len(distinct) <= TRIALS + 1  # the other worker may have been in the middle of one

@@ -13,9 +13,9 @@ import torch
 from kvtuner_kernels.bands import EXTRA_ROWS as KERNEL_ROWS
 from kvtuner_kernels.bands import BasisError, basis
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_search import transforms as transforms_module
 from kvtuner_search.errors import ProfileError
 from kvtuner_search.evaluation.offline import open_profile
-from kvtuner_search.profile import checks
 from kvtuner_search.profile.canonical import dumps, load, loads, save
 from kvtuner_search.profile.checks import strict_remarks
 from kvtuner_search.profile.schema import Profile, TensorEntry
@@ -220,10 +220,10 @@ def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path, monkeypatch: 
         check_transforms(made, tmp_path)
     (tmp_path / "t.safetensors").unlink()
     needed = 4 * sum(math.prod(shape) for shape in transforms(LAYERS).values())
-    monkeypatch.setattr(checks, "MAX_PAYLOAD", needed - 1)
+    monkeypatch.setattr(transforms_module, "MAX_PAYLOAD", needed - 1)
     with pytest.raises(ProfileError, match=f"would take {needed} bytes"):
         check_transforms(made, tmp_path)
-    monkeypatch.setattr(checks, "MAX_PAYLOAD", needed)
+    monkeypatch.setattr(transforms_module, "MAX_PAYLOAD", needed)
     with pytest.raises(ProfileError, match="does not exist"):
         check_transforms(made, tmp_path)
 
