@@ -17,7 +17,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "requirements"
-LOCKS = ("build", "environment", "serving", "torch", "torch-cuda", "tools")
+LOCKS = ("build", "environment", "serving", "torch", "torch-cpu", "torch-cuda", "tools")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -98,10 +98,13 @@ def test_scripts_install_nothing_but_the_locks(script: str) -> None:
     if script != "locked":
         assert not re.search(r"\bpip\b", re.sub(r"#.*", "", text))
         assert re.search(r"\n  install_locked .+ \|\| return\n", text)
-        assert all(f'"{name}"' in text for name in ("build", "torch", "torch-cuda"))  # a change of any installs anew
+        assert all(
+            f'"{name}"' in text for name in ("build", "torch", "torch-cpu", "torch-cuda")
+        )  # a change of any installs anew
         return
-    installs = [line.strip() for line in text.splitlines() if re.search(r'^ +"\$\{(pip|locked)\[@\]\}"', line)]
+    installs = [line.strip() for line in text.splitlines() if re.search(r'^ +(if ! )?"\$\{(pip|locked)\[@\]\}"', line)]
     assert "--no-deps --no-build-isolation --require-hashes" in text
+    installs = [line.removeprefix("if ! ") for line in installs]
     assert [line for line in installs if not line.startswith('"${locked[@]}" -r ')] == [
         '"${pip[@]}" "$3" >&2 || return',  # KVTUNER_TORCH
         '"${pip[@]}" --no-deps --no-build-isolation -e "$ROOT" >&2',
@@ -119,6 +122,21 @@ def test_a_failed_installation_leaves_no_stamp(tmp_path: Path) -> None:
     calls = (tmp_path / "python.log").read_text().splitlines()
     assert len(calls) == 2
     assert all("--require-hashes" in call for call in calls)
+
+
+@pytest.mark.parametrize(("has_cpu_build", "installed"), [(True, ["torch-cpu"]), (False, ["torch-cpu", "torch"])])
+def test_a_cpu_build_is_taken_where_there_is_one(tmp_path: Path, has_cpu_build: bool, installed: list[str]) -> None:
+    """pip would take PyPI's, for CUDA: its index states the hashes, as a folder of wheels does not."""
+    python = tmp_path / "python"
+    refuse = "" if has_cpu_build else "*torch-cpu.txt*) exit 1;; "
+    python.write_text(f'#!/bin/sh\necho "$@" >>"$0.log"\ncase "$*" in {refuse}-c*) exit 1;; esac\n')
+    python.chmod(0o755)
+    code = f"ROOT={ROOT}; source {ROOT}/scripts/locked; install_locked {python} environment"
+    subprocess.run(["bash", "-c", code], check=True)
+    calls = (tmp_path / "python.log").read_text()
+    assert re.findall(r"-r \S+/(torch[a-z-]*)\.txt", calls) == installed
+    hashes = {lock: set(re.findall(r"sha256:(\w+)", entries(lock)[0])) for lock in ("torch", "torch-cpu")}
+    assert hashes["torch-cpu"] < hashes["torch"]
 
 
 @pytest.mark.parametrize("environment", ["environment", "serving"])

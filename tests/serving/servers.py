@@ -43,6 +43,8 @@ def environment(**more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "KVTUNER_"))}
     return inherited | {
         "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+        # SGLang opens NCCL wherever it finds the library, as beside a CUDA build of torch, and then fails on a CPU.
+        "SGLANG_NCCL_SO_PATH": "none",
     } | more  # fmt: skip
 
 
