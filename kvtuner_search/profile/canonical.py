@@ -19,7 +19,7 @@ from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.digest import digest_of as digest_of
 from kvtuner_search.profile.migrations import migrate, respelled, same_validation
 from kvtuner_search.profile.schema import SCHEMA_VERSION, Profile
-from kvtuner_search.profile.text import quoted
+from kvtuner_search.profile.text import quoted, shortened
 
 MAX_BYTES: Final = 4 * 2**20  # a 128-layer profile with a long front takes about 1 MB, with the longest 2
 MAX_DEPTH: Final = 32
@@ -281,12 +281,12 @@ def _validate(content: dict[str, Any], source: str) -> Profile:
 def first_error(error: ValidationError, what: str = "profile") -> str:
     """The first of pydantic's complaints in one line: where, why, and the value."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or what
+    where = ".".join(shortened(part) for part in first["loc"]) or what  # keys are the file's, too
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     value = repr(first.get("input"))
     shown = value if len(value) <= 60 else value[:57] + "..."
     got = "" if first["type"] in ("missing", "value_error") else f", got {shown}"
-    return f"{where[:200]}: {first['msg']}{got}{more}"
+    return f"{shortened(where, 200)}: {first['msg']}{got}{more}"
 
 
 def json_schema() -> str:

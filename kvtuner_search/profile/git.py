@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _TIMEOUT: Final = 30  # seconds; a local object database answers at once
 _FATAL: Final = re.compile(r"^(?:fatal|error): (.*)$", re.MULTILINE)
+_AMBIGUOUS: Final = re.compile(r"^warning: refname '(.*)' is ambiguous", re.MULTILINE)
+_SUFFIX: Final = re.compile(r"[~^]|@\{")  # what follows the name of a revision
+_HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _OWNER: Final = re.compile(r"dubious ownership in repository at '(.*)'")
 
 
@@ -72,15 +75,36 @@ def ref_exists(place: Place) -> bool:
     """Whether the revision is in the repository of the current folder; False outside of any repository.
 
     Raises:
-        ProfileError: if git cannot say, e.g. because the repository is someone else's.
+        ProfileError: if git cannot say, e.g. because the repository is someone else's, or if the name means two revisions.
     """
     done = _git(place, "rev-parse", "--verify", "--quiet", f"{place.ref}^{{}}")
-    if done.returncode in (0, 1):
-        return done.returncode == 0
+    if done.returncode == 0:
+        return _is_the_one(place)
+    if done.returncode == 1:
+        return False
     reason = _reason(done)
     if "not a git repository" in reason or "Needed a single revision" in reason:
         return False
     raise _refused(place, reason)
+
+
+def _is_the_one(place: Place) -> bool:
+    """Whether the name means what it says, where git would take a tag of that name: whoever may push tags could name one ``origin/main``.
+
+    Raises:
+        ProfileError: if a branch and a tag, or a ref and a shortened hash, have the name.
+    """
+    name = _SUFFIX.split(place.ref)[0]
+    if name.startswith("refs/"):  # not refs/tags/refs/…, which git tries next
+        return _git(place, "show-ref", "--verify", "--quiet", name).returncode == 0
+    done = _git(place, "-c", "core.warnAmbiguousRefs=true", "rev-parse", "--verify", f"{place.ref}^{{}}")
+    found = _AMBIGUOUS.search(done.stderr.decode(errors="replace"))
+    if found is not None and found[1] not in ("HEAD", "@") and not _HASH.fullmatch(found[1]):  # those win for git, too
+        raise ProfileError(
+            f"{quoted(found[1], 200)} is the name of several revisions here, e.g. of a branch and a tag: write the one that is meant"
+            " in full, as refs/remotes/…, refs/heads/… or refs/tags/…, or its whole hash"
+        )
+    return True
 
 
 def read(place: Place, what: str, limit: int) -> bytes | None:
@@ -188,6 +212,7 @@ def _git(place: Place, *arguments: str, send: bytes = b"") -> subprocess.Complet
         "GIT_NO_LAZY_FETCH": "1",
         "GIT_ALLOW_PROTOCOL": "",  # versions of git that do not know the line above
         "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_NO_REPLACE_OBJECTS": "1",  # refs/replace/… would put another file in the place of the one that is named
         "GIT_LITERAL_PATHSPECS": "1",
         "LC_ALL": "C",
     }

@@ -231,6 +231,23 @@ def test_a_pull_request_cannot_put_a_file_in_the_place_of_the_base(repository: R
     assert json.loads(result["json"])["old"]["bytes_per_token"] == 4 * 272
 
 
+@pytest.mark.parametrize("fetched", [True, False])
+@pytest.mark.parametrize("base", ["origin/main:m.json", "old.json"])
+def test_a_tag_with_the_name_of_the_base_ends_it_or_does_nothing(
+    repository: Repository, base: str, fetched: bool
+) -> None:
+    """Checking out with tags brings every tag that somebody pushed, and git takes a tag before a remote's branch."""
+    repository.configure('fail-on = "none"')
+    repository.git("commit", "-qam", "loosen")
+    repository.git("tag", "origin/main", "HEAD")
+    repository.git("update-ref", "refs/tags/refs/remotes/origin/main", "HEAD")
+    if not fetched:
+        repository.git("update-ref", "-d", "refs/remotes/origin/main")
+    code, _, result, _ = repository.runner.compare("main", base=base, head="m.json")
+    passed_on = fetched and base == "old.json"  # which names no revision, and the base branch is named in full
+    assert (code, result["verdict"]) == ((1, "fail") if passed_on else (3, "error"))
+
+
 def test_a_base_branch_that_was_not_fetched_ends_it(repository: Repository) -> None:
     for base in ("old.json", "origin/release:m.json"):
         code, _, result, _ = repository.runner.compare("release", base=base, head="m.json")

@@ -92,6 +92,53 @@ def test_a_commit_by_its_hash_wins_too(command: Run) -> None:
     assert report(command, f"{ref}:profiles/a.json", "profiles/a.json")["old"]["bytes_per_token"] == 4 * 272
 
 
+def change_of_branch() -> str:
+    """``origin/main`` has K8V8, HEAD and the working tree have K4V4; the hash of the former."""
+    base = git("rev-parse", "HEAD")
+    git("update-ref", "refs/remotes/origin/main", base)
+    write(Path("profiles/a.json"), K4V4)
+    commit("loosen")
+    return base
+
+
+@pytest.mark.parametrize("suffix", ["", "~0", "^{}", "^{commit}"])
+@pytest.mark.parametrize("name", ["origin/main", "main", "the short hash"])
+def test_a_tag_cannot_take_the_name_of_the_base(command: Run, name: str, suffix: str) -> None:
+    base = change_of_branch()
+    name = base[:12] if name == "the short hash" else name
+    git("tag", name, "HEAD")
+    code, _, err = command("diff", "--fail-on", "warning", f"{name}{suffix}:profiles/a.json", "profiles/a.json")
+    assert code == 3
+    assert f"'{name}' is the name of several revisions here" in err
+    Path("pyproject.toml").write_text("")
+    code, _, err = command("diff", "--config-from", f"{name}{suffix}", f"{base}:profiles/a.json", "profiles/a.json")
+    assert (code, "several revisions" in err) == (3, True)
+
+
+@pytest.mark.parametrize("name", ["refs/remotes/origin/main", "HEAD", "the whole hash"])
+def test_a_name_in_full_is_not_taken_by_a_tag(command: Run, name: str) -> None:
+    """Git warns of such a tag, and takes the one that is meant; where only the tag is left, there is no such revision."""
+    base = change_of_branch()
+    git("checkout", "-q", base)
+    name = base if name == "the whole hash" else name
+    git("update-ref", f"refs/tags/{name}", "main")
+    write(Path("new.json"), K4V4)
+    code, out, _ = command("diff", "--fail-on", "warning", f"{name}:profiles/a.json", "new.json")
+    assert code == 1
+    assert "layer-bits-lowered" in out
+    if name.startswith("refs/"):
+        git("update-ref", "-d", name)
+        code, _, err = command("diff", f"{name}:profiles/a.json", "new.json")
+        assert (code, f"there is no revision {name} here" in err) == (3, True)
+
+
+def test_a_replacement_does_not_take_the_place_of_a_file(command: Run) -> None:
+    base = change_of_branch()
+    git("replace", f"{base}:profiles/a.json", "HEAD:profiles/a.json")
+    code, out, _ = command("diff", "--fail-on", "warning", "origin/main:profiles/a.json", "profiles/a.json")
+    assert (code, "layer-bits-lowered" in out) == (1, True)
+
+
 def test_without_such_a_revision_a_file_may_have_a_colon(command: Run) -> None:
     write(Path("a:b.json"), K4V4)
     assert command("show", "a:b.json")[0] == 0

@@ -182,3 +182,19 @@ def test_a_link_to_a_profile_is_followed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json")
     (tmp_path / "link.json").symlink_to(path)
     assert load(tmp_path / "link.json") == load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"k" * 5000: 1},
+        {"provenance": content()["provenance"] | {"versions": {"k" * 5000: "1"}}},
+        {"model": content()["model"] | {"k" * 61: 1}},
+    ],
+    ids=["top", "nested", "just-too-long"],
+)
+def test_errors_quote_at_most_60_characters_of_a_key(changes: dict[str, Any]) -> None:
+    with pytest.raises(ProfileError) as caught:
+        loads(sealed(**changes), "x")
+    assert "k" * 59 + "…" in str(caught.value)
+    assert "k" * 60 not in str(caught.value)
