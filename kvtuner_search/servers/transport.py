@@ -32,6 +32,10 @@ class BadAnswerError(ServerError):
     """Something came, and no server that works sends it."""
 
 
+class DrippingError(BadAnswerError):
+    """An answer had begun and was not done in the time allowed; to ask again would only take as long again."""
+
+
 def cut(value: object) -> str:
     """What a server sent, fit for a message."""
     text = printable(" ".join(mask(value).split()))
@@ -158,7 +162,7 @@ class Transport:
             raise ServerError(f"{self.url} is no URL ({error}): write http://host:port") from error
         except (httpx2.TimeoutException, TimeoutError) as error:
             if came:
-                raise BadAnswerError(
+                raise DrippingError(
                     f"{self.url}{path} had sent {came:,} bytes after {self.timeout:g} s and was not done: it drips, or does not end"
                 ) from error
             raise ServerError(f"{self.url}{path} did not answer within {self.timeout:g} s: it stalled") from error

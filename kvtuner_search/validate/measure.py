@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtuner_search.data import Sample
-from kvtuner_search.servers.client import Answer, Client, Request, ServerError
+from kvtuner_search.servers.client import Answer, Client, Request, ServerError, DrippingError
 from kvtuner_search.servers.folder import Journal
 from kvtuner_search.validate.prompts import Prompts, TaskPrompt
 
 Method = Literal["as-stored-extend", "token-by-token", "decode"]
-ATTEMPTS: Final = 3  # of one request, before the run ends with the reason
+ATTEMPTS: Final = 3  # of one request, before the run ends with the reason; one that took all its time is not repeated
 _PAUSE: Final = 1.0  # seconds before the second attempt, twice that before the third
 
 
@@ -163,10 +163,9 @@ async def _attempts(plan: Plan, journal: Journal, name: str, job: Job) -> list[A
         except ServerError as error:
             journal.failure(name, str(error))
             plan.alive()
-            if attempt == ATTEMPTS:
-                raise ServerError(
-                    f"request {name} failed {ATTEMPTS} times, at last: {error}; go on with --resume"
-                ) from error
+            if attempt == ATTEMPTS or isinstance(error, DrippingError):
+                times = "failed" if attempt == 1 else f"failed {attempt} times, at last"
+                raise ServerError(f"request {name} {times}: {error}; go on with --resume") from error
             await asyncio.sleep(_PAUSE * attempt)
     raise AssertionError("unreachable")
 
