@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvtuner_kernels.basis_kernel import transform_heads
+from kvtuner_kernels.basis_kernel import first_rows, transform_heads
 from kvtuner_kernels.decode import decode
 from kvtuner_kernels.extend import extend
+from kvtuner_kernels.gather import gather
 from kvtuner_kernels.layout import LayerSpec, LayoutError
 from kvtuner_kernels.quantize import store
 from kvtuner_kernels.reference import pack_rows
@@ -126,3 +127,39 @@ def test_transforms() -> None:
     transform_heads(apart(x), matrix, HEADS, out=out)
     assert torch.equal(out, transform_heads(x, matrix, HEADS, dtype=torch.float16))
     assert math.isfinite(float(out.abs().sum()))
+
+
+def large_pool(rows: Tensor) -> tuple[Tensor, int]:
+    """A pool whose last rows are these, and the slot of the first: slots times bytes pass 2**31. Where a product that wrapped leads are zeros."""
+    count, width = rows.shape
+    below, first = 2**31, 2**31 // width + 1
+    pool = mapped(below + (first + count) * width, torch.uint8)[below:].view(first + count, width)
+    pool[first:] = rows
+    return pool, first
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_rows_of_a_pool_of_more_than_2_gib(spec: LayerSpec) -> None:
+    torch.manual_seed(0)
+    rows, slots = filled(spec, 12)
+    pool, first = large_pool(rows)
+    centres, ends = made_up(spec, HEADS, DIM), torch.tensor([0, 4, 9, 12], dtype=torch.int32)
+    query = torch.randn(3, HEADS * GROUP, DIM).half()
+
+    def read(rows: Tensor, slots: Tensor) -> list[Tensor]:
+        fresh = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+        return [
+            decode(query, rows, spec, HEADS, ends, slots, centres=centres, launch=SMALL),
+            extend(query, None, None, rows, spec, HEADS, fresh, ends, slots, 1, centres=centres),
+            *gather(rows, slots, spec, HEADS, DIM, centres, torch.float16),
+            *first_rows(rows, ends, slots, spec, HEADS, DIM, centres, torch.float16),
+        ]
+
+    expected = read(rows, slots)
+    for found, wanted in zip(read(pool, slots + first), expected, strict=True):
+        assert torch.equal(found, wanted)
+        assert wanted.any()
+    key, value = torch.randn(2, 3, HEADS, DIM).half()
+    store(key, value, rows, slots[:3], spec, centres)
+    store(key, value, pool, slots[:3] + first, spec, centres)
+    assert torch.equal(pool[first:], rows)
