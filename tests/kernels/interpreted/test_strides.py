@@ -130,16 +130,19 @@ def test_transforms() -> None:
 
 
 def large_pool(rows: Tensor) -> tuple[Tensor, int]:
-    """A pool whose last rows are these, and the slot of the first: slots times bytes pass 2**31. Where a product that wrapped leads are zeros."""
+    """A pool of 8 GiB whose last rows are these, and the slot of the first. Rows are read in units of up to 4 bytes: a slot times its row passes 2**31 in each.
+
+    Where a product that wrapped around would lead are zeros.
+    """
     count, width = rows.shape
-    below, first = 2**31, 2**31 // width + 1
+    below, first = 2**33, 2**33 // width + 1
     pool = mapped(below + (first + count) * width, torch.uint8)[below:].view(first + count, width)
     pool[first:] = rows
     return pool, first
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_rows_of_a_pool_of_more_than_2_gib(spec: LayerSpec) -> None:
+def test_rows_of_a_pool_of_more_than_8_gib(spec: LayerSpec) -> None:
     torch.manual_seed(0)
     rows, slots = filled(spec, 12)
     pool, first = large_pool(rows)
