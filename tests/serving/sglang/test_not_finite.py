@@ -18,7 +18,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.serving.sglang.model import served_model
-from kvtuner_search.serving.sglang.not_finite import NO_TOKEN, finish, sample
+from kvtuner_search.serving.sglang.not_finite import NO_TOKEN, finish, sample, forward
 
 ROOT = Path(__file__).parents[3]
 POISON = 77  # the embedding of this token is NaN
@@ -52,6 +52,14 @@ def test_a_request_without_a_token_is_ended(count: int) -> None:
     fine = SimpleNamespace(output_ids=[4, 5], to_finish=None)
     finish(lambda *_: None, fine)
     assert fine.to_finish is None
+
+
+def test_the_token_that_is_none_is_not_looked_up() -> None:
+    """Where batches overlap, it goes through the model once more, and no embedding has a row -1."""
+    batch = SimpleNamespace(input_ids=torch.tensor([4, NO_TOKEN, 7]))
+    assert forward(lambda _, given, more: (given.input_ids.tolist(), more), None, batch, "more") == ([4, 0, 7], "more")
+    idle = SimpleNamespace(input_ids=None)
+    assert forward(lambda _, given: given, None, idle) is idle
 
 
 @pytest.fixture(scope="module")
