@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from kvtuner_search.servers.transport import BadAnswerError as BadAnswerError, ServerError as ServerError, Transport, cut, DrippingError as DrippingError
+from kvtuner_search.servers.transport import BadAnswerError as BadAnswerError
+from kvtuner_search.servers.transport import DrippingError as DrippingError
+from kvtuner_search.servers.transport import ServerError as ServerError
+from kvtuner_search.servers.transport import Transport, cut
 
 _INFO: Final = 4 << 20  # bytes of /server_info; SGLang's has some 10 KB a rank
 _ANSWER: Final = 1 << 20  # bytes of an answer, and for each token of prompt and answer

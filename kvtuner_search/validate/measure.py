@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtuner_search.data import Sample
-from kvtuner_search.servers.client import Answer, Client, Request, ServerError, DrippingError
+from kvtuner_search.servers.client import Answer, Client, DrippingError, Request, ServerError
 from kvtuner_search.servers.folder import Journal
 from kvtuner_search.validate.prompts import Prompts, TaskPrompt
 

@@ -18,7 +18,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.serving.sglang.model import served_model
-from kvtuner_search.serving.sglang.not_finite import NO_TOKEN, finish, sample, forward
+from kvtuner_search.serving.sglang.not_finite import NO_TOKEN, finish, forward, sample
 
 ROOT = Path(__file__).parents[3]
 POISON = 77  # the embedding of this token is NaN
