@@ -11,8 +11,9 @@ from kvtuner_search.cli.options import json_option
 from kvtuner_search.errors import ExitCode, KVTunerError, UsageError
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.canonical import canonical_json, dumps, loads, read_limited
-from kvtuner_search.profile.checks import check_model, strict_remarks
+from kvtuner_search.profile.checks import check_model, strict_remarks, check_transforms, folder_of
 from kvtuner_search.profile.model_config import read_config
+from kvtuner_search.profile.model_support import read_supported
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.profile.text import one_line, printable
 from kvtuner_search.transforms import check_transforms, folder_of
@@ -45,7 +46,7 @@ def command(
         profiles, strict = profiles[1:], True
         if not profiles:
             raise UsageError("no profile is given: name at least one")
-    info = None if model is None else read_config(model)
+    info = None if model is None else read_supported(model)
     results = [_check(path, info, str(model), strict, rewrite) for path in profiles]
     code = next(code for code in _GRAVEST_FIRST if any(result["exit_code"] == code for result in results))
     for result in results:

@@ -14,7 +14,7 @@ from kvtuner_search.profile.convert import FORMATS
 from kvtuner_search.profile.convert.base import MAX_SOURCE, LossyError, Source, parse
 from kvtuner_search.profile.convert.kvtuner import SCHEMES
 from kvtuner_search.profile.fields import MAX_NOTES
-from kvtuner_search.profile.model_config import read_config
+from kvtuner_search.profile.model_support import read_supported
 from kvtuner_search.profile.schema import NAME_PATTERN, LayerEntry, storage_of
 from kvtuner_search.profile.text import bounded, printable
 
@@ -69,7 +69,7 @@ def command(
         raise click.UsageError(f"--scheme is for --from kvtuner: {source_format} says itself how bits are applied")
     if name is not None and not re.fullmatch(NAME_PATTERN, name, re.ASCII):
         raise click.UsageError(f"--name {name!r} is no profile name: use letters, digits, dots, dashes and underscores")
-    info = read_config(model, model_id, revision)
+    info = read_supported(model, model_id, revision)
     content = parse(read_limited(file, f"a {source_format} file", MAX_SOURCE), str(file))
     result = FORMATS[source_format].read(Source(printable(file.name), content, info, scheme))
     report_losses(result.lost, result.notes, allow_lossy, "a profile")

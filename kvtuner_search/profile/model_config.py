@@ -55,9 +55,14 @@ def read_config(path: Path, model_id: str | None = None, revision: str | None = 
     Raises:
         DataError: if the file cannot be read, or lacks a field that the cache's shape needs.
     """
-    file = path / "config.json" if os.path.isdir(path) else path  # noqa: PTH112 - unlike Path's, it never raises
+    file = config_file(path)
     found = name_of(file.parent)
     return model_info(load_config(file), str(file), model_id or found[0], revision or found[1])
+
+
+def config_file(path: Path) -> Path:
+    """The config.json that ``path`` is, or that lies in the folder ``path``."""
+    return path / "config.json" if os.path.isdir(path) else path  # noqa: PTH112 - unlike Path's, it never raises
 
 
 def name_of(folder: Path) -> tuple[str, str | None]:

@@ -6,11 +6,21 @@ values, is looked at in :mod:`kvtuner_search.models.support`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 from kvtuner_search.errors import DataError
-from kvtuner_search.profile.model_config import positions, shorten, text_config, windowed_layers
+from kvtuner_search.profile.model_config import (
+    config_file,
+    load_config,
+    positions,
+    read_config,
+    shorten,
+    text_config,
+    windowed_layers,
+)
 from kvtuner_search.profile.model_families import spelled_out
+from kvtuner_search.profile.schema import ModelInfo
 
 _MLA: Final = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")
 _FULL: Final = ("full_attention", "attention")
@@ -59,7 +69,15 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
             f"has multi-head latent attention, MLA ({fields}): its cache is not keys and values, so no profile is"
             " for it"
         )
-    return _mixed(config, text, kind, most)
+    return _mixed(config, text, kind, most) or _scores(text, kind)
+
+
+def _scores(text: dict[str, Any], kind: str) -> str | None:
+    """What is done to scores before the softmax, which packed attention does not do."""
+    cap = text.get("attn_logit_softcapping")
+    if cap is None:
+        return None
+    return f"caps its scores (model type {kind!r}, attn_logit_softcapping={shorten(cap)}): only standard attention is supported"
 
 
 def _mixed(config: dict[str, Any], text: dict[str, Any], kind: str, most: int | None) -> str | None:
@@ -110,3 +128,14 @@ def check_supported(config: dict[str, Any], source: str, most: int | None = None
     reason = unsupported(config, most)
     if reason is not None:
         raise DataError(f"{source} {reason}")
+
+
+def read_supported(path: Path, model_id: str | None = None, revision: str | None = None) -> ModelInfo:
+    """The shape of a model for which there can be a profile; arguments as for :func:`~kvtuner_search.profile.model_config.read_config`.
+
+    Raises:
+        DataError: if config.json cannot be read, describes no decoder, or is refused by :func:`check_supported`.
+    """
+    file = config_file(path)
+    check_supported(load_config(file), str(file))
+    return read_config(path, model_id, revision)
