@@ -22,15 +22,25 @@ _NAME: Final = (
     r"(?:[\w.-]*(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|private[_-]?key|secret(?:[_-]?key)?|passw(?:or)?d|passphrase|pwd|credentials?"
     r"|(?:hf|hub|hugging[_-]?face|auth|access|bearer|api|admin|session|refresh|security|git(?:hub|lab)|id)[_-]?token)|authorization)"
 )
-_EMPTY: Final = r"(?!(?:None|null|True|False|true|false)\b|\*\*\*)"
+_EMPTY: Final = re.compile(r"(?:None|null|True|False|true|false)\b|\*\*\*")
 _QUOTED: Final = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
+# A quotation mark as Python and JSON write it, as either is escaped within a string, and as web pages and URLs escape it
+_MARK: Final = r"\\*(?:[\"']|u002[27])|&(?:quot|apos|\#0*3[49]|\#[xX]0*2[27]);|%2[27]"
+_TYPE: Final = r"[\w.]*(?:Optional|Union)\[[\w., |]+\]|[\w.]*Secret\w*(?:\[\w+\])?|str|bytes"  # of an annotated field
 _FIELD: Final = re.compile(
-    rf"""(?P<name>(?<![\w.-])["']?{_NAME}["']?\s*(?:=>|=|:)\s*)(?:(?P<quoted>{_QUOTED})|{_EMPTY}(?P<bare>(?:(?:Bearer|Basic|Digest|Token)\s+)?[^\s,;&)\]}}"']+))""",
+    rf"(?<![\w.-])(?:b?(?:{_MARK}))?(?P<name>{_NAME})(?:{_MARK})?\s*"
+    rf"(?:=>|=(?!=)|:(?:\s*(?:{_TYPE})(?:\s*\|\s*None)?\s*=(?!=))?|(?<=[\"']),(?=\s*b?[\"']))\s*",
     re.IGNORECASE,
 )
+_SCHEME: Final = re.compile(r"(?:Bearer|Basic|Digest|Token)\s+", re.IGNORECASE)
+_OPENING: Final = re.compile(rf"(?P<prefix>[A-Za-z]{{0,2}})(?P<mark>\"\"\"|\'\'\'|{_MARK})")  # r'', b"", f'', \"
+_CALL: Final = re.compile(r"(?:[A-Za-z_][\w.]*)?(?=[(\[{])|<(?=[A-Za-z_])")  # SecretStr(..., [..., <Secret ...
+_STRING: Final = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'((?:[^'\\]|\\.)*)'")
+_BARE: Final = re.compile(r"[^\s,;&)\]}\"']+(?:[\"'](?=\w)[^\s,;&)\]}\"']*)*")
+_WORD: Final = re.compile(r"[^\s\"']+")
+_LINE: Final = re.compile(r"[^\r\n]*")
 _OPTION: Final = re.compile(
-    rf"(?P<name>(?<![\w-])--{_NAME}\s+)(?:(?P<quoted>{_QUOTED})|(?!(?:or|and|if|where|when|is|was|that|in|for|to)\s)(?P<bare>[^\s\"']+))",
-    re.IGNORECASE,
+    rf"(?<![\w-])--{_NAME}\s+(?!(?:or|and|if|where|when|is|was|that|in|for|to)\s)", re.IGNORECASE
 )
 _QUERY: Final = re.compile(
     r"([?&#](?:token|key|ssl_?key|api%5Fkey|sig|signature|auth|x-amz-[\w-]+)=)[^\s&#\"')]+", re.IGNORECASE
@@ -105,8 +115,8 @@ def mask(text: object) -> str:
         if known in content:
             content = pattern.sub(MASK, content)
     content = _URL.sub(lambda match: match["scheme"] + _mask_authority(match["scheme"], match["rest"]), content)
-    content = _OPTION.sub(_keep_name, content)
-    content = _FIELD.sub(_keep_name, content)
+    content = _mask_values(content, _OPTION)
+    content = _mask_values(content, _FIELD)
     content = _QUERY.sub(rf"\1{MASK}", content)
     content = _BEARER.sub(rf"\1 {MASK}", content)
     return _SHAPES.sub(MASK, content)
@@ -169,8 +179,112 @@ def _found_in(text: str) -> Iterable[str]:
     """The secrets that a text shows by their place: passwords in URLs, values of secret fields."""
     for match in _URL.finditer(text):
         yield _credentials(match["scheme"], match["rest"]).partition(":")[2]
-    for match in _FIELD.finditer(text):
-        yield match["bare"] or match["quoted"][1:-1]
+    for start, end, _ in _values(text, _FIELD):
+        value = text[start:end]
+        yield value
+        for match in _STRING.finditer(value):
+            yield match[1] or match[2]
+
+
+def _mask_values(text: str, pattern: re.Pattern[str]) -> str:
+    parts, last = [], 0
+    for start, end, shown in _values(text, pattern):
+        parts += [text[last:start], shown]
+        last = end
+    return "".join([*parts, text[last:]])
+
+
+def _values(text: str, pattern: re.Pattern[str]) -> Iterable[tuple[int, int, str]]:
+    """Where the values of secret fields or options begin and end, and what is shown in place of each."""
+    end, bare = 0, _BARE if pattern is _FIELD else _WORD
+    for match in pattern.finditer(text):
+        if match.start() < end or match.end() == len(text) or _EMPTY.match(text, match.end()):
+            continue
+        start = match.end()
+        scheme = _SCHEME.match(text, start)
+        if scheme is not None and scheme[0].lower().startswith("digest"):  # a list of fields of its own
+            found = _end_of_line(text, start), MASK
+        else:
+            found = _value(text, start if scheme is None else scheme.end(), scheme is not None, bare)
+        if found is not None:
+            end = found[0]
+            yield start, end, found[1]
+
+
+def _value(text: str, start: int, whole: bool, bare: re.Pattern[str]) -> tuple[int, str] | None:
+    """Where a value ends that is written as Python, JSON, a shell or a person would, and what is shown for it; None if it is empty.
+
+    What is cut off before it ends reaches to the end of its line: rather too much is masked than a part left.
+
+    Args:
+        text: all of it.
+        start: where the value begins.
+        whole: show nothing but the mask, as for what follows ``Bearer``.
+        bare: what belongs to a value that is neither quoted nor in brackets.
+    """
+    opening = _OPENING.match(text, start)
+    if opening is not None:
+        end, closed = _closing(text, opening.end(), opening["mark"])
+        empty = not text[opening.end() : end - len(opening["mark"]) if closed else end]
+        end, more = _adjoining(text, end)
+        if empty and not more:
+            return None
+        return end, MASK if whole else opening[0] + MASK + (opening["mark"] if closed else "")
+    call = _CALL.match(text, start)
+    if call is not None:
+        end = _balanced(text, call.end() if text[start] != "<" else start)
+        while end < len(text) and text[end] in "([{":  # Secret[str](...)
+            end = _balanced(text, end)
+        return None if not text[call.end() : end].strip("()[]{} ") else (end, MASK)
+    word = bare.match(text, start)
+    return None if word is None else (_adjoining(text, word.end())[0], MASK)
+
+
+def _adjoining(text: str, start: int) -> tuple[int, bool]:
+    """Where strings end that follow without a space, as a shell's 'it'"'"'s', and whether there are any."""
+    end = start
+    while start > 0 and end < len(text) and text[end] in "\"'" and (opening := _OPENING.match(text, end)) is not None:
+        stop, closed = _closing(text, opening.end(), opening["mark"])
+        if not closed:
+            break
+        end = stop
+        word = re.compile(r"\w+").match(text, end)
+        end = end if word is None else word.end()
+    return end, end > start
+
+
+def _closing(text: str, start: int, mark: str) -> tuple[int, bool]:
+    """Where a string that was opened by ``mark`` ends, and whether it is closed; of an escaped mark only the same one closes it."""
+    if mark in ("'", '"'):
+        pattern = rf"(?:[^{mark}\\]|\\.)*{mark}"
+        found = re.compile(pattern, re.DOTALL).match(text, start)
+    else:
+        found = re.compile(rf"(?<!\\){re.escape(mark)}").search(text, start)
+    return (_end_of_line(text, start), False) if found is None else (found.end(), True)
+
+
+def _balanced(text: str, start: int) -> int:
+    """Where the bracket that opens at ``start`` is closed, brackets in strings not counted."""
+    depth, place = 0, start
+    while place < len(text):
+        char = text[place]
+        opening = _OPENING.match(text, place) if char in "\"'\\&%" else None
+        if opening is not None:
+            place, closed = _closing(text, opening.end(), opening["mark"])
+            if not closed:
+                return place
+            continue
+        depth += (char in "([{<") - (char in ")]}>")
+        place += 1
+        if depth == 0:
+            return place
+    return _end_of_line(text, start)
+
+
+def _end_of_line(text: str, start: int) -> int:
+    match = _LINE.match(text, start)
+    assert match is not None
+    return match.end()
 
 
 def _credentials(scheme: str, rest: str) -> str:
@@ -203,10 +317,3 @@ def _mask_authority(scheme: str, rest: str) -> str:
         MASK if scheme.lower().startswith("http") else user
     )  # without a password, a web address's user is often a token
     return (f"{user}:{MASK}" if colon else alone) + rest[len(credentials) :]
-
-
-def _keep_name(match: re.Match[str]) -> str:
-    quoted = match["quoted"]
-    if quoted is not None:
-        return match["name"] + (quoted if len(quoted) == 2 else quoted[0] + MASK + quoted[-1])
-    return match["name"] + MASK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,57 @@ def test_what_looks_like_a_secret_is_masked(text: str, shown: str) -> None:
     assert mask(shown) == shown
 
 
+FORMS = [  # @ is the secret, which has a space
+    ("ServerArgs(api_key=SecretStr('@'), port=1)", "ServerArgs(api_key=***, port=1)"),
+    ("api_key=pydantic.SecretStr(\"@\") x", "api_key=*** x"),
+    ("api_key=Secret[str]('@') x", "api_key=*** x"),
+    ("api_key: SecretStr | None = SecretStr('@'), x", "api_key: SecretStr | None = ***, x"),
+    ("api_key: str = '@', x: int = 1", "api_key: str = '***', x: int = 1"),
+    ("password=<Secret value='@'> x", "password=*** x"),
+    ("password=Login(user='(', codes=[b'@', ')']) x", "password=*** x"),
+    ("api_key=b'@', port=1", "api_key=b'***', port=1"),
+    ("{'api_key': rb\"@\", 'x': 1}", "{'api_key': rb\"***\", 'x': 1}"),
+    ("password=f'@' x", "password=f'***' x"),
+    ("password=\"\"\"a'\"@\"\"\" x", "password=\"\"\"***\"\"\" x"),
+    ("{'a': [{'password': ['y', '@']}, {'x': 1}]}", "{'a': [{'password': ***}, {'x': 1}]}"),
+    ('{"login": [{"password": {"value": "@", "x": [1]}}], "x": 1}', '{"login": [{"password": ***}], "x": 1}'),
+    (json.dumps({"a": json.dumps({"api_key": "@", "x": 1})}), '{"a": "{\\"api_key\\": \\"***\\", \\"x\\": 1}"}'),
+    (json.dumps(json.dumps(json.dumps({"api_key": '@"y', "x": 1}))), json.dumps(json.dumps(json.dumps({"api_key": "***", "x": 1})))),
+    ('{\\u0022api_key\\u0022: \\u0022@\\u0022}', '{\\u0022api_key\\u0022: \\u0022***\\u0022}'),
+    ("{&quot;api_key&quot;: &quot;@&quot;, 1}", "{&quot;api_key&quot;: &quot;***&quot;, 1}"),
+    ("%7B%22api_key%22:%22@%22%7D", "%7B%22api_key%22:%22***%22%7D"),
+    ("headers=[('Authorization', 'Bearer @'), ('x', 'y')]", "headers=[('Authorization', '***'), ('x', 'y')]"),
+    ("[(b'authorization', b'Bearer @'), (b'x', b'y')]", "[(b'authorization', b'***'), (b'x', b'y')]"),
+    ("Authorization: Bearer '@' x", "Authorization: *** x"),
+    ("Authorization: Digest username=\"x\", response=\"@\"\nnext", "Authorization: ***\nnext"),
+    ("password=" + shlex.quote("a'@") + " x", "password='***' x"),
+    ("--api-key " + shlex.quote("a'@") + " --tp 2", "--api-key '***' --tp 2"),
+    ("--admin-api-key SecretStr('@') --tp 2", "--admin-api-key *** --tp 2"),
+    ("api_key=SecretStr('@", "api_key=***"),  # cut off, as messages are
+    ("{'api_key': '@\nnext", "{'api_key': '***\nnext"),
+    ('{"password": ["y", "@\nnext', '{"password": ***\nnext'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "shown"), FORMS)
+@pytest.mark.parametrize("secret", ["hunter2 S3cret", "a,b;c &S3cret", "(S3cret [", "S3cret"])
+def test_the_whole_value_is_masked_in_whatever_form_it_is_written(text: str, shown: str, secret: str) -> None:
+    assert mask(text.replace("@", secret)) == shown
+    assert mask(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["{'password': '', 'x': ''}", '{"api_key":"","x":[""]}', "password=b'' x", "api_key=[], x", "api_key=(), x={}", "api_key == 'x'"]
+)  # fmt: skip
+def test_an_empty_value_and_a_comparison_are_none(text: str) -> None:
+    assert mask(text) == text
+
+
+def test_a_secret_in_any_form_of_an_argument_is_known_by_its_value() -> None:
+    remember_all(["bench", "--", "--config-json", "{'api_key': ['first-S3cret', b'second-S3cret'], 'x': 1}"], {})
+    assert mask("first-S3cret and second-S3cret") == "*** and ***"
+
+
 @pytest.mark.parametrize("text", PLAIN)
 def test_ordinary_text_stays_as_it_is(text: str) -> None:
     assert mask(text) == text
@@ -82,7 +134,23 @@ def test_masking_twice_is_masking_once(text: str) -> None:
 
 def test_a_long_text_is_no_trap() -> None:
     """Each of these is quadratic, or worse, for a pattern that begins anywhere."""
-    for piece in ("a.", "a-", "api-", "--api", "http://", "x@", "password", '"', "Bearer ", ":"):
+    for piece in (
+        "a.",
+        "a-",
+        "api-",
+        "--api",
+        "http://",
+        "x@",
+        "password",
+        '"',
+        "Bearer ",
+        ":",
+        "password=(",
+        "password='",
+        "password=[b'",
+        'password=\\"',
+        "api_key: str = ",
+    ):
         assert isinstance(mask(piece * 20_000), str)
 
 
