@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.canonical import canonical_json, first_error, parse_json, read_limited
-from kvtuner_search.profile.model_families import family_of, spelled_out
+from kvtuner_search.profile.model_families import family_of, plain_numbers, spelled_out
 from kvtuner_search.profile.schema import MAX_CONFIG_FIELDS, ModelInfo
 from kvtuner_search.profile.text import printable
 
@@ -118,7 +118,7 @@ def model_info(
     Raises:
         DataError: if a field is missing or out of range.
     """
-    text = spelled_out(text_config(config))
+    text = decoder(config)
     heads = _count(text, "num_attention_heads", source)
     head_dim = text.get("head_dim")
     if head_dim is None:
@@ -168,9 +168,15 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def decoder(config: dict[str, Any]) -> dict[str, Any]:
+    """That part under today's names, with defaults filled in."""
+    whole = config.get("model_type")
+    return spelled_out(text_config(config), whole if isinstance(whole, str) else "")
+
+
 def positions(config: dict[str, Any]) -> tuple[int | None, int | None]:
     """Positions that a model was made for, and how far the scaling of its rotary embedding reaches; None if they are not said."""
-    text = spelled_out(text_config(config))
+    text = decoder(config)
     length = text.get("max_position_embeddings")
     if not _is_count(length):
         return None, None
@@ -195,7 +201,7 @@ def normal_form(config: dict[str, Any]) -> dict[str, Any]:
     scaled rotary embedding that names none), dtypes, token ids, dropout, and library versions. A window that is at least as long
     as the positions is full attention.
     """
-    return _content(config, spelled_out(text_config(config)), positions(config)[1])
+    return _content(config, decoder(config), positions(config)[1])
 
 
 def differences(stated: ModelInfo, actual: ModelInfo, sides: tuple[str, str] = ("there", "here")) -> list[str]:
@@ -229,7 +235,7 @@ def _content(config: dict[str, Any], text: dict[str, Any], reach: int | None) ->
         "window": _window(text, reach),
         "other_layers": _other_layers(text),
     }
-    plain = _plain_numbers({key: value for key, value in content.items() if value not in (None, False)})
+    plain = plain_numbers({key: value for key, value in content.items() if value not in (None, False)})
     assert isinstance(plain, dict)
     return plain
 
@@ -248,20 +254,21 @@ def _architectures(config: dict[str, Any]) -> Any:
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters: one dict, or one a layer type where a model has several."""
-    new = text.get("rope_parameters")
+    new = text.get("rope_scaling") or text.get("rope_parameters")  # as transformers reads them
     if isinstance(new, dict) and new and all(isinstance(value, dict) for value in new.values()):
         return {layer_type: _one_rope(text, value) for layer_type, value in new.items()}
     local = text.get("rope_local_base_freq")  # Gemma 3's old spelling of a second embedding for windowed layers
     if local is not None:
         windowed = _one_rope({"rope_theta": local}, {})
         return {"full_attention": _one_rope(text, text.get("rope_scaling")), "sliding_attention": windowed}
-    return _one_rope(text, new if isinstance(new, dict) else text.get("rope_scaling"))
+    return _one_rope(text, new)
 
 
 def _one_rope(text: dict[str, Any], given: Any) -> dict[str, Any]:
     rope = {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else {}
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
+    rope.pop("max_position_embeddings", None)
     rope["rope_type"] = "longrope" if kind == "su" else kind  # the first Phi-3 called it so
     for name, default in (("rope_theta", 10000), ("partial_rotary_factor", 1)):
         rope.setdefault(name, default if text.get(name) is None else text[name])
@@ -359,15 +366,6 @@ def _variants(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for name in ("attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "attention_chunk_size"):
         if name in content:
             yield {name: None}
-
-
-def _plain_numbers(value: Any) -> Any:
-    """1000000 and 1000000.0 are one number, but two JSON texts."""
-    if isinstance(value, dict):
-        return {str(key): _plain_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain_numbers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_class(name: Any) -> bool:

@@ -12,14 +12,14 @@ from typing import Any, Final
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.model_config import (
     config_file,
+    decoder,
     load_config,
     positions,
     read_config,
     shorten,
-    text_config,
     windowed_layers,
 )
-from kvtuner_search.profile.model_families import spelled_out
+from kvtuner_search.profile.model_families import family_of
 from kvtuner_search.profile.schema import ModelInfo
 
 _MLA: Final = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")
@@ -28,19 +28,39 @@ _HYBRID: Final = (  # fields by which models of mixed layers say which layer is 
     "full_attention_interval", "attn_type_list", "hybrid_override_pattern", "layers_block_type", "attn_layer_period",
     "attention_layer_idx", "full_attn_idxs",
 )  # fmt: skip
-_NO_CACHE: Final = dict.fromkeys(
-    ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "bamba", "jamba", "zamba", "zamba2", "falcon_h1",
-     "nemotron_h", "granitemoehybrid", "olmo_hybrid", "lfm2", "lfm2_moe"),
-    "has layers that keep a state instead of keys and values",
+_ALIBI: Final = "attends with ALiBi, a bias by distance that packed attention does not add"
+_SINKS: Final = "adds sinks to its scores, which packed attention does not do"
+_OTHER: Final = {  # by model type, what no field of config.json says
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "bamba", "jamba", "zamba", "zamba2", "falcon_h1",
+         "nemotron_h", "granitemoehybrid", "olmo_hybrid", "lfm2", "lfm2_moe"),
+        "has layers that keep a state instead of keys and values",
+    ),
+    **dict.fromkeys(
+        ("falcon", "blt", "cpmant", "git", "gpt_neo", "gpt_neox_japanese", "hrm_text", "openai-gpt", "reformer", "trocr", "xglm", "xlm",
+         "xlnet"),
+        "computes attention in classes of its own, into which no quantized cache can be put",
+    ),
+    **dict.fromkeys(
+        ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta",
+         "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        "is an encoder",
+    ),
+    **dict.fromkeys(("bloom", "mpt"), _ALIBI),
+    **dict.fromkeys(("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), _SINKS),
+    **dict.fromkeys(
+        ("gemma3n_text", "gemma4_text", "gemma4_unified_text", "gemma4_assistant", "gemma4_unified_assistant"),
+        "has layers that share keys and values, or have heads of other sizes",
+    ),
+    **dict.fromkeys(("mllama", "mllama_text_model"), "has layers of several kinds (cross-attention)"),
+    **dict.fromkeys(("dory", "zaya", "beam"), "has layers of several kinds, by a rule of its own"),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "attends to tokens that an index picks"),
+    "jetmoe": "attends with a mixture of heads",
+}  # fmt: skip
+_ENCODER_DECODER: Final = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen", "musicgen_melody", "mvp", "pegasus",
+    "plbart", "prophetnet", "whisper",
 )  # fmt: skip
-_OTHER: Final = {
-    "bloom": "attends with ALiBi, a bias by distance that packed attention does not add",
-    "mpt": "attends with ALiBi, a bias by distance that packed attention does not add",
-    "falcon": "computes attention in classes of its own, into which no quantized cache can be put",
-    "bert": "is an encoder",
-    "roberta": "is an encoder",
-    "electra": "is an encoder",
-}
 _ONLY: Final = "only models with full attention in every layer are supported"
 
 
@@ -54,13 +74,14 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
     Example:
         ``unsupported({"model_type": "bloom"})`` says what it attends with, and what is supported.
     """
-    text = spelled_out(text_config(config))
+    text = decoder(config)
     kind = str(text.get("model_type"))[:60] if isinstance(text.get("model_type"), str) else "unknown"
-    if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
+    said = text.get("is_encoder_decoder", kind in _ENCODER_DECODER)
+    if config.get("is_encoder_decoder") or said:
         return f"is an encoder-decoder (model type {kind!r}): only decoders are supported"
-    why = _OTHER.get(kind) or _NO_CACHE.get(kind)
+    why = _OTHER.get(kind)
     if why is None and text.get("alibi"):
-        why = _OTHER["bloom"]
+        why = _ALIBI
     if why is not None:
         return f"{why} (model type {kind!r}): {_ONLY}"
     if text.get("kv_lora_rank"):
@@ -104,6 +125,11 @@ def _mixed(config: dict[str, Any], text: dict[str, Any], kind: str, most: int | 
     chunk = text.get("attention_chunk_size")
     if chunk and not (reach is not None and isinstance(chunk, int) and chunk >= reach) and not types:
         return f"has no full attention: layer 0 of model type {kind!r} attends in chunks of {shorten(chunk)} tokens; {_ONLY}"
+    family = family_of(text)
+    if family is not None and family.other is not None and not types:
+        layer, name = family.other
+        if name != "sliding_attention" or (size is None and not wide):
+            return f"has layers of several kinds ({name}): layer {layer} of model type {kind!r} is {name}; {_ONLY}"
     if not full and window is not None:
         first = window[1][0] if window[1] else 0
         several = (
