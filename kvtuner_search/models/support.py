@@ -29,8 +29,8 @@ def check_hooked(config: Any, layers: int, source: str, trust_remote_code: bool 
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation=NAME, trust_remote_code=trust_remote_code
-            )
+                config, dtype=torch.bfloat16, attn_implementation=NAME, trust_remote_code=trust_remote_code
+            )  # experts are multiplied in bfloat16 only, where there are no numbers
     except Exception as error:
         if NAME in str(error) or "attn_implementation" in str(error):  # it looks for a class of attention of that name
             raise DataError(
@@ -39,15 +39,20 @@ def check_hooked(config: Any, layers: int, source: str, trust_remote_code: bool 
         return  # not every model can be built without its weights; the loaded one is looked at
     model.eval()
     owner_of_layers(model.base_model, layers, source)
-    seen: set[int] = set()
-    try:
-        with torch.device("meta"), tapped(Noting(seen)), torch.inference_mode():
-            model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
-    except DataError:
-        raise
-    except Exception:  # nor run without them
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    for mask in ({}, {"attention_mask": torch.ones_like(tokens)}):  # without one, most look into the positions
+        seen: set[int] = set()
+        try:
+            with torch.device("meta"), tapped(Noting(seen)), torch.inference_mode():
+                model(input_ids=tokens, use_cache=False, **mask)
+        except DataError:
+            if not mask:
+                raise
+            return  # it may be about that mask, which no text gets
+        except Exception:  # it does not run without weights
+            continue
+        check_seen(seen, layers, source, config)
         return
-    check_seen(seen, layers, source, config)
 
 
 def check_seen(seen: set[int], layers: int, source: str, config: Any) -> None:

@@ -39,7 +39,7 @@ _OTHER: Final = {  # by model type, what no field of config.json says
     **dict.fromkeys(
         ("falcon", "blt", "cpmant", "git", "gpt_neo", "gpt_neox_japanese", "hrm_text", "openai-gpt", "reformer", "trocr", "xglm", "xlm",
          "xlnet"),
-        "computes attention in classes of its own, into which no quantized cache can be put",
+        "computes attention in classes of its own, so its keys and values cannot be seen or replaced",
     ),
     **dict.fromkeys(
         ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta",

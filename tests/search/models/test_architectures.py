@@ -16,7 +16,7 @@ from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_search.cli.main import run
 from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.stored import stored_cache
-from kvtuner_search.models import load
+from kvtuner_search.models import load, support
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.models.runner import Runner
@@ -128,6 +128,20 @@ def test_attention_that_no_table_names_is_found_out_without_weights(
         DataError, match=r"keys and values of model type 'bloom' cannot be seen or replaced|that attend"
     ):
         load_model(ModelOptions(source=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "mistral", "phi", "gpt_neox", "gpt2", "opt", "mixtral", "qwen3_moe", "olmoe"]
+)
+def test_every_layer_is_seen_without_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks into positions and multiplies experts in bfloat16 alone, and neither may end the look in silence."""
+    found: list[set[int]] = []
+    monkeypatch.setattr(support, "check_seen", lambda seen, *_: found.append(seen))
+    more = {"num_key_value_heads": 2, "intermediate_size": 96, "sliding_window": None}
+    if kind in ("gpt2", "opt"):
+        more = {}
+    support.check_hooked(transformers.AutoConfig.for_model(kind, **SIZES, **more), 4, "it")
+    assert found == [{0, 1, 2, 3}]
 
 
 def test_a_layer_that_stops_calling_the_hook_is_noticed(tiny_model: Path) -> None:
