@@ -62,7 +62,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "cohere_compass_text": Family("CohereCompassForCausalLM", {"layer_types": ["full_attention"], "sliding_window": 4096}),
     "ctrl": Family("CTRLLMHeadModel"),
     "cwm": Family("CwmForCausalLM", {"num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192, "rope_theta": 1000000}, other=(1, _SLIDES), rope=_llama3(1000000, 16)),
-    "dbrx": Family("DbrxForCausalLM", {"num_key_value_heads": 1}),
+    "dbrx": Family("DbrxForCausalLM"),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", {"kv_lora_rank": 512}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", {"kv_lora_rank": 512}),
     "deepseek_v32": Family("DeepseekV32ForCausalLM", {"kv_lora_rank": 512}),
@@ -207,6 +207,11 @@ def spelled_out(text: dict[str, Any], whole: str = "") -> dict[str, Any]:
         found = next((given[other] for other in others if other in given), None)
         if name not in given and found is not None:
             given[name] = found
+    if given.get("model_type") == "dbrx":  # its attention reads this part alone
+        part = given.get("attn_config")
+        nested = part if isinstance(part, dict) else {}
+        given |= {"num_key_value_heads": nested.get("kv_n_heads", 1), "rope_theta": nested.get("rope_theta", 10000)}
+        given = {name: value for name, value in given.items() if name not in ("rope_parameters", "rope_scaling")}
     if given.get("multi_query") is False:  # GPT-BigCode
         given.setdefault("num_key_value_heads", None)
     if family.rope is not None:

@@ -89,6 +89,19 @@ def test_a_nested_part_without_a_type_is_of_the_type_that_the_whole_means(kind: 
     assert decoder(config)["model_type"] == text_config(full)["model_type"]
 
 
+def test_a_family_whose_attention_has_a_part_of_its_own_is_read_there(tmp_path: Path) -> None:
+    published = {
+        "architectures": ["DbrxForCausalLM"], "model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40, "max_seq_len": 32768,
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000, "model_type": ""},
+    }  # fmt: skip
+    info = model_info(published, "it")
+    assert (info.num_attention_heads, info.num_kv_heads, info.head_dim) == (48, 8, 128)
+    assert info.config is not None
+    assert info.config["rope_theta"] == "500000"
+    for other in again(published, tmp_path) or [{}]:
+        assert model_info(other, "it") == info
+
+
 def spelled(value: Any) -> Any:
     """Every whole number as a float, as other programs write them."""
     if isinstance(value, dict):
