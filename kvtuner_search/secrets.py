@@ -203,7 +203,7 @@ def _values(text: str, pattern: re.Pattern[str]) -> Iterable[tuple[int, int, str
         start = match.end()
         scheme = _SCHEME.match(text, start)
         if scheme is not None and scheme[0].lower().startswith("digest"):  # a list of fields of its own
-            found = _end_of_line(text, start), MASK
+            found: tuple[int, str] | None = (_end_of_line(text, start), MASK)
         else:
             found = _value(text, start if scheme is None else scheme.end(), scheme is not None, bare)
         if found is not None:
