@@ -11,8 +11,7 @@ from kvtuner_search.cli.options import json_option
 from kvtuner_search.errors import ExitCode, KVTunerError, UsageError
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.canonical import canonical_json, dumps, loads, read_limited
-from kvtuner_search.profile.checks import check_model, strict_remarks, check_transforms, folder_of
-from kvtuner_search.profile.model_config import read_config
+from kvtuner_search.profile.checks import check_model, strict_remarks
 from kvtuner_search.profile.model_support import read_supported
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.profile.text import one_line, printable
