@@ -43,7 +43,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     show_default="what the server at --url names",
     help="Model; 'reference' is the embedded 13.9 M-parameter test instrument.",
 )
-@click.option("--preset", default="quick", show_envvar=True, help="Cells to measure: quick, seed or full.")
+@click.option("--preset", default="quick", show_envvar=True, help="Cells to measure: quick, legacy or full.")
 @click.option(
     "--section",
     "sections",

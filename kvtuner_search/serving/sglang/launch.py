@@ -36,7 +36,7 @@ def prepare(
     """Check a command line and plan the server; nothing is started or written.
 
     Args:
-        arguments: all that ``serve`` did not take for itself: the seed's flags and SGLang's options.
+        arguments: all that ``serve`` did not take for itself: the adapter's flags and SGLang's options.
         profile: the profile's file, if one is given.
         as_stored: read a prompt's own keys and values as stored too.
         gpu_memory: bytes of one GPU's memory, if the user says so.

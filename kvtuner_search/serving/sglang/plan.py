@@ -34,7 +34,7 @@ class Plan:
     options: ServerOptions
     profile: Profile
     path: Path  # the profile's file
-    from_flags: bool  # the profile was made from the seed's flags; its file is written when the server starts
+    from_flags: bool  # the profile was made from the adapter's flags; its file is written when the server starts
     kv_heads: int  # on one rank
     partition: Partition
     stages: list[StageBytes]

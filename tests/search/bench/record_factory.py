@@ -158,7 +158,7 @@ def cell(
 
 
 def cells(small: bool = False, **options: Any) -> list[Cell]:
-    """The grid of the seed's report, or one cell of each table."""
+    """The grid of the adapter's report, or one cell of each table."""
     ttft, concurrency, inputs = (10, 50, 100, 500, 1000), (1, 2, 4, 8), (100, 500, 1000, 2000, 4000)
     outputs, batches = (50, 200, 500), (1, 2, 4, 8, 16)
     if small:
@@ -189,8 +189,8 @@ def record(
     on = hardware(tensor_parallel * pipeline_parallel)
     content: dict[str, Any] = {
         "created": "2026-11-22T12:00:00Z",
-        "command": "kvtuner-search bench --profile qwen2.5-7b-kv4.json --model-path qwen2.5-7b --preset seed",
-        "preset": "seed",
+        "command": "kvtuner-search bench --profile qwen2.5-7b-kv4.json --model-path qwen2.5-7b --preset legacy",
+        "preset": "legacy",
         "environment": Environment(
             hardware=on,
             client="a processor, 16 cores",

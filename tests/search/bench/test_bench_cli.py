@@ -81,7 +81,8 @@ def test_a_failed_check_is_exit_code_1_without_speed(server: Fake, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--preset", "huge"), 2, "there is no preset 'huge': choose from quick, seed, full"),
+        (("--preset", "huge"), 2, "there is no preset 'huge': choose from quick, legacy, full"),
+        (("--preset", "seed"), 2, "the preset 'seed' is called 'legacy': give --preset legacy"),
         (("--section", "batch"), 2, "preset quick has no table batch"),
         (("--slo", "speed=1"), 2, "unknown"),
         (("--hardware", "toaster"), 2, "not in the table"),
@@ -161,7 +162,7 @@ def test_a_measurement_imports_no_torch(server: Fake, tmp_path: Path) -> None:
 
 
 def test_presets_have_every_table_and_no_cell_twice() -> None:
-    for name in ("seed", "full"):
+    for name in ("legacy", "full"):
         chosen = steps.choose(name)
         assert {step.section for step in chosen} == {"ttft", "throughput", "long", "batch", "memory"}
         keys = [(step.section, tuple(step.shape.model_dump().values())) for step in chosen]

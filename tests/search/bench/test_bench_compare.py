@@ -178,7 +178,7 @@ def test_p99_needs_a_hundred_requests() -> None:
 REFUSALS: dict[str, tuple[Callable[[Record], Record], str]] = {
     "model": (lambda r: altered(r, "model", name="Other"), r"B of Other, 28 layers \(name Qwen2.5-7B and Other\)"),
     "layers": (lambda r: altered(r, "model", layers=32), "layers 28 and 32"),
-    "preset": (lambda r: r.model_copy(update={"preset": "quick"}), "A is of preset seed and B of quick"),
+    "preset": (lambda r: r.model_copy(update={"preset": "quick"}), "A is of preset legacy and B of quick"),
     "red": (lambda r: made.record(small=True, correct=False), r"B failed its correctness check \(profile\)"),
     "impossible": (
         lambda r: r.model_copy(
@@ -253,5 +253,5 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(["bench", "compare", path, str(tmp_path / "none.json")]) == 3
     assert "does not exist: give the path of a benchmark record" in capsys.readouterr().err
     assert run(["bench", "compare", path]) == 2
-    assert run(["bench", "compare", path, path, "--seed", path]) == 3
+    assert run(["bench", "compare", path, path, "--claims", path]) == 3
     assert "it is no test report of this form" in capsys.readouterr().err
