@@ -122,7 +122,7 @@ class Stress(_Part):
     fluctuation_mib: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
-class Comparison(_Part):
+class LayoutComparison(_Part):
     """A row of single node against distributed: a number, or a range such as 2.3-3.0."""
 
     metric: str
@@ -151,7 +151,7 @@ class AdapterReport(_Part):
     batch: list[Batch] = []
     gpu_memory_mib: list[Used] = []
     memory_stress: Stress | None = None
-    single_node_vs_distributed: list[Comparison] = []
+    single_node_vs_distributed: list[LayoutComparison] = []
     memory_estimates_gb: dict[str, Time] = {}
     monitoring_targets: Targets | None = None
 

@@ -18,7 +18,7 @@ from kvtuner_search.bench.record import Section, Shape
 
 
 @dataclass(frozen=True)
-class Step:
+class CellPlan:
     """One cell."""
 
     section: Section
@@ -47,35 +47,36 @@ FIRST_TOKENS: Final = (
 )
 
 
-def _ttft(prompts: Iterable[int], requests: int, output: int = FIRST_TOKENS) -> list[Step]:
-    return [Step("ttft", _shape(requests, 1, length, output)) for length in prompts]
+def _ttft(prompts: Iterable[int], requests: int, output: int = FIRST_TOKENS) -> list[CellPlan]:
+    return [CellPlan("ttft", _shape(requests, 1, length, output)) for length in prompts]
 
 
-def _throughput(levels: Iterable[int], least: int, each: int, prompt: int, output: int) -> list[Step]:
+def _throughput(levels: Iterable[int], least: int, each: int, prompt: int, output: int) -> list[CellPlan]:
     """A closed loop of at least ``each`` requests a lane: its ramp and its tail, in which lanes stand idle, are then a small part."""
     return [
-        Step("throughput", _shape(max(least, each * level), level, prompt, output), warmup=level) for level in levels
+        CellPlan("throughput", _shape(max(least, each * level), level, prompt, output), warmup=level)
+        for level in levels
     ]
 
 
-def _long(prompts: Iterable[int], outputs: tuple[int, ...], requests: int) -> list[Step]:
-    return [Step("long", _shape(requests, 1, length, output)) for length in prompts for output in outputs]
+def _long(prompts: Iterable[int], outputs: tuple[int, ...], requests: int) -> list[CellPlan]:
+    return [CellPlan("long", _shape(requests, 1, length, output)) for length in prompts for output in outputs]
 
 
-def _batch(sizes: Iterable[int], rounds: int, prompt: int, output: int) -> list[Step]:
+def _batch(sizes: Iterable[int], rounds: int, prompt: int, output: int) -> list[CellPlan]:
     """Each round is one batch, sent at once."""
-    return [Step("batch", _shape(size * rounds, size, prompt, output), rounds, warmup=size) for size in sizes]
+    return [CellPlan("batch", _shape(size * rounds, size, prompt, output), rounds, warmup=size) for size in sizes]
 
 
-def _memory(rounds: int, size: int, prompt: int, output: int) -> list[Step]:
-    return [Step("memory", _shape(rounds * size, size, prompt, output), rounds)]
+def _memory(rounds: int, size: int, prompt: int, output: int) -> list[CellPlan]:
+    return [CellPlan("memory", _shape(rounds * size, size, prompt, output), rounds)]
 
 
 def _shape(requests: int, concurrency: int, input_tokens: int, output_tokens: int) -> Shape:
     return Shape(requests=requests, concurrency=concurrency, input_tokens=input_tokens, output_tokens=output_tokens)
 
 
-PRESETS: Final[dict[str, list[Step]]] = {
+PRESETS: Final[dict[str, list[CellPlan]]] = {
     # For the 13.9 M reference model on two cores: about a minute of load, at most 1,032 tokens a request.
     "quick": [
         *_ttft((10, 100, 500, 1000), requests=5, output=4),

@@ -11,7 +11,7 @@ from typing import Final
 import aiohttp
 
 from kvtuner_search.bench import client
-from kvtuner_search.bench.client import Request, Result
+from kvtuner_search.bench.client import RequestResult, TimedRequest
 from kvtuner_search.bench.pulse import Pulse
 
 GIVE_UP: Final = 8  # failures in a row, in one process, after which the rest is not sent (two if nothing comes): a dead server is not asked for hours
@@ -32,7 +32,7 @@ class Job:
     """All that a process needs to send its part of a cell."""
 
     url: str  # of /generate
-    requests: tuple[Request, ...]  # warm-up first
+    requests: tuple[TimedRequest, ...]  # warm-up first
     timeout: float
     stall: float
     epoch: float  # seconds since 1970 when the performance counter was 0
@@ -49,7 +49,9 @@ class Sender:
         emit: gets every result as it comes.
     """
 
-    def __init__(self, http: aiohttp.ClientSession, job: Job, lanes: int, emit: Callable[[Result], None]) -> None:
+    def __init__(
+        self, http: aiohttp.ClientSession, job: Job, lanes: int, emit: Callable[[RequestResult], None]
+    ) -> None:
         self._http, self._job, self._lanes, self._emit = http, job, lanes, emit
         self._failures = 0  # in a row
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtuner_search.bench.presets import PRESETS, Step
+from kvtuner_search.bench.presets import PRESETS, CellPlan
 from kvtuner_search.bench.record import RENAMED
 from kvtuner_search.errors import UsageError
 
 
-def choose(preset: str, sections: Sequence[str] = ()) -> list[Step]:
+def choose(preset: str, sections: Sequence[str] = ()) -> list[CellPlan]:
     """The cells of a preset, or those of some of its tables.
 
     Raises:

@@ -17,7 +17,7 @@ from kvtuner_search.report.bench_panels import drawings
 from kvtuner_search.report.bench_tables import (
     GATE_HEADS,
     Grid,
-    Run,
+    ReportedRun,
     figure,
     gate_rows,
     grids,
@@ -52,7 +52,7 @@ def report(records: Sequence[Record], adapter: AdapterReport | None = None) -> s
     return page.page(title, _header(title, all_runs, claims), sections, STYLE)
 
 
-def _header(title: str, all_runs: Sequence[Run], claims: ClaimedTables | None) -> list[str]:
+def _header(title: str, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> list[str]:
     parts = [f"<h1>{escaped(title)}</h1>"]
     hardware = dict.fromkeys(machine(run.record) for run in all_runs)
     parts.append(f"<p>{escaped(' · '.join(hardware))}</p>")
@@ -94,7 +94,7 @@ def _why(record: Record) -> str:
     return f"{first.rule} at {first.where}: {first.figure}{more}"
 
 
-def _legend(all_runs: Sequence[Run], claims: ClaimedTables | None) -> str:
+def _legend(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> str:
     entries = [(key(run_class(i), run_shape(i)), run.name) for i, run in enumerate(all_runs)]
     if any(cell.floor for run in all_runs for cell in run.record.cells):
         entries.append((zone_key("floor"), "cannot be on this hardware"))
@@ -105,7 +105,7 @@ def _legend(all_runs: Sequence[Run], claims: ClaimedTables | None) -> str:
     return page.legend("", entries)
 
 
-def _runs(all_runs: Sequence[Run]) -> Iterator[str]:
+def _runs(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
     for run in all_runs:
         record = run.record
         yield f"<h3>{escaped(run.name)} {_badge(record)}</h3>"
@@ -146,7 +146,7 @@ def _violation(violation: Violation) -> tuple[str, str, str, str]:
     return violation.rule, violation.where, violation.figure, violation.reason
 
 
-def _section(grid: Grid, all_runs: Sequence[Run], claims: ClaimedTables | None) -> Iterator[str]:
+def _section(grid: Grid, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Iterator[str]:
     panels = drawings(grid.id, all_runs, claims)
     if panels:
         yield '<div class="panels">' + "".join(page.figure(panel, "") for panel in panels) + "</div>"
@@ -167,7 +167,7 @@ def _kinds(grid: Grid) -> dict[int, str]:
     return found
 
 
-def _gates(all_runs: Sequence[Run]) -> Iterator[str]:
+def _gates(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
     rows = [(run.name, *row) for run in all_runs for row in gate_rows(run.record.gates)]
     yield page.table(("run", *GATE_HEADS), rows, right=(2, 3))
     yield "<p class=dim>Each is judged on its worst cell.</p>"
@@ -188,7 +188,7 @@ def _impossible_claims(claims: ClaimedTables) -> Iterator[str]:
             yield f"<h3>{heading}</h3><ul>" + "".join(f"<li>{escaped(line)}</li>" for line in lines) + "</ul>"
 
 
-def _quality(all_runs: Sequence[Run]) -> Iterator[str]:
+def _quality(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
     rows = [
         (
             run.name,
@@ -207,7 +207,7 @@ def _quality(all_runs: Sequence[Run]) -> Iterator[str]:
     )
 
 
-def _details(all_runs: Sequence[Run]) -> Iterator[str]:
+def _details(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
     for run in all_runs:
         record = run.record
         yield f"<h3>{escaped(run.name)}</h3>"

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from kvtuner_search.bench.record import Cell, Floor, Section, Speed
 from kvtuner_search.report.bench_claims import CLAIMED, ClaimedCell, ClaimedTables
 from kvtuner_search.report.bench_figures import CLAIMED_SHAPE, Series, Spot, Zone, plot, run_class, run_shape
-from kvtuner_search.report.bench_tables import Run, beyond, figure, key_of, machine
+from kvtuner_search.report.bench_tables import ReportedRun, beyond, figure, key_of, machine
 from kvtuner_search.report.svg import Point
 
 
@@ -53,7 +53,7 @@ _DRAWN: Final[dict[str, tuple[Drawing, ...]]] = {
 }
 
 
-def drawings(table: str, all_runs: Sequence[Run], claims: ClaimedTables | None) -> list[str]:
+def drawings(table: str, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> list[str]:
     """The drawings that belong to a table, by its id; a drawing without a single figure is left out."""
     wanted: Iterable[Drawing] = _DRAWN.get(table, ())
     if table == "long":
@@ -66,7 +66,7 @@ def drawings(table: str, all_runs: Sequence[Run], claims: ClaimedTables | None) 
     return [drawn for one in wanted if (drawn := _draw(one, all_runs, claims))]
 
 
-def _draw(one: Drawing, all_runs: Sequence[Run], claims: ClaimedTables | None) -> str:
+def _draw(one: Drawing, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> str:
     series = []
     floors: dict[str, dict[float, float]] = {}  # machine -> position -> floor
     for index, run in enumerate(all_runs):

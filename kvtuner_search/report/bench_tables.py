@@ -24,14 +24,14 @@ class Grid(NamedTuple):
     note: str = ""
 
 
-class Run(NamedTuple):
+class ReportedRun(NamedTuple):
     """A record and what tables call it."""
 
     name: str
     record: Record
 
 
-def runs(records: Sequence[Record]) -> list[Run]:
+def runs(records: Sequence[Record]) -> list[ReportedRun]:
     """A short name for each record that no other has: its cache, then its layout, then its time."""
     parts: list[Callable[[Record], str]] = [
         lambda record: record.cache.profile,
@@ -46,7 +46,7 @@ def runs(records: Sequence[Record]) -> list[Run]:
             names = [f"{name}, {part(record)}" for name, record in zip(names, records, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} ({index + 1})" for index, name in enumerate(names)]
-    return [Run(name, record) for name, record in zip(names, records, strict=True)]
+    return [ReportedRun(name, record) for name, record in zip(names, records, strict=True)]
 
 
 def machine(record: Record) -> str:
@@ -111,7 +111,7 @@ def key_of(cell: Cell) -> Key:
 
 
 def _gather(
-    section: Section, all_runs: Sequence[Run], claims: ClaimedTables | None
+    section: Section, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None
 ) -> dict[Key, list[tuple[str, Cell | ClaimedCell]]]:
     """Key -> (run, cell) of each run and of the adapter's report, keys rising."""
     found: dict[Key, list[tuple[str, Cell | ClaimedCell]]] = {}
@@ -125,7 +125,7 @@ def _gather(
     return dict(sorted(found.items()))
 
 
-def _build(section: Section, heads: Sequence[str], all_runs: Sequence[Run], claims: ClaimedTables | None, ours: Callable[[Cell], Sequence[str]], theirs: Callable[[ClaimedCell], Sequence[str]], note: str) -> Grid | None:  # fmt: skip
+def _build(section: Section, heads: Sequence[str], all_runs: Sequence[ReportedRun], claims: ClaimedTables | None, ours: Callable[[Cell], Sequence[str]], theirs: Callable[[ClaimedCell], Sequence[str]], note: str) -> Grid | None:  # fmt: skip
     rows = []
     names = _KEYS[section][0]
     for key, members in _gather(section, all_runs, claims).items():
@@ -147,7 +147,7 @@ def _mean(summary: Summary | None) -> str:
     return figure(summary.mean if summary else None)
 
 
-def _ttft(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid | None:
+def _ttft(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     heads = ("mean, ms", "least", "p50", "p99", "greatest", "whole answers", "floor, ms", "of the floor")
 
     def ours(cell: Cell) -> Sequence[str]:
@@ -170,7 +170,7 @@ def _ttft(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid | None:
     return _build("ttft", heads, all_runs, claims, ours, theirs, note)
 
 
-def _rates(section: Section, all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid | None:
+def _rates(section: Section, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     batch = section == "batch"
     heads = ["requests/s", "ceiling", "of the ceiling", "output tokens/s", "latency, ms", "TTFT, ms", "whole answers"]
     heads = ["one batch, ms", *heads] if batch else heads
@@ -207,7 +207,7 @@ def _rates(section: Section, all_runs: Sequence[Run], claims: ClaimedTables | No
     return _build(section, heads, all_runs, claims, ours, theirs, note.strip())
 
 
-def _long(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid | None:
+def _long(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     heads = (
         "latency, ms",
         "floor, ms",
@@ -245,7 +245,7 @@ def _long(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid | None:
     )
 
 
-def _memory(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid | None:
+def _memory(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     heads = ("run", "rounds", "requests", "success", "latency, ms", "free slots before", "after", "device before, MiB", "after", "change, MiB")  # fmt: skip
     rows = []
     for run in all_runs:
@@ -269,7 +269,7 @@ def _memory(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid | Non
     return Grid("memory", HEADINGS["memory"], heads, rows, range(1, len(heads)), note) if rows else None
 
 
-def capacity(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid:
+def capacity(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid:
     """What a cache holds, and what devices are filled with."""
     heads = (
         "run",
@@ -301,7 +301,7 @@ def capacity(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid:
     return Grid("capacity", "Token capacity and device memory", heads, rows, range(1, 8), note)
 
 
-def layouts(all_runs: Sequence[Run], claims: ClaimedTables | None) -> Grid | None:
+def layouts(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     """The adapter's "single node against distributed", where runs differ in layout or the adapter's report is given."""
     if not claims and len({layout(run.record) for run in all_runs}) < 2:
         return None
@@ -333,7 +333,7 @@ def _layout_figures(record: Record) -> list[str]:
     ]
 
 
-def targets(all_runs: Sequence[Run], claims: ClaimedTables) -> Grid | None:
+def targets(all_runs: Sequence[ReportedRun], claims: ClaimedTables) -> Grid | None:
     """The adapter's monitoring targets, judged on each run; its target for memory both on slots in use and on the device's memory."""
     wanted = claims.report.monitoring_targets
     if wanted is None:
@@ -344,7 +344,7 @@ def targets(all_runs: Sequence[Run], claims: ClaimedTables) -> Grid | None:
         "memory": wanted.gpu_memory_below,
         "device_memory": wanted.gpu_memory_below,
     }
-    objectives = [slo.Objective(name, limit) for name, limit in limits.items() if limit is not None]
+    objectives = [slo.ServiceObjective(name, limit) for name, limit in limits.items() if limit is not None]
     rows = [[run.name, *row] for run in all_runs for row in gate_rows(slo.judge(objectives, run.record))]
     note = "Each is judged on its worst cell; memory is the fraction of the cache's slots in use, device_memory that of the device."
     unmet = [f" {v.figure}: {v.reason}." for v in claims.violations if v.where == "monitoring targets"]
@@ -369,7 +369,7 @@ def gate_rows(gates: Iterable[Gate]) -> list[list[str]]:
     return rows
 
 
-def grids(all_runs: Sequence[Run], claims: ClaimedTables | None = None) -> list[Grid]:
+def grids(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None = None) -> list[Grid]:
     """Every table of the adapter's report that the runs or that report have rows for, in its order."""
     found = [
         _ttft(all_runs, claims),

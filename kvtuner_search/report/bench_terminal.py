@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvtuner_search.bench.claims import AdapterReport
-from kvtuner_search.bench.compare import Comparison, Row, layout_text
+from kvtuner_search.bench.compare import ComparedFigure, RecordComparison, layout_text
 from kvtuner_search.bench.intervals import CONFIDENCE, MIN_BLOCKS
 from kvtuner_search.bench.judge import split_causes
 from kvtuner_search.bench.record import SECTIONS, Record
@@ -21,7 +21,7 @@ from kvtuner_search.report.bench_tables import (
     GATE_HEADS,
     HEADINGS,
     Grid,
-    Run,
+    ReportedRun,
     figure,
     gate_rows,
     grids,
@@ -43,7 +43,7 @@ def print_records(out: Console, records: Sequence[Record], adapter: AdapterRepor
     """Several records side by side, and the adapter's tables beside them if given; at least one."""
     named = runs(records)
     many = len(named) > 1
-    all_runs = [Run(f"#{index + 1}", run.record) for index, run in enumerate(named)] if many else named
+    all_runs = [ReportedRun(f"#{index + 1}", run.record) for index, run in enumerate(named)] if many else named
     for run, short in zip(named, all_runs, strict=True):
         record, cache, served = run.record, run.record.cache, run.record.served
         mark = f"{short.name}  " if many else ""
@@ -110,7 +110,7 @@ def _verdict(record: Record) -> tuple[str, str]:
     return (f"misses {', '.join(missed)}", "bold red") if missed else ("pass", "bold green")
 
 
-def print_comparison(out: Console, found: Comparison, adapter: AdapterReport | None = None) -> None:
+def print_comparison(out: Console, found: RecordComparison, adapter: AdapterReport | None = None) -> None:
     """Two records: what differs, the ratio of each figure, and single node against distributed where layouts differ."""
     names = [f"{printable(r.cache.profile)}, {layout_text(r)}, {printable(r.created)}" for r in (found.a, found.b)]
     out.print(Text.assemble((printable(found.a.model.name), "bold"), f"  preset {printable(found.a.preset)}"))
@@ -138,7 +138,7 @@ def print_comparison(out: Console, found: Comparison, adapter: AdapterReport | N
     out.print(_basis(found.rows), style="dim")
 
 
-def _basis(rows: Sequence[Row]) -> str:
+def _basis(rows: Sequence[ComparedFigure]) -> str:
     """What the intervals are from and what they do not cover."""
     used = {row.ratio.basis for row in rows}
     parts = [
@@ -152,7 +152,7 @@ def _basis(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def _ratios(out: Console, rows: Sequence[Row]) -> None:
+def _ratios(out: Console, rows: Sequence[ComparedFigure]) -> None:
     table = _table(("cell", "figure", "A", "B", "B / A", "interval", "requests", "B is"), (2, 3, 4, 5, 6))
     for row in rows:
         interval = NONE

@@ -19,7 +19,7 @@ from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import flags
 from kvtuner_search.serving.sglang.arguments import ALL, ServerOptions, parse_flags, read_options
 from kvtuner_search.serving.sglang.model import context_remark, served_config, served_model, weight_bytes
-from kvtuner_search.serving.sglang.plan import Memory, Plan, make_plan
+from kvtuner_search.serving.sglang.plan import Memory, ServePlan, make_plan
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
 from kvtuner_search.serving.sglang.refusals import attention_backend, check_speculation
 
@@ -32,7 +32,7 @@ _TIMEOUT: Final = 20  # seconds; the driver may have to load first
 
 def prepare(
     arguments: Sequence[str], profile: str | None, as_stored: bool, gpu_memory: int | None
-) -> tuple[Plan, list[str]]:
+) -> tuple[ServePlan, list[str]]:
     """Check a command line and plan the server; nothing is started or written.
 
     Args:
@@ -101,7 +101,7 @@ def check_installation(version: str | None) -> None:
         raise ServingError(f"SGLANG_PLUGINS={','.join(allowed)} keeps the plugin out: add {found[0]}, or unset it")
 
 
-def start(plan: Plan, arguments: Sequence[str]) -> NoReturn:
+def start(plan: ServePlan, arguments: Sequence[str]) -> NoReturn:
     """Become the server. Only a failure to do so returns, as an error.
 
     Raises:

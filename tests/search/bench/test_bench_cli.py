@@ -12,7 +12,7 @@ from fake_server import Fake
 from small_runs import PROFILE, Start
 
 from kvtuner_search.bench import files, presets, steps
-from kvtuner_search.bench.presets import Step
+from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.cli.bench import SUBCOMMANDS
 from kvtuner_search.cli.main import run
@@ -30,7 +30,7 @@ def server(fake: Start) -> Fake:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A preset of two tiny cells."""
     shape = Shape(requests=4, concurrency=2, input_tokens=20, output_tokens=4)
-    monkeypatch.setitem(presets.PRESETS, "quick", [Step("throughput", shape), Step("long", shape)])
+    monkeypatch.setitem(presets.PRESETS, "quick", [CellPlan("throughput", shape), CellPlan("long", shape)])
 
 
 def bench(*arguments: str) -> int:

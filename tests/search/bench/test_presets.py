@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtuner_search.bench.client import Result
+from kvtuner_search.bench.client import RequestResult
 from kvtuner_search.bench.cross_check import cross_check
 from kvtuner_search.bench.journal import cell_key
-from kvtuner_search.bench.presets import PRESETS, Step
+from kvtuner_search.bench.presets import PRESETS, CellPlan
 from kvtuner_search.bench.prompts import draw
 from kvtuner_search.bench.record import SECTIONS, Cell, Shape
 from kvtuner_search.bench.summary import summarise
@@ -25,7 +25,7 @@ from kvtuner_search.models.reference_model import reference_model_path
 CLAIMS = json.loads(Path(__file__).with_name("adapter_report.json").read_text())
 
 
-def table(preset: str, section: str) -> list[Step]:
+def table(preset: str, section: str) -> list[CellPlan]:
     return [step for step in PRESETS[preset] if step.section == section]
 
 
@@ -107,7 +107,7 @@ def cell() -> tuple[Cell, list[list[int]]]:
     """Four requests, two at a time: 20 ms to the first of three tokens, then 5 ms each."""
     shape = Shape(requests=4, concurrency=2, input_tokens=6, output_tokens=3)
     results = [
-        Result(
+        RequestResult(
             index=index, round=0, sent=float(index // 2) * 0.03, asked=3, prompt_tokens=6, status=200, finish="length", counted_prompt=6,
             claimed=3, tokens=(1, 2, index), arrivals=((20.0, 1), (25.0, 1), (30.0, 1)),
         )

@@ -16,7 +16,7 @@ from test_space import CLASSES, make_space
 
 from kvtuner_search.calibration import agreement, workers
 from kvtuner_search.calibration.anchors import anchors, uniform_pairs
-from kvtuner_search.calibration.objective import Outcome
+from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.options import CalibrationOptions, fingerprint
 from kvtuner_search.calibration.space import Choices
 from kvtuner_search.calibration.study import Anchor, Study, open_storage
@@ -30,10 +30,10 @@ BUDGET = SPACE.nbytes([len(v.pairs) // 2 for v in SPACE.variables])
 ANCHORS = anchors(SPACE, uniform_pairs(CLASSES), [], [BUDGET])
 
 
-def score(choices: Choices, *_: object) -> Outcome:
+def score(choices: Choices, *_: object) -> TrialOutcome:
     noise = int(hashlib.sha256(repr(choices).encode()).hexdigest()[:6], 16) / 2**24
     loss = float(SPACE.features(choices).sum()) * (1 + noise)
-    return Outcome(SPACE.cost(choices), (loss, loss), True)
+    return TrialOutcome(SPACE.cost(choices), (loss, loss), True)
 
 
 def storages(tmp_path: Path) -> list[str]:
@@ -125,11 +125,11 @@ def test_no_choices_are_scored_by_two_workers(kind: int, tmp_path: Path, monkeyp
             second.enqueue(SPACE, [anchor])
     scored: list[Choices] = []
 
-    def inner(choices: Choices, *_: object) -> Outcome:
+    def inner(choices: Choices, *_: object) -> TrialOutcome:
         scored.append(choices)
         return score(choices)
 
-    def outer(choices: Choices, outcomes: Sequence[Outcome], screen: bool) -> Outcome:
+    def outer(choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool) -> TrialOutcome:
         scored.append(choices)
         second.run(SPACE, inner, len(outcomes) + 1, [BUDGET])
         return score(choices)
@@ -143,7 +143,7 @@ def test_no_choices_are_scored_by_two_workers(kind: int, tmp_path: Path, monkeyp
 def test_two_random_searches_draw_different_settings(tmp_path: Path) -> None:
     first, second = (join(storages(tmp_path)[0], "random") for _ in range(2))
 
-    def outer(choices: Choices, outcomes: Sequence[Outcome], screen: bool) -> Outcome:
+    def outer(choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool) -> TrialOutcome:
         second.run(SPACE, score, len(outcomes) + 1, [BUDGET])
         return score(choices)
 
@@ -204,7 +204,7 @@ def test_a_trial_that_somebody_failed_counts_all_the_same(tmp_path: Path) -> Non
     me = join(storages(tmp_path)[0])
     me.enqueue(SPACE, ANCHORS)
 
-    def failed(choices: Choices, outcomes: Sequence[Outcome], screen: bool) -> Outcome:
+    def failed(choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool) -> TrialOutcome:
         (trial,) = me.study.get_trials(states=(TrialState.RUNNING,))
         me.study.tell(trial.number, state=TrialState.FAIL)
         return score(choices)
@@ -218,7 +218,7 @@ def test_a_trial_that_ends_in_an_error_is_free_again(error: type[BaseException],
     me = join(storages(tmp_path)[0])
     me.enqueue(SPACE, ANCHORS[:1])
 
-    def fail(*_: object) -> Outcome:
+    def fail(*_: object) -> TrialOutcome:
         raise error
 
     with pytest.raises(error):
