@@ -82,7 +82,7 @@ def _finalists(
 ) -> list[Candidate]:
     def candidate(trial: FinishedTrial, origin: str) -> Candidate:
         pair = space.uniform_pair(trial.choices)
-        name = f"uniform {pair_name(pair)}" if pair else f"trial {trial.number}"
+        name = pair_name(pair) if pair else f"trial {trial.number}"
         loss = trial.outcome.loss if trial.outcome.complete else None
         return Candidate(name, origin, space.setting(trial.choices), trial.outcome.cost, loss)
 

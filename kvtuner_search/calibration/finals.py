@@ -20,7 +20,7 @@ FINALISTS = 4  # searched settings that are scored on the selection split for ea
 class Candidate:
     """A setting and where it came from."""
 
-    name: str  # for example: trial 31, uniform 4s64/4s64
+    name: str  # for example: trial 31, 4-g64-sym/4-g64-sym
     origin: str  # tpe, nsga2, refined, fisher, proxy, uniform, preset, random, stored by others
     setting: Setting
     cost: int

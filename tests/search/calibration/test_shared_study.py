@@ -101,6 +101,15 @@ def test_a_study_is_of_one_model_data_and_program(facts: dict[str, object], says
     assert "\n" not in str(raised.value)
 
 
+def test_a_study_with_the_former_names_of_storage_classes_is_refused(tmp_path: Path) -> None:
+    former = {name: value for name, value in FACTS.items() if name != "names of storage classes"}
+    join(storages(tmp_path)[0]).claim(former)
+    with pytest.raises(
+        UsageError, match=r"\(names of storage classes None, here 4-g64-asym\): use .* another --output"
+    ):
+        join(storages(tmp_path)[0]).claim(FACTS)
+
+
 def test_dtype_auto_is_what_it_comes_to(tiny_model: Path) -> None:
     from kvtuner_search.calibration.pipeline import prepare
     from kvtuner_search.progress import Reporter
