@@ -20,7 +20,7 @@ import aiohttp
 from pydantic_core import from_json  # about three times as fast as json, and pydantic brings it along
 
 from kvtuner_search.addresses import authorization
-from kvtuner_search.bench.pulse import Pulse
+from kvtuner_search.bench.pulse import EventLoopLag
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, remember
@@ -313,7 +313,7 @@ async def ask(
     http: aiohttp.ClientSession,
     url: str,
     request: TimedRequest,
-    pulse: Pulse,
+    pulse: EventLoopLag,
     epoch: float,
     round_: int,
     due: float | None = None,

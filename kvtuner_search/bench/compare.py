@@ -239,7 +239,7 @@ def _values(
 
 def _stand_in(metric: Metric, side: tuple[Cell, Speed, dict[str, Timings]]) -> Floats:
     summary = metric.summary(side[1])
-    return np.zeros(0) if summary is None else intervals.stand_ins(summary, side[0].shape.concurrency)
+    return np.zeros(0) if summary is None else intervals.values_from_summary(summary, side[0].shape.concurrency)
 
 
 def _differences(a: Record, b: Record) -> list[Difference]:

@@ -19,7 +19,7 @@ from typing import Final
 from kvtuner_search.addresses import check_url
 from kvtuner_search.bench import client
 from kvtuner_search.bench.client import RequestResult, TimedRequest
-from kvtuner_search.bench.pulse import uncollected
+from kvtuner_search.bench.pulse import without_gc
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.bench.sender import Block, Job, Sender
 from kvtuner_search.bench.summary import elapsed as elapsed
@@ -102,7 +102,7 @@ def run_cell(
                 advance()
 
     processes = min(workers or _workers(concurrency), concurrency)
-    with uncollected():
+    with without_gc():
         if processes == 1:
             asyncio.run(_alone(job, blocks, concurrency, emit))
         else:

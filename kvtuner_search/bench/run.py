@@ -26,7 +26,7 @@ from kvtuner_search.progress import Reporter
 from kvtuner_search.secrets import mask, mask_arguments
 from kvtuner_search.servers.folder import RunFolder
 from kvtuner_search.servers.host import processor, server_versions, tool
-from kvtuner_search.servers.process import serving
+from kvtuner_search.servers.process import started_server
 from kvtuner_search.serving.sglang.arguments import api_key
 from kvtuner_search.serving.sglang.model import served_model
 
@@ -114,7 +114,7 @@ class BenchRun:
             arguments += ["--kvtuner-profile", str(options.profile.resolve())]
         if "--enable-metrics" not in arguments:
             arguments += ["--enable-metrics"]
-        with serving(options.server_python, arguments, self.folder.path / LOG) as server:
+        with started_server(options.server_python, arguments, self.folder.path / LOG) as server:
             with self.reporter.stage("start of the server"):
                 asyncio.run(server.wait_until_ready(options.start_timeout))
             yield BenchServer(server.url, server, arguments, versions, self.key)

@@ -12,7 +12,7 @@ import aiohttp
 
 from kvtuner_search.bench import client
 from kvtuner_search.bench.client import RequestResult, TimedRequest
-from kvtuner_search.bench.pulse import Pulse
+from kvtuner_search.bench.pulse import EventLoopLag
 
 GIVE_UP: Final = 8  # failures in a row, in one process, after which the rest is not sent (two if nothing comes): a dead server is not asked for hours
 
@@ -59,13 +59,13 @@ class Sender:
         """Send requests as ``take`` gives their numbers until it gives None; nothing once too many have failed."""
         start = time.perf_counter()
         try:
-            async with Pulse() as pulse, asyncio.TaskGroup() as group:
+            async with EventLoopLag() as pulse, asyncio.TaskGroup() as group:
                 for _ in range(min(self._lanes, block.last - block.first)):
                     group.create_task(self._lane(block, take, pulse, start))
         except BaseExceptionGroup as group_error:  # of ``emit``, e.g. a full disk; one is enough to say so
             raise group_error.exceptions[0] from None
 
-    async def _lane(self, block: Block, take: Callable[[], int | None], pulse: Pulse, start: float) -> None:
+    async def _lane(self, block: Block, take: Callable[[], int | None], pulse: EventLoopLag, start: float) -> None:
         job = self._job
         while self._failures < GIVE_UP and (number := take()) is not None:
             due = None

@@ -17,7 +17,7 @@ from typing import Final
 
 from kvtuner_search.bench import client
 from kvtuner_search.bench.client import RequestResult
-from kvtuner_search.bench.pulse import uncollected
+from kvtuner_search.bench.pulse import without_gc
 from kvtuner_search.bench.sender import Block, Job, Sender
 from kvtuner_search.errors import KVTunerError
 
@@ -94,7 +94,7 @@ def _drain(connection: Connection, emit: Callable[[RequestResult], None]) -> Non
 def _work(connection: Connection, counter: Synchronized[int], job: Job, lanes: int) -> None:
     """One process: idle, then blocks until it is told None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
-    with suppress(EOFError, BrokenPipeError), uncollected():  # of the pipe: the parent has ended
+    with suppress(EOFError, BrokenPipeError), without_gc():  # of the pipe: the parent has ended
         asyncio.run(_serve(connection, counter, job, lanes))
 
 

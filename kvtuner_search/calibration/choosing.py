@@ -49,7 +49,7 @@ def choose(
     winners = [_winner(run, results) for results in judged]
     rivals = []
     for results, winner in zip(judged, winners, strict=True):
-        others = [r.candidate for r in results if r.candidate.origin in RIVALS] + as_others_store(run)
+        others = [r.candidate for r in results if r.candidate.origin in RIVALS] + plain_settings(run)
         rivals.append([c for c in others if c.setting != winner.setting])
     test = _judge(run, plan, "test")
     with run.reporter.stage("test", _distinct([winners, *rivals])) as advance:
@@ -116,7 +116,7 @@ def _evidence(result: HeldOutResult) -> float:
     return result.scores.loss if searched is None else (result.scores.loss + searched) / 2
 
 
-def as_others_store(run: CalibrationRun) -> list[Candidate]:
+def plain_settings(run: CalibrationRun) -> list[Candidate]:
     """Uniform per-token settings over the whole head, asymmetric, without any transform."""
     heads, head_dim = run.shape
     rows = []

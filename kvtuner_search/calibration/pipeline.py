@@ -207,7 +207,7 @@ def search(
     ):
         if each is None:
             continue
-        each.bury()
+        each.fail_abandoned()
         each.enqueue(space, first)
         done = [t for t in each.finished() if not t.duplicate]
         best = min(

@@ -69,7 +69,7 @@ def calibrate(
         UsageError, DataError: if something cannot be used; nothing that was finished is lost.
     """
     if session.parent is not None:
-        end_with(session.parent)
+        exit_with_parent(session.parent)
     reporter = Reporter(session.quiet)
     with ExitStack() as stack:
         lock = stack.enter_context(_claimed_folder(session))
@@ -91,7 +91,7 @@ def calibrate(
         if lock is not None:  # the folder is this process's alone: whoever worked on its study before is gone
             for each in (study, rival):
                 if each is not None:
-                    each.bury(everyone=True)
+                    each.fail_abandoned(everyone=True)
         space = make_space(run, plan)
         with _helpers(session, reporter, lock) as wait:
             search(run, plan, space, study, rival)
@@ -226,7 +226,7 @@ def _helpers(session: CalibrationSession, reporter: Reporter, lock: int | None) 
         os.close(held)
 
 
-def end_with(pipe: int) -> None:
+def exit_with_parent(pipe: int) -> None:
     """End this process as soon as nobody holds the other end of a pipe any more, even if its holder was killed."""
 
     def watch() -> None:

@@ -123,7 +123,7 @@ class Study:
         numbers = set(self.agree(f"finished {trials}", [trial.number for trial in self.finished()]))
         return [trial for trial in self.finished() if trial.number in numbers]
 
-    def bury(self, everyone: bool = False) -> int:
+    def fail_abandoned(self, everyone: bool = False) -> int:
         """Register this worker and mark the trials of workers that have ended as failed; returns how many.
 
         Args:
@@ -133,7 +133,7 @@ class Study:
             me = f"worker:{self.worker.id}"
             if me not in self.study.user_attrs:
                 self.study.set_user_attr(me, self.worker.begin())
-            gone = self._bury(everyone)
+            gone = self._fail_abandoned(everyone)
             if everyone or not self._others():
                 # Nobody else is at work: empty the queue, so that enqueue() fills it in the order of an undisturbed run.
                 for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -154,7 +154,7 @@ class Study:
         workers.pop(f"worker:{self.worker.id}", None)
         return [worker for worker in workers.values() if not self.worker.ended(worker)]
 
-    def _bury(self, everyone: bool = False) -> int:
+    def _fail_abandoned(self, everyone: bool = False) -> int:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         workers = self.study.user_attrs if running else {}
         gone = []
@@ -269,7 +269,7 @@ class Study:
         """
         count = len(done)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and self._bury():
+        if not waiting and self._fail_abandoned():
             self._enqueue(space, self._anchors)  # a worker ended while it tried one
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and (self.sampler == "random" or attempt):

@@ -93,7 +93,7 @@ def command(**options: Any) -> None:
     The quantized cache is scored by teacher forcing in which attention reads every key and value as stored. What is chosen was picked on one
     held-out split and is measured once on another.
     """
-    threads.settle()  # before torch is imported
+    threads.limit_threads()  # before torch is imported
     from kvtuner_search.calibration.options import CalibrationOptions
     from kvtuner_search.calibration.session import CalibrationSession, calibrate
     from kvtuner_search.data import DEFAULT_SOURCES

@@ -35,7 +35,7 @@ def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -
     probabilities (e_a), with and without centring and rotation. Of every class: the KL divergence of the model's output when one side of one
     layer alone is stored so.
     """
-    threads.settle()  # before torch is imported
+    threads.limit_threads()  # before torch is imported
     from kvtuner_search.calibration.alone import LayerAlone
     from kvtuner_search.calibration.candidates import pair_name
     from kvtuner_search.calibration.options import CalibrationOptions

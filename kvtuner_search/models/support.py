@@ -41,7 +41,7 @@ def check_hooked(config: Any, layers: int, source: str, trust_remote_code: bool 
     owner_of_layers(model.base_model, layers, source)
     seen: set[int] = set()
     try:
-        with torch.device("meta"), tapped(Noting(seen)), torch.inference_mode():
+        with torch.device("meta"), tapped(CallRecorder(seen)), torch.inference_mode():
             model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
     except DataError:
         raise
@@ -82,7 +82,7 @@ def _unseen(config: Any) -> str:
     return f"the keys and values of model type {getattr(config, 'model_type', 'unknown')!r} cannot be seen or replaced"
 
 
-class Noting:
+class CallRecorder:
     """A tap that notes which layers call it."""
 
     def __init__(self, seen: set[int]) -> None:

@@ -32,7 +32,7 @@ from kvtuner_search.servers.client import Client
 from kvtuner_search.servers.facts import Facts, check_alike, resolve_dtype
 from kvtuner_search.servers.folder import BLOCK, AnswerJournal, RunFolder
 from kvtuner_search.servers.host import hardware, offline_versions, server_versions, tool
-from kvtuner_search.servers.process import Server, serving
+from kvtuner_search.servers.process import Server, started_server
 from kvtuner_search.serving.sglang.arguments import api_key
 from kvtuner_search.serving.sglang.model import served_config, served_model
 from kvtuner_search.validate import figures
@@ -137,7 +137,7 @@ class ValidationRun:
             yield url, None
             return
         arguments = ["--model-path", self.model_path, *self.options.server_arguments, *flags]
-        with serving(self.options.server_python, arguments, self.folder.path / f"{name}.log") as server:
+        with started_server(self.options.server_python, arguments, self.folder.path / f"{name}.log") as server:
             with self.reporter.stage(f"start of the {name} server"):
                 asyncio.run(server.wait_until_ready(self.options.start_timeout))
             yield server.url, server

@@ -132,7 +132,7 @@ def resolve(arguments: argparse.Namespace, model: ModelInfo, source: str) -> Ser
         return None
     profile, path = profile_of(arguments, model, source)
     if arguments.kvtuner_profile is None:
-        store(profile, path)
+        save_profile(profile, path)
     return ServingConfiguration(str(path), profile.digest, bool(arguments.kvtuner_as_stored))
 
 
@@ -186,7 +186,7 @@ def _cache() -> Path:
         raise UsageError("there is no home folder for a profile made from flags: set XDG_CACHE_HOME") from error
 
 
-def store(profile: Profile, path: Path) -> None:
+def save_profile(profile: Profile, path: Path) -> None:
     """Write a profile that was made from flags, unless its file is there and whole.
 
     Raises:

@@ -109,7 +109,7 @@ def start(plan: ServePlan, arguments: Sequence[str]) -> NoReturn:
         UsageError: if a profile made from flags cannot be written.
     """
     if plan.from_flags:
-        flags.store(plan.profile, plan.path)
+        flags.save_profile(plan.profile, plan.path)
     sys.stdout.flush()
     sys.stderr.flush()
     command = [sys.executable, "-m", "sglang.launch_server", *arguments]

@@ -158,7 +158,7 @@ def check_own(pool: Any, backend: Any = None) -> None:
             )
 
 
-def agree(pool: Any, tokens: int, place: RankPlace, which: ServedProfile, rank: int, world: int) -> None:
+def check_ranks(pool: Any, tokens: int, place: RankPlace, which: ServedProfile, rank: int, world: int) -> None:
     """Check this rank's pool, and compare it with all others'.
 
     Args:

@@ -13,12 +13,12 @@ from kvtuner_search.serving.sglang import hooks, launcher
 
 def register_flags() -> None:
     """Let SGLang's command line know our flags."""
-    hooks.register_flags(PLACES)
+    hooks.register_flags(HOOK_POINTS)
 
 
 def activate(configuration: ServingConfiguration) -> None:
     """Let this process serve a profile."""
-    hooks.activate(PLACES, configuration)
+    hooks.activate(HOOK_POINTS, configuration)
 
 
 def _place(runner: Any) -> Any:
@@ -77,10 +77,10 @@ def _init_pools(original: Callable[..., None], runner: Any) -> None:
         finally:
             module.MHATokenToKVPool = own
         pool, tokens = runner.token_to_kv_pool, runner.max_total_num_tokens
-        rank.agree(pool, tokens, place, which, world.rank_in_group, world.world_size)
+        rank.check_ranks(pool, tokens, place, which, world.rank_in_group, world.world_size)
 
 
-PLACES: Final = hooks.HookPoints(
+HOOK_POINTS: Final = hooks.HookPoints(
     version="0.5.14",
     arguments="sglang.srt.server_args.ServerArgs",
     ready="sglang.srt.entrypoints.engine._wait_for_scheduler_ready",

@@ -16,12 +16,12 @@ _CONFIGURATOR: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfig
 
 def register_flags() -> None:
     """Let SGLang's command line know our flags."""
-    hooks.register_flags(PLACES)
+    hooks.register_flags(HOOK_POINTS)
 
 
 def activate(configuration: ServingConfiguration) -> None:
     """Let this process serve a profile."""
-    hooks.activate(PLACES, configuration)
+    hooks.activate(HOOK_POINTS, configuration)
 
 
 def _place(configurator: Any) -> Any:
@@ -85,7 +85,7 @@ def _configure(original: Callable[..., Any], configurator: Any, **named: Any) ->
         result = original(configurator, **named)
         place, which, world = _place(configurator), rank.served_profile(hooks.active()), get_world_group()
         pool, tokens = result.token_to_kv_pool, result.max_total_num_tokens
-        rank.agree(pool, tokens, place, which, world.rank_in_group, world.world_size)
+        rank.check_ranks(pool, tokens, place, which, world.rank_in_group, world.world_size)
     return result
 
 
@@ -96,7 +96,7 @@ def _resolved(arguments: Any) -> Any:
     return resolved_view(arguments)
 
 
-PLACES: Final = hooks.HookPoints(
+HOOK_POINTS: Final = hooks.HookPoints(
     version="0.5.23",
     arguments="sglang.srt.server_args.ServerArgs",
     ready="sglang.srt.entrypoints.engine._wait_for_scheduler_ready",

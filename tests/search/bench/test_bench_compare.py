@@ -84,12 +84,12 @@ def test_any_statistic_is_drawn_alike() -> None:
 
 def test_stand_ins_have_the_summarys_percentiles() -> None:
     summary = made.summary(list(np.random.default_rng(0).gamma(3, 1, 5000)))
-    values = intervals.stand_ins(summary, 1)
+    values = intervals.values_from_summary(summary, 1)
     assert len(values) == 5000
     again = made.summary(list(values))
     for name in ("p50", "p90", "p99"):
         assert getattr(again, name) == pytest.approx(getattr(summary, name), rel=1e-2)
-    assert len(intervals.stand_ins(summary, 8)) == 625
+    assert len(intervals.values_from_summary(summary, 8)) == 625
 
 
 # comparisons

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvtuner_search.bench import client
 from kvtuner_search.bench.client import FAILURES, RequestResult, TimedRequest
-from kvtuner_search.bench.pulse import Pulse
+from kvtuner_search.bench.pulse import EventLoopLag
 from kvtuner_search.errors import DataError
 
 WHOLE = RequestResult(
@@ -165,7 +165,7 @@ def test_a_blocked_loop_shows_in_its_pulse() -> None:
     """The loop is kept from running for 0.2 s of processor time, so its tick must be late, and its thread must have been busy."""
 
     async def work() -> tuple[float, float]:
-        async with Pulse() as pulse:
+        async with EventLoopLag() as pulse:
             start = time.perf_counter()
             await asyncio.sleep(0.02)
             used = time.thread_time()

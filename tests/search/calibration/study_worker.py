@@ -27,7 +27,7 @@ def main(storage: str, trials: int, seconds: float) -> None:
         return TrialOutcome(space.cost(choices), (loss, loss), True)
 
     study = Study(open_storage(storage), "test", "tpe", 7)
-    study.bury()
+    study.fail_abandoned()
     study.enqueue(space, anchors(space, uniform_pairs(CLASSES), [], [budget]))
     study.run(space, objective, trials, [budget])
 

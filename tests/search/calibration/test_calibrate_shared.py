@@ -68,7 +68,7 @@ def test_a_worker_that_is_told_to_end_says_so(number: int, tiny_model: Path, tmp
     workers = {name: value for name, value in study.study.user_attrs.items() if name.startswith("worker:")}
     assert len(workers) == 1
     assert set(workers.values()) == {None}
-    study.bury()  # at the most a trial that was just being taken
+    study.fail_abandoned()  # at the most a trial that was just being taken
     assert not study.study.get_trials(states=(TrialState.RUNNING,))
 
 

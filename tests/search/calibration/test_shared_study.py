@@ -42,7 +42,7 @@ def storages(tmp_path: Path) -> list[str]:
 
 def join(storage: str, sampler: str = "tpe") -> Study:
     study = Study(open_storage(storage), "test", sampler, 7)
-    study.bury()
+    study.fail_abandoned()
     return study
 
 
@@ -184,7 +184,7 @@ def test_a_live_trial_is_left_alone_and_a_dead_one_is_done_again(
             time.sleep(0.05)
         if where == "container":  # of the same host name, with process ids of its own
             monkeypatch.setattr(workers, "_namespace", lambda: "pid:[1]")
-        assert me.bury() == 0
+        assert me.fail_abandoned() == 0
         me.enqueue(SPACE, ANCHORS)
         me.run(SPACE, score, 3, [BUDGET])
         assert running() == [0]
@@ -204,9 +204,9 @@ def test_a_trial_that_is_not_signed_yet_is_left_to_whoever_may_be_alive(tmp_path
     me, other = (join(storages(tmp_path)[0]) for _ in range(2))
     me.enqueue(SPACE, ANCHORS[:1])
     other.study.ask()  # and before it signs, it is stopped for as long as you like
-    assert me.bury() == 0
+    assert me.fail_abandoned() == 0
     other.close()
-    assert me.bury() == 1
+    assert me.fail_abandoned() == 1
 
 
 def test_a_trial_that_somebody_failed_counts_all_the_same(tmp_path: Path) -> None:
