@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kvtuner_search.bench import claims
-from kvtuner_search.bench.claims import AdapterReport
+from kvtuner_search.bench.claims import AdapterReport, judge, setup_of
 from kvtuner_search.bench.floors import Setup, floor_of
 from kvtuner_search.bench.record import Floor, Section, Shape, Violation
 from kvtuner_search.errors import DataError
@@ -50,10 +49,10 @@ def tables(report: AdapterReport) -> ClaimedTables:
     machine = report.hardware
     title = f"{report.model} on {machine.gpus} x {machine.gpu}, TP={report.parallel.tp} x PP={report.parallel.pp}"
     try:
-        setup = claims.setup_of(report)
+        setup = setup_of(report)
     except DataError as error:
         return ClaimedTables(report, title, list(_cells(report, None, {})), [], [f"no floors: {error}"])
-    verdict = claims.judge(report, setup)
+    verdict = judge(report, setup)
     found: dict[str, list[str]] = {}
     for violation in verdict.violations:
         found.setdefault(violation.where, []).append(violation.figure)

@@ -22,7 +22,7 @@ from kvtuner_search.bench.load import run_cell
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.bench.watch import Watch
 from kvtuner_search.errors import UsageError
-from kvtuner_search.servers.client import Answer, Client, ServerError, TimedRequest
+from kvtuner_search.servers.client import Answer, Client, Request, ServerError
 from kvtuner_search.servers.facts import Facts
 from kvtuner_search.servers.info import ServerInfo
 
@@ -71,7 +71,7 @@ def asked(url: str, question: Callable[[Client], Any], **more: Any) -> Any:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_named(fault: str) -> None:
     with misbehaving(fault) as url:
-        for question in (lambda client: client.info(), lambda client: client.generate(TimedRequest(PROMPT))):
+        for question in (lambda client: client.info(), lambda client: client.generate(Request(PROMPT))):
             with pytest.raises(ServerError, match=SAID[fault]) as caught:
                 asked(url, question, timeout=patience(fault))
             assert url in str(caught.value)
@@ -217,7 +217,7 @@ HUGE = 10**400
     ],
 )
 def test_values_are_checked_at_the_door(changes: dict[str, Any], said: str) -> None:
-    request = TimedRequest(PROMPT, 2, output_logprobs=True)
+    request = Request(PROMPT, 2, output_logprobs=True)
     good = Answer.of(request, GOOD, 8192)
     assert (good.output_ids, good.cached_tokens, good.output_logprobs) == ((1, 2), 3, (-0.5, -0.5))
     content = json.loads(json.dumps(GOOD))
@@ -231,7 +231,7 @@ def test_values_are_checked_at_the_door(changes: dict[str, Any], said: str) -> N
 def test_what_rounding_lifts_above_zero_counts_as_zero() -> None:
     rows = [[1.2e-7, 1, None], [0, 2, None]]
     content = GOOD | {"meta_info": GOOD["meta_info"] | {"output_token_logprobs": rows, "cached_tokens": None}}
-    answer = Answer.of(TimedRequest(PROMPT, 2, output_logprobs=True), content, 8192)
+    answer = Answer.of(Request(PROMPT, 2, output_logprobs=True), content, 8192)
     assert (answer.output_logprobs, answer.cached_tokens) == ((0.0, 0.0), 0)
 
 
