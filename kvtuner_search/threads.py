@@ -23,7 +23,7 @@ LEAST: Final = 2  # with a core each or not, two that sleep while they wait were
 SAMPLE: Final = 0.1  # seconds in which other programs are watched
 
 
-def settle() -> None:
+def limit_threads() -> None:
     """Let torch's threads sleep while they wait, and be no more than cores are free. What the environment says already, holds."""
     if "torch" in sys.modules:
         return

@@ -38,7 +38,7 @@ class Account(Strict):
         return [name for name in ours if ours[name] != theirs[name]]
 
 
-class Session(Strict):
+class SessionRecord(Strict):
     """What was known when a server was left."""
 
     checks: list[Check]

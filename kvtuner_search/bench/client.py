@@ -20,7 +20,7 @@ import aiohttp
 from pydantic_core import from_json  # about three times as fast as json, and pydantic brings it along
 
 from kvtuner_search.addresses import authorization
-from kvtuner_search.bench.pulse import Pulse
+from kvtuner_search.bench.pulse import EventLoopLag
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, remember
@@ -62,7 +62,7 @@ _IDS: Final = 2**31  # where the vocabulary is not known
 
 
 @dataclass(frozen=True)
-class Request:
+class TimedRequest:
     """What is sent; made before the clock runs."""
 
     index: int  # position among the cell's measured prompts; negative: warm-up
@@ -82,7 +82,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Result:
+class RequestResult:
     """What came of one request."""
 
     index: int  # position among the cell's measured prompts; negative: warm-up
@@ -162,7 +162,7 @@ class Result:
             ) from error
 
 
-_FIELDS: Final = tuple(field.name for field in fields(Result))
+_FIELDS: Final = tuple(field.name for field in fields(RequestResult))
 
 
 class _Fault(Exception):
@@ -176,7 +176,7 @@ class _Fault(Exception):
 class _Answer:
     """One answer as it comes in."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: TimedRequest) -> None:
         self.request = request
         self.status: int | None = None
         self.tokens: list[int] = []
@@ -312,12 +312,12 @@ def session(timeout: float, stall: float, key: str | None = None) -> aiohttp.Cli
 async def ask(
     http: aiohttp.ClientSession,
     url: str,
-    request: Request,
-    pulse: Pulse,
+    request: TimedRequest,
+    pulse: EventLoopLag,
     epoch: float,
     round_: int,
     due: float | None = None,
-) -> Result:
+) -> RequestResult:
     """Send one request and read its answer to the end. Never raises for what a server does.
 
     Args:
@@ -357,7 +357,7 @@ async def ask(
     except aiohttp.ClientError as error:
         fault = _Fault("malformed", f"{type(error).__name__}: {error}")
     lag, busy = pulse.since(called)
-    return Result(
+    return RequestResult(
         index=request.index,
         round=round_,
         sent=round(epoch + began, 6),

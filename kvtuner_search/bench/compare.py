@@ -54,7 +54,7 @@ class Ratio(NamedTuple):
     samples: tuple[int, int]  # requests in A and in B
 
 
-class Row(NamedTuple):
+class ComparedFigure(NamedTuple):
     """One figure of one cell in both records."""
 
     section: Section
@@ -86,12 +86,12 @@ class Difference(NamedTuple):
     warn: bool
 
 
-class Comparison(NamedTuple):
+class RecordComparison(NamedTuple):
     """Two records, paired."""
 
     a: Record
     b: Record
-    rows: list[Row]
+    rows: list[ComparedFigure]
     capacity: float  # tokens of B's cache over A's
     unpaired: list[str]  # cells that only one has, or that one has no speed of
     differences: list[Difference]
@@ -149,7 +149,7 @@ def layout(record: Record) -> tuple[int, int, int]:
     return served.tensor_parallel, served.pipeline_parallel, served.nodes
 
 
-def compare(a: Record, b: Record, paths: tuple[Path, Path] | None = None) -> Comparison:
+def compare(a: Record, b: Record, paths: tuple[Path, Path] | None = None) -> RecordComparison:
     """Pair the cells of two records and compare their figures.
 
     Args:
@@ -167,7 +167,7 @@ def compare(a: Record, b: Record, paths: tuple[Path, Path] | None = None) -> Com
     rows = [row for old, new in pairs for row in _rows(old, new, raw[0], raw[1])]
     if not rows:
         raise NotComparableError("the records have no cell with speed in common: run the same preset for both")
-    return Comparison(a, b, rows, b.served.token_capacity / a.served.token_capacity, unpaired, _differences(a, b))
+    return RecordComparison(a, b, rows, b.served.token_capacity / a.served.token_capacity, unpaired, _differences(a, b))
 
 
 def _refuse(a: Record, b: Record) -> None:
@@ -212,7 +212,7 @@ def _pair(a: Record, b: Record) -> tuple[list[tuple[Cell, Cell]], list[str]]:
     return [(cell, new[key]) for key, cell in old.items() if key in new], list(unpaired)
 
 
-def _rows(old: Cell, new: Cell, raw_old: dict[str, Timings], raw_new: dict[str, Timings]) -> Iterator[Row]:
+def _rows(old: Cell, new: Cell, raw_old: dict[str, Timings], raw_new: dict[str, Timings]) -> Iterator[ComparedFigure]:
     assert old.speed is not None
     assert new.speed is not None
     for metric in METRICS[old.section]:
@@ -224,7 +224,7 @@ def _rows(old: Cell, new: Cell, raw_old: dict[str, Timings], raw_new: dict[str, 
         found = intervals.ratio(*values, flight if basis == "requests" else (1, 1), metric.statistic)
         samples = (old.speed.latency.samples, new.speed.latency.samples)
         ratio = Ratio(b / a, found, basis if found else "none", samples)
-        yield Row(old.section, old.title, metric.name, metric.unit, metric.better, a, b, ratio)
+        yield ComparedFigure(old.section, old.title, metric.name, metric.unit, metric.better, a, b, ratio)
 
 
 def _values(
@@ -239,7 +239,7 @@ def _values(
 
 def _stand_in(metric: Metric, side: tuple[Cell, Speed, dict[str, Timings]]) -> Floats:
     summary = metric.summary(side[1])
-    return np.zeros(0) if summary is None else intervals.stand_ins(summary, side[0].shape.concurrency)
+    return np.zeros(0) if summary is None else intervals.values_from_summary(summary, side[0].shape.concurrency)
 
 
 def _differences(a: Record, b: Record) -> list[Difference]:
@@ -291,7 +291,7 @@ def layout_text(record: Record) -> str:
     return f"TP={tensor}{stages}" + (f", {nodes} nodes" if nodes > 1 else "")
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: RecordComparison) -> dict[str, Any]:
     """What ``bench compare --json`` prints."""
     return {
         "a": {

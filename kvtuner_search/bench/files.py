@@ -48,7 +48,7 @@ def loads(data: bytes, source: str) -> Record:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(
             f'{source} has no "format": "{FORMAT}": it is no benchmark record; `kvtuner-search bench` writes them,'
-            " and a report to compare with goes after --seed"
+            " and a report to compare with goes after --claims"
         )
     version = content.get("version")
     if not isinstance(version, int) or isinstance(version, bool):

@@ -14,7 +14,7 @@ from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.text import printable
 
 
-class Row(NamedTuple):
+class GpuModel(NamedTuple):
     """One GPU of the table."""
 
     name: str  # as nvidia-smi says it, without memory and form factor where they decide nothing
@@ -36,22 +36,22 @@ _B200: Final = (
 
 # docs/bench-floors.md says how on_chip and boost are made up.
 TABLE: Final = (
-    Row("NVIDIA B200", "b200( 180gb| 192gb)?", 8.0e12, 2250e12, 180, 0.25e9, 1.1, _B200),
-    Row("NVIDIA H200", "h200( sxm5?)?( 141gb)?( hbm3e)?", 4.8e12, 989.5e12, 141, 0.13e9, 1.1, _H200),
-    Row("NVIDIA H200 NVL", "h200 nvl( 141gb)?", 4.8e12, 835.5e12, 141, 0.13e9, 1.3, _H200),
-    Row("NVIDIA H100 SXM", "h100( sxm5?)?( 80gb)?( hbm3)?", 3.35e12, 989.5e12, 80, 0.13e9, 1.1, _H100),
-    Row("NVIDIA H100 PCIe", "h100 pcie( 80gb)?|h100 80gb pcie", 2.0e12, 756.5e12, 80, 0.13e9, 1.1, _H100),
-    Row("NVIDIA H100 NVL", "h100 nvl( 94gb)?", 3.9e12, 835.5e12, 94, 0.13e9, 1.3, _H100),
-    Row("NVIDIA A100 SXM 80GB", "a100( sxm4?)? 80gb", 2.039e12, 312e12, 80, 0.1e9, 1.05, _A100),
-    Row("NVIDIA A100 PCIe 80GB", "a100 80gb pcie|a100 pcie 80gb", 1.935e12, 312e12, 80, 0.1e9, 1.05, _A100),
-    Row("NVIDIA A100 40GB", "a100( sxm4?| pcie)? 40gb", 1.555e12, 312e12, 40, 0.1e9, 1.05, _A100),
-    Row("NVIDIA L40S", "l40s( 48gb)?", 0.864e12, 362.05e12, 48, 0.16e9, 1.05, "NVIDIA L40S data sheet"),
-    Row("NVIDIA L4", "l4( 24gb)?", 0.3e12, 121e12, 24, 0.08e9, 1.05, "NVIDIA L4 data sheet (rate with sparsity, halved)"),
-    Row("NVIDIA A10", "a10( 24gb)?", 0.6e12, 125e12, 24, 0.04e9, 1.05, "NVIDIA A10 data sheet"),
-    Row("NVIDIA GeForce RTX 5090", "(rtx )?5090( 32gb)?", 1.792e12, 209.5e12, 32, 0.17e9, 1.35, "NVIDIA RTX Blackwell GPU Architecture white paper"),
-    Row("NVIDIA GeForce RTX 4090", "(rtx )?4090( 24gb)?", 1.008e12, 165.2e12, 24, 0.13e9, 1.35, "NVIDIA Ada GPU Architecture white paper"),
-    Row("NVIDIA GeForce RTX 3090", "(rtx )?3090( 24gb)?", 0.936e12, 71e12, 24, 0.04e9, 1.35, "NVIDIA Ampere GA102 GPU Architecture white paper"),
-    Row("AMD Instinct MI300X", "mi300x( oam)?( 192gb)?", 5.3e12, 1307.4e12, 192, 0.5e9, 1.05, "AMD Instinct MI300X data sheet"),
+    GpuModel("NVIDIA B200", "b200( 180gb| 192gb)?", 8.0e12, 2250e12, 180, 0.25e9, 1.1, _B200),
+    GpuModel("NVIDIA H200", "h200( sxm5?)?( 141gb)?( hbm3e)?", 4.8e12, 989.5e12, 141, 0.13e9, 1.1, _H200),
+    GpuModel("NVIDIA H200 NVL", "h200 nvl( 141gb)?", 4.8e12, 835.5e12, 141, 0.13e9, 1.3, _H200),
+    GpuModel("NVIDIA H100 SXM", "h100( sxm5?)?( 80gb)?( hbm3)?", 3.35e12, 989.5e12, 80, 0.13e9, 1.1, _H100),
+    GpuModel("NVIDIA H100 PCIe", "h100 pcie( 80gb)?|h100 80gb pcie", 2.0e12, 756.5e12, 80, 0.13e9, 1.1, _H100),
+    GpuModel("NVIDIA H100 NVL", "h100 nvl( 94gb)?", 3.9e12, 835.5e12, 94, 0.13e9, 1.3, _H100),
+    GpuModel("NVIDIA A100 SXM 80GB", "a100( sxm4?)? 80gb", 2.039e12, 312e12, 80, 0.1e9, 1.05, _A100),
+    GpuModel("NVIDIA A100 PCIe 80GB", "a100 80gb pcie|a100 pcie 80gb", 1.935e12, 312e12, 80, 0.1e9, 1.05, _A100),
+    GpuModel("NVIDIA A100 40GB", "a100( sxm4?| pcie)? 40gb", 1.555e12, 312e12, 40, 0.1e9, 1.05, _A100),
+    GpuModel("NVIDIA L40S", "l40s( 48gb)?", 0.864e12, 362.05e12, 48, 0.16e9, 1.05, "NVIDIA L40S data sheet"),
+    GpuModel("NVIDIA L4", "l4( 24gb)?", 0.3e12, 121e12, 24, 0.08e9, 1.05, "NVIDIA L4 data sheet (rate with sparsity, halved)"),
+    GpuModel("NVIDIA A10", "a10( 24gb)?", 0.6e12, 125e12, 24, 0.04e9, 1.05, "NVIDIA A10 data sheet"),
+    GpuModel("NVIDIA GeForce RTX 5090", "(rtx )?5090( 32gb)?", 1.792e12, 209.5e12, 32, 0.17e9, 1.35, "NVIDIA RTX Blackwell GPU Architecture white paper"),
+    GpuModel("NVIDIA GeForce RTX 4090", "(rtx )?4090( 24gb)?", 1.008e12, 165.2e12, 24, 0.13e9, 1.35, "NVIDIA Ada GPU Architecture white paper"),
+    GpuModel("NVIDIA GeForce RTX 3090", "(rtx )?3090( 24gb)?", 0.936e12, 71e12, 24, 0.04e9, 1.35, "NVIDIA Ampere GA102 GPU Architecture white paper"),
+    GpuModel("AMD Instinct MI300X", "mi300x( oam)?( 192gb)?", 5.3e12, 1307.4e12, 192, 0.5e9, 1.05, "AMD Instinct MI300X data sheet"),
 )  # fmt: skip
 
 _GIVEN: Final = {"bandwidth": "bytes/s", "flops": "operations/s", "memory": "bytes", "on_chip": "bytes"}

@@ -96,7 +96,7 @@ def _drawn(values: Floats, size: int, statistic: Statistic, rng: np.random.Gener
     return np.concatenate(parts)
 
 
-def stand_ins(summary: Summary, block: int) -> Floats:
+def values_from_summary(summary: Summary, block: int) -> Floats:
     """[samples // block] values that have the summary's percentiles: evenly spaced on the broken line through them.
 
     One value stands for a whole block, because a summary does not say which requests ran together: requests that ran together then

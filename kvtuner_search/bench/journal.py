@@ -3,7 +3,7 @@
 A line is one of
 ``{"server": {...}}``: who answers from here on;
 ``{"cell": key, "begin": {"section": ..., "shape": {...}}}``: an attempt at a cell; what stands of that cell before is void;
-``{"cell": key, "result": {...}}``: one request, a ``client.Result`` as JSON;
+``{"cell": key, "result": {...}}``: one request, a ``client.RequestResult`` as JSON;
 ``{"cell": key, "reading": {...}}``: free slots and memory between two rounds;
 ``{"cell": key, "end": true}``: the attempt was finished; a cell without it is measured again;
 ``{"session": {"checks": [...], "scrapes": [...]}}``: what was known at the end of a session with a server.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from kvtuner_search.bench.client import Result
+from kvtuner_search.bench.client import RequestResult
 from kvtuner_search.bench.record import Reading, Section, Shape
 from kvtuner_search.errors import DataError
 from kvtuner_search.servers.folder import whole_lines
@@ -30,7 +30,7 @@ class CellLog:
 
     section: Section
     shape: Shape
-    results: list[Result] = field(default_factory=list)
+    results: list[RequestResult] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)  # before the first round, and after each
     done: bool = False  # the attempt was finished
 
@@ -60,7 +60,7 @@ class Contents:
             begin = line["begin"]
             self.cells[line["cell"]] = CellLog(begin["section"], Shape.model_validate(begin["shape"]))
         elif "result" in line:
-            self.cells[line["cell"]].results.append(Result.from_json(line["result"]))
+            self.cells[line["cell"]].results.append(RequestResult.from_json(line["result"]))
         elif "reading" in line:
             self.cells[line["cell"]].readings.append(Reading.model_validate(line["reading"]))
         else:
@@ -91,7 +91,7 @@ def open_contents(path: Path) -> Contents:
     return contents
 
 
-class Journal:
+class RequestJournal:
     """Appends to the journal of a run; each line is handed to the system before the next is written."""
 
     def __init__(self, path: Path) -> None:
@@ -116,7 +116,7 @@ class Journal:
         self.cells[key] = CellLog(section, shape)
         return self.cells[key]
 
-    def result(self, key: str, result: Result) -> None:
+    def result(self, key: str, result: RequestResult) -> None:
         """Keep one request."""
         self._write({"cell": key, "result": result.to_json()})
         self.cells[key].results.append(result)

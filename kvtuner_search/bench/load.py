@@ -18,8 +18,8 @@ from typing import Final
 
 from kvtuner_search.addresses import check_url
 from kvtuner_search.bench import client
-from kvtuner_search.bench.client import Request, Result
-from kvtuner_search.bench.pulse import uncollected
+from kvtuner_search.bench.client import RequestResult, TimedRequest
+from kvtuner_search.bench.pulse import without_gc
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.bench.sender import Block, Job, Sender
 from kvtuner_search.bench.summary import elapsed as elapsed
@@ -42,13 +42,13 @@ def run_cell(
     rounds: int = 1,
     timeout: float = 600.0,
     stall: float = 120.0,
-    journal: Callable[[Result], None] | None = None,
+    journal: Callable[[RequestResult], None] | None = None,
     advance: Callable[[], None] | None = None,
     workers: int | None = None,
     seed: int = 0,
     key: str | None = None,
     vocabulary: int | None = None,
-) -> list[Result]:
+) -> list[RequestResult]:
     """Send the requests of one cell and wait for all answers.
 
     Args:
@@ -86,14 +86,14 @@ def run_cell(
     url = check_url(url, key)
     name = secrets.token_hex(8)  # an answer to an earlier request with the same prompt must not pass for this one's
     requests = tuple(
-        Request.of(index - warmup, f"{name}-{index}", prompt, shape.output_tokens, vocabulary)
+        TimedRequest.of(index - warmup, f"{name}-{index}", prompt, shape.output_tokens, vocabulary)
         for index, prompt in enumerate(prompts)
     )
     job = Job(url + "/generate", requests, timeout, stall, time.time() - time.perf_counter(), key)
     blocks = list(_blocks(count, warmup, rounds, rate, seed))
-    found: dict[int, Result] = {}
+    found: dict[int, RequestResult] = {}
 
-    def emit(result: Result) -> None:
+    def emit(result: RequestResult) -> None:
         if journal is not None:
             journal(result)
         if not result.warmup:
@@ -102,7 +102,7 @@ def run_cell(
                 advance()
 
     processes = min(workers or _workers(concurrency), concurrency)
-    with uncollected():
+    with without_gc():
         if processes == 1:
             asyncio.run(_alone(job, blocks, concurrency, emit))
         else:
@@ -131,15 +131,15 @@ def _blocks(count: int, warmup: int, rounds: int, rate: float | None, seed: int)
         yield Block(first, first + size, number, due)
 
 
-async def _alone(job: Job, blocks: Sequence[Block], concurrency: int, emit: Callable[[Result], None]) -> None:
+async def _alone(job: Job, blocks: Sequence[Block], concurrency: int, emit: Callable[[RequestResult], None]) -> None:
     async with client.session(job.timeout, job.stall, job.key) as http:
         sender = Sender(http, job, concurrency, emit)
         for block in blocks:
             await sender.send(block, partial(next, iter(range(block.first, block.last)), None))
 
 
-def _not_sent(request: Request, round_: int, epoch: float) -> Result:
-    return Result(
+def _not_sent(request: TimedRequest, round_: int, epoch: float) -> RequestResult:
+    return RequestResult(
         index=request.index,
         round=round_,
         sent=round(epoch + time.perf_counter(), 6),

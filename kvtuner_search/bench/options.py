@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvtuner_search.bench.presets import Step
+from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.record import Hardware
-from kvtuner_search.bench.slo import Objective
+from kvtuner_search.bench.slo import ServiceObjective
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class BenchOptions:
     server_arguments: tuple[str, ...]  # for a server that is started
     server_python: str  # interpreter of the environment that has SGLang
     preset: str  # its name, or ``custom``
-    steps: Sequence[Step]  # its cells
-    objectives: Sequence[Objective]
+    steps: Sequence[CellPlan]  # its cells
+    objectives: Sequence[ServiceObjective]
     hardware: Hardware | None  # given; None: detect
     seed: int  # of the prompts
     timeout: float  # seconds for one request

@@ -15,7 +15,7 @@ TICK: Final = 0.010  # seconds
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def without_gc() -> Iterator[None]:
     """Keep Python's cyclic collector from running in the block: with the results of 20,000 requests it stops everything for 0.2 s now and then.
 
     What is freed by reference counts is freed as ever; requests leave few cycles behind.
@@ -29,7 +29,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class Pulse:
+class EventLoopLag:
     """A task that wants to wake every 10 ms and notes how late it is, and the processor time of its thread: what a request could not be served with."""
 
     def __init__(self) -> None:

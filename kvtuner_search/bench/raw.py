@@ -14,7 +14,7 @@ from kvtuner_search.bench.record import Cell, Record
 from kvtuner_search.errors import DataError
 
 if TYPE_CHECKING:
-    from kvtuner_search.bench.client import Result
+    from kvtuner_search.bench.client import RequestResult
 
 MAX_BYTES: Final = 2**30
 _REMEDY: Final = "move it away to compare by the summaries"
@@ -55,7 +55,7 @@ def timings_beside(record_path: Path, record: Record) -> dict[str, Timings]:
     return found
 
 
-def _timings(results: Sequence[Result]) -> Timings | None:
+def _timings(results: Sequence[RequestResult]) -> Timings | None:
     whole = sorted((r for r in results if r.whole and not r.warmup), key=lambda result: result.sent)
     rows = np.array([(r.ttft, r.latency, math.nan if r.per_token is None else r.per_token) for r in whole])
     return Timings(*rows.T) if len(rows) else None

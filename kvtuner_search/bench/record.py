@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvtuner_search.profile.fields import Count, Digest, Measure, Name, Number, Positive, Strict
 
 FORMAT: Final = "kvtuner-bench"
 VERSION: Final = 1
+RENAMED: Final = {"seed": "legacy"}  # presets of earlier versions -> what they are called now
 
 Section = Literal["ttft", "throughput", "long", "batch", "memory"]
 SECTIONS: Final[tuple[Section, ...]] = ("ttft", "throughput", "long", "batch", "memory")
@@ -355,7 +356,7 @@ class Record(Strict):
     command: Annotated[str, Field(min_length=1, max_length=4096)]
     """The command, without this machine's folders."""
     preset: Name
-    """quick, seed, full, or custom."""
+    """quick, legacy, full, or custom."""
     environment: Environment
     """Mandatory."""
     model: Model
@@ -378,6 +379,11 @@ class Record(Strict):
     """Service-level objectives."""
     violations: list[Violation] = []
     """Why this is no result; empty for a good run."""
+
+    @field_validator("preset")
+    @classmethod
+    def _of_today(cls, preset: str) -> str:
+        return RENAMED.get(preset, preset)
 
     @property
     def correct(self) -> bool:

@@ -11,11 +11,11 @@ from typing import Final
 
 from kvtuner_search.addresses import check_url
 from kvtuner_search.bench import files, floors, judge, load, slo
-from kvtuner_search.bench.account import Account, Session, account_of
-from kvtuner_search.bench.journal import REQUESTS, CellLog, Journal
+from kvtuner_search.bench.account import Account, SessionRecord, account_of
+from kvtuner_search.bench.journal import REQUESTS, CellLog, RequestJournal
 from kvtuner_search.bench.options import BenchOptions
 from kvtuner_search.bench.record import Cell, Check, Environment, Record, Scrape, Violation
-from kvtuner_search.bench.session import Place, Visit, busiest, key_of
+from kvtuner_search.bench.session import BenchServer, BenchSession, busiest, key_of
 from kvtuner_search.bench.watch import merge
 from kvtuner_search.errors import UsageError
 from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
@@ -24,9 +24,9 @@ from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.progress import Reporter
 from kvtuner_search.secrets import mask, mask_arguments
-from kvtuner_search.servers.folder import Folder
+from kvtuner_search.servers.folder import RunFolder
 from kvtuner_search.servers.host import processor, server_versions, tool
-from kvtuner_search.servers.process import serving
+from kvtuner_search.servers.process import started_server
 from kvtuner_search.serving.sglang.arguments import api_key
 from kvtuner_search.serving.sglang.model import served_model
 
@@ -34,7 +34,7 @@ RECORD: Final = "record.json"
 LOG: Final = "server.log"
 
 
-class Run:
+class BenchRun:
     """A benchmark in a folder of its own.
 
     Raises:
@@ -65,7 +65,7 @@ class Run:
             "server arguments": mask_arguments(options.server_arguments),
             "url": options.url and mask(options.url),
         }
-        self.folder = Folder(
+        self.folder = RunFolder(
             options.folder,
             settings,
             resume=options.resume,
@@ -80,18 +80,18 @@ class Run:
         Raises:
             ServerError: if a server cannot be started or asked. What was measured is kept.
         """
-        journal = Journal(self.folder.path / REQUESTS)
+        journal = RequestJournal(self.folder.path / REQUESTS)
         try:
             if not self._complete(journal):
                 with self._server() as place:
-                    Visit(self.options, self.profile, self.model_path, place, journal, self.reporter).measure()
+                    BenchSession(self.options, self.profile, self.model_path, place, journal, self.reporter).measure()
             record = self._record(journal)
         finally:
             journal.close()
         files.write(record, self.folder.path / RECORD)
         return record
 
-    def _complete(self, journal: Journal) -> bool:
+    def _complete(self, journal: RequestJournal) -> bool:
         """Whether a server that passed its checks has answered every cell."""
         contents = journal.contents
         if contents.server is None or not account_of(contents.server).correct:
@@ -102,11 +102,11 @@ class Run:
         return all(log is not None and log.done for log in logs)
 
     @contextmanager
-    def _server(self) -> Iterator[Place]:
+    def _server(self) -> Iterator[BenchServer]:
         """A server that is ready."""
         options = self.options
         if self.url is not None:
-            yield Place(self.url, key=self.key)
+            yield BenchServer(self.url, key=self.key)
             return
         versions = server_versions(options.server_python)
         arguments = ["--model-path", str(self.model_path), *options.server_arguments]
@@ -114,15 +114,15 @@ class Run:
             arguments += ["--kvtuner-profile", str(options.profile.resolve())]
         if "--enable-metrics" not in arguments:
             arguments += ["--enable-metrics"]
-        with serving(options.server_python, arguments, self.folder.path / LOG) as server:
+        with started_server(options.server_python, arguments, self.folder.path / LOG) as server:
             with self.reporter.stage("start of the server"):
                 asyncio.run(server.wait_until_ready(options.start_timeout))
-            yield Place(server.url, server, arguments, versions, self.key)
+            yield BenchServer(server.url, server, arguments, versions, self.key)
 
-    def _record(self, journal: Journal) -> Record:
+    def _record(self, journal: RequestJournal) -> Record:
         assert journal.contents.server is not None
         account = account_of(journal.contents.server)
-        sessions = [Session.model_validate(found) for found in journal.contents.sessions]
+        sessions = [SessionRecord.model_validate(found) for found in journal.contents.sessions]
         checks = account.checks + _last_of_each([check for session in sessions for check in session.checks])
         correct = all(check.passed for check in checks)
         scrapes: list[Scrape] = []

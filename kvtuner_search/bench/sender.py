@@ -11,8 +11,8 @@ from typing import Final
 import aiohttp
 
 from kvtuner_search.bench import client
-from kvtuner_search.bench.client import Request, Result
-from kvtuner_search.bench.pulse import Pulse
+from kvtuner_search.bench.client import RequestResult, TimedRequest
+from kvtuner_search.bench.pulse import EventLoopLag
 
 GIVE_UP: Final = 8  # failures in a row, in one process, after which the rest is not sent (two if nothing comes): a dead server is not asked for hours
 
@@ -32,7 +32,7 @@ class Job:
     """All that a process needs to send its part of a cell."""
 
     url: str  # of /generate
-    requests: tuple[Request, ...]  # warm-up first
+    requests: tuple[TimedRequest, ...]  # warm-up first
     timeout: float
     stall: float
     epoch: float  # seconds since 1970 when the performance counter was 0
@@ -49,7 +49,9 @@ class Sender:
         emit: gets every result as it comes.
     """
 
-    def __init__(self, http: aiohttp.ClientSession, job: Job, lanes: int, emit: Callable[[Result], None]) -> None:
+    def __init__(
+        self, http: aiohttp.ClientSession, job: Job, lanes: int, emit: Callable[[RequestResult], None]
+    ) -> None:
         self._http, self._job, self._lanes, self._emit = http, job, lanes, emit
         self._failures = 0  # in a row
 
@@ -57,13 +59,13 @@ class Sender:
         """Send requests as ``take`` gives their numbers until it gives None; nothing once too many have failed."""
         start = time.perf_counter()
         try:
-            async with Pulse() as pulse, asyncio.TaskGroup() as group:
+            async with EventLoopLag() as pulse, asyncio.TaskGroup() as group:
                 for _ in range(min(self._lanes, block.last - block.first)):
                     group.create_task(self._lane(block, take, pulse, start))
         except BaseExceptionGroup as group_error:  # of ``emit``, e.g. a full disk; one is enough to say so
             raise group_error.exceptions[0] from None
 
-    async def _lane(self, block: Block, take: Callable[[], int | None], pulse: Pulse, start: float) -> None:
+    async def _lane(self, block: Block, take: Callable[[], int | None], pulse: EventLoopLag, start: float) -> None:
         job = self._job
         while self._failures < GIVE_UP and (number := take()) is not None:
             due = None

@@ -15,7 +15,7 @@ from kvtuner_search.profile.schema import Profile
 from kvtuner_search.secrets import mask_arguments
 from kvtuner_search.servers.client import BadAnswerError
 from kvtuner_search.servers.facts import Facts, resolve_dtype
-from kvtuner_search.servers.info import Info
+from kvtuner_search.servers.info import ServerInfo
 from kvtuner_search.serving.sglang.model import served_config
 
 STOCK: Final = "16-bit"
@@ -25,7 +25,7 @@ _HALF: Final = ("auto", "bfloat16", "bf16", "float16", "fp16")
 
 
 @dataclass(frozen=True)
-class Target:
+class ServerDescription:
     """One server, as the record describes it."""
 
     facts: Facts
@@ -45,7 +45,7 @@ def describe(
     profile: Profile | None,
     started: bool,
     arguments: Sequence[str],
-) -> Target:
+) -> ServerDescription:
     """Everything that the record says of a server.
 
     Args:
@@ -61,7 +61,7 @@ def describe(
         UsageError: if the model's config.json or the stored bytes cannot be known.
         NotComparableError: if a server with several ranks has another profile, whose stored bytes it does not tell.
     """
-    info = Info.of(content, url)
+    info = ServerInfo.of(content, url)
     facts = Facts.from_info(info)
     try:
         config = served_config(
@@ -87,7 +87,7 @@ def describe(
         raise BadAnswerError(
             f"{url} serves a model whose config.json, with its --json-model-override-args, describes none ({type(error).__name__}): see both"
         ) from error
-    return Target(
+    return ServerDescription(
         facts=facts,
         served=_served(info, facts, dtype, started, arguments),
         cache=_cache(info, facts, profile, facts_of_model, dtype, url),
@@ -111,7 +111,7 @@ def _last(path: str) -> str:
     return Path(path).name or path
 
 
-def _served(info: Info, facts: Facts, dtype: str, started: bool, arguments: Sequence[str]) -> Served:
+def _served(info: ServerInfo, facts: Facts, dtype: str, started: bool, arguments: Sequence[str]) -> Served:
     speculative = info.speculative_algorithm
     steps, drafts = info.speculative_num_steps or 0, info.speculative_num_draft_tokens or 0
     return Served(
@@ -134,7 +134,7 @@ def _served(info: Info, facts: Facts, dtype: str, started: bool, arguments: Sequ
     )
 
 
-def _cache(info: Info, facts: Facts, profile: Profile | None, model: Model, dtype: str, url: str) -> Cache:
+def _cache(info: ServerInfo, facts: Facts, profile: Profile | None, model: Model, dtype: str, url: str) -> Cache:
     numbers = 2 * model.layers * model.kv_heads * model.head_dim  # that one token stores
     if facts.profile_digest is None:
         stored = info.kv_cache_dtype or "auto"
@@ -184,7 +184,7 @@ def first_device(base: object) -> str:
     return visible[index] if index < len(visible) else str(index)
 
 
-def _longest(info: Info, config: dict[str, Any]) -> int:
+def _longest(info: ServerInfo, config: dict[str, Any]) -> int:
     """Most tokens of a sequence. SGLang 0.5 keeps some of the context for itself, and says how many of a prompt are left."""
     if info.max_req_input_len is not None:
         return info.max_req_input_len + _RESERVED

@@ -12,16 +12,16 @@ from urllib.parse import urlsplit
 
 from kvtuner_search import __version__
 from kvtuner_search.bench import hardware, load
-from kvtuner_search.bench.account import Account, Session, account_of, refuse_another
-from kvtuner_search.bench.client import Result
+from kvtuner_search.bench.account import Account, SessionRecord, account_of, refuse_another
+from kvtuner_search.bench.client import RequestResult
 from kvtuner_search.bench.correctness import PROMPT_TOKENS, PROMPTS, check_answers, check_profile, check_totals
 from kvtuner_search.bench.cross_check import cross_check
-from kvtuner_search.bench.journal import Journal, cell_key
+from kvtuner_search.bench.journal import RequestJournal, cell_key
 from kvtuner_search.bench.options import BenchOptions
-from kvtuner_search.bench.presets import Step
+from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.prompts import draw
 from kvtuner_search.bench.record import Check, Hardware
-from kvtuner_search.bench.served import Target, describe
+from kvtuner_search.bench.served import ServerDescription, describe
 from kvtuner_search.bench.watch import Watch
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.schema import Profile
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class BenchServer:
     """A server that answers."""
 
     url: str
@@ -48,7 +48,7 @@ class Place:
     key: str | None = field(default=None, repr=False)  # sent as bearer token
 
 
-class Visit:
+class BenchSession:
     """Measure what is missing.
 
     Args:
@@ -64,8 +64,8 @@ class Visit:
         options: BenchOptions,
         profile: Profile | None,
         model: str | None,
-        place: Place,
-        journal: Journal,
+        place: BenchServer,
+        journal: RequestJournal,
         reporter: Reporter,
     ) -> None:
         self.options, self.profile, self.model = options, profile, model
@@ -148,12 +148,12 @@ class Visit:
                     ratios = self._cross_check()
         finally:
             checks = check_totals(returned, generated, watch.generated())
-            found = Session(checks=checks, scrapes=watch.scrapes(), cross_check=ratios)
+            found = SessionRecord(checks=checks, scrapes=watch.scrapes(), cross_check=ratios)
             self.journal.session(found.model_dump(mode="json"))
         if watch.fault is not None:
             raise watch.fault
 
-    def _cell(self, step: Step, watch: Watch) -> int:
+    def _cell(self, step: CellPlan, watch: Watch) -> int:
         """Measure one cell from its beginning; returns the tokens that came back."""
         key, shape = key_of(step), step.shape
         log = self.journal.begin(key, step.section, shape)
@@ -188,9 +188,9 @@ class Visit:
 
     def _stress(
         self,
-        step: Step,
+        step: CellPlan,
         prompts: Sequence[Sequence[int]],
-        send: Callable[..., list[Result]],
+        send: Callable[..., list[RequestResult]],
         watch: Watch,
         advance: Callable[[], None],
     ) -> None:
@@ -207,7 +207,7 @@ class Visit:
             if number == step.rounds:
                 break
 
-            def keep(result: Result, number: int = number, first: int = first) -> None:
+            def keep(result: RequestResult, number: int = number, first: int = first) -> None:
                 self.journal.result(key, replace(result, round=number, index=first + result.index))
 
             send(measured[first : first + count], shape, journal=keep, advance=advance)
@@ -227,7 +227,7 @@ class Visit:
                 **({} if self.key is None else {"key": self.key}),
             )
 
-    def _prompts(self, step: Step) -> list[list[int]]:
+    def _prompts(self, step: CellPlan) -> list[list[int]]:
         """Token ids of a cell, the warm-up's first."""
         count = step.warmup + step.shape.requests
         seed = f"{self.options.seed}:{key_of(step)}"
@@ -244,12 +244,12 @@ class Visit:
         self._ask(lambda client: client.flush())
 
 
-def key_of(step: Step) -> str:
+def key_of(step: CellPlan) -> str:
     """The journal's name of a step's cell."""
     return cell_key(step.section, step.shape)
 
 
-def busiest(steps: Sequence[Step]) -> Step:
+def busiest(steps: Sequence[CellPlan]) -> CellPlan:
     """The throughput cell with the most requests at a time.
 
     Raises:
@@ -261,13 +261,13 @@ def busiest(steps: Sequence[Step]) -> Step:
     return max(found, key=lambda step: step.shape.concurrency)
 
 
-def title(step: Step) -> str:
+def title(step: CellPlan) -> str:
     """A step for progress."""
     shape = step.shape
     return f"{step.section} {shape.input_tokens} in {shape.output_tokens} out x{shape.concurrency}"
 
 
-def check_room(steps: Sequence[Step], target: Target) -> None:
+def check_room(steps: Sequence[CellPlan], target: ServerDescription) -> None:
     """Refuse cells whose prompt and answer do not fit into the model's context or the cache.
 
     Raises:
@@ -282,6 +282,6 @@ def check_room(steps: Sequence[Step], target: Target) -> None:
         )
 
 
-def _tokens(step: Step) -> int:
+def _tokens(step: CellPlan) -> int:
     """That a sequence may come to; SGLang refuses a prompt that leaves no room for a handful of tokens."""
     return step.shape.input_tokens + max(step.shape.output_tokens, LEAST_ANSWER)

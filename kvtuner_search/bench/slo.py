@@ -30,7 +30,7 @@ UNITS: Final[dict[str, str]] = {
 }
 
 
-class Objective(NamedTuple):
+class ServiceObjective(NamedTuple):
     """One thing that was asked for."""
 
     name: str  # of UNITS
@@ -53,13 +53,13 @@ class _Found(NamedTuple):
     where: str
 
 
-def parse(text: str) -> list[Objective]:
+def parse(text: str) -> list[ServiceObjective]:
     """Read ``NAME=LIMIT,SECTION.NAME=LIMIT,...``.
 
     Raises:
         UsageError: for an unknown name or section, a limit that is no number of its unit, or a name given twice.
     """
-    found: list[Objective] = []
+    found: list[ServiceObjective] = []
     for part in text.split(","):
         title, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
@@ -71,7 +71,9 @@ def parse(text: str) -> list[Objective]:
             raise UsageError(f"--slo {title!r} is unknown: choose from {', '.join(UNITS)}")
         if dot and name in ("memory", "device_memory"):
             raise UsageError(f"--slo {title!r}: {name} is of the whole run: leave {section}. out")
-        objective = Objective(name, _limit(title, name, value), next((s for s in SECTIONS if s == section), None))
+        objective = ServiceObjective(
+            name, _limit(title, name, value), next((s for s in SECTIONS if s == section), None)
+        )
         if any(other[0] == name and other.section == objective.section for other in found):
             raise UsageError(f"--slo {title!r} is given twice: leave one out")
         found.append(objective)
@@ -90,7 +92,7 @@ def _limit(title: str, name: str, value: str) -> float:
     return limit
 
 
-def judge(objectives: Iterable[Objective], record: Record) -> list[Gate]:
+def judge(objectives: Iterable[ServiceObjective], record: Record) -> list[Gate]:
     """One gate an objective, on the record's cells and scrapes."""
     gates = []
     for objective in objectives:
@@ -114,7 +116,7 @@ def judge(objectives: Iterable[Objective], record: Record) -> list[Gate]:
     return gates
 
 
-def _worst(objective: Objective, record: Record) -> _Found:
+def _worst(objective: ServiceObjective, record: Record) -> _Found:
     name = objective.name
     if name == "memory":
         return _slots(record)

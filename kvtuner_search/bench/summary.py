@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Final
 
-from kvtuner_search.bench.client import FAILURES, Result
+from kvtuner_search.bench.client import FAILURES, RequestResult
 from kvtuner_search.bench.record import Cell, Section, Shape, Speed, Summary, Violation
 from kvtuner_search.errors import DataError
 
@@ -26,12 +26,12 @@ _INSTANT: Final = (
 _AT_ONCE: Final = 0.02  # ms a token between these reads: what reading takes, far below any decode step
 
 
-def measured(results: Sequence[Result]) -> list[Result]:
+def measured(results: Sequence[RequestResult]) -> list[RequestResult]:
     """Without the warm-up."""
     return [result for result in results if not result.warmup]
 
 
-def elapsed(results: Sequence[Result]) -> float:
+def elapsed(results: Sequence[RequestResult]) -> float:
     """Seconds from the first request sent to the last token received, each round by itself, so that pauses between rounds do not count.
 
     Failures are left out, but for a round in which nothing succeeded it is 0.
@@ -44,7 +44,7 @@ def elapsed(results: Sequence[Result]) -> float:
     return sum(last - first for first, last in spans.values())
 
 
-def summarise(section: Section, shape: Shape, results: Sequence[Result], seconds: float | None = None) -> Cell:
+def summarise(section: Section, shape: Shape, results: Sequence[RequestResult], seconds: float | None = None) -> Cell:
     """The cell of a record, floor left open. Only whole answers are samples; all others are failures by kind.
 
     Args:
@@ -77,7 +77,7 @@ def summarise(section: Section, shape: Shape, results: Sequence[Result], seconds
     )
 
 
-def _speed(whole: Sequence[Result], seconds: float) -> Speed:
+def _speed(whole: Sequence[RequestResult], seconds: float) -> Speed:
     per_token = [value for result in whole if (value := result.per_token) is not None]
     gaps = [gap for result in whole for gap in result.gaps]
     seconds = max(seconds, 1e-9)
@@ -95,7 +95,7 @@ def _speed(whole: Sequence[Result], seconds: float) -> Speed:
     )
 
 
-def _busy(whole: Sequence[Result]) -> float:
+def _busy(whole: Sequence[RequestResult]) -> float:
     total = sum(result.latency for result in whole)
     return sum(result.busy * result.latency for result in whole) / total if total else 0.0
 
@@ -110,7 +110,7 @@ def summary(values: Sequence[float]) -> Summary:
     )
 
 
-def violations(where: str, results: Sequence[Result]) -> list[Violation]:
+def violations(where: str, results: Sequence[RequestResult]) -> list[Violation]:
     """One for each kind of failure, and for answers that are whole but cannot be believed.
 
     Besides the kinds in ``client.FAILURES`` the rules are ``cached``, ``same-answer``, ``not-streamed`` and ``client-bound``.
@@ -136,7 +136,7 @@ def _violation(rule: str, where: str, figure: str, reason: str) -> Violation:
     return Violation(rule=rule, where=where, figure=figure, reason=reason)
 
 
-def _cached(where: str, whole: Sequence[Result]) -> Violation | None:
+def _cached(where: str, whole: Sequence[RequestResult]) -> Violation | None:
     """Prompts of a cell share no prefix, so more than chance hits means that prompts were seen before."""
     cached, sent = sum(result.cached_tokens for result in whole), sum(result.prompt_tokens for result in whole)
     if cached <= CHANCE * sent:
@@ -150,7 +150,7 @@ def _cached(where: str, whole: Sequence[Result]) -> Violation | None:
     )
 
 
-def _same_answer(where: str, whole: Sequence[Result]) -> Violation | None:
+def _same_answer(where: str, whole: Sequence[RequestResult]) -> Violation | None:
     answers = [result.tokens for result in whole]
     if len(answers) < 2 or len(answers[0]) < _ALIKE or len(set(answers[0])) == 1 or len(set(answers)) > 1:
         return None  # one token over and over is what random weights answer to anything
@@ -162,7 +162,7 @@ def _same_answer(where: str, whole: Sequence[Result]) -> Violation | None:
     )
 
 
-def _not_streamed(where: str, whole: Sequence[Result]) -> Violation | None:
+def _not_streamed(where: str, whole: Sequence[RequestResult]) -> Violation | None:
     late = sum(_in_one_piece(result) for result in whole)
     if late * 2 <= len(whole):
         return None
@@ -175,7 +175,7 @@ def _not_streamed(where: str, whole: Sequence[Result]) -> Violation | None:
     )
 
 
-def _in_one_piece(result: Result) -> bool:
+def _in_one_piece(result: RequestResult) -> bool:
     """Whether a proxy or the server had collected the whole answer: its lines came together, however many they are."""
     tokens, lines, times = len(result.tokens), len(result.arrivals), len({at for at, _ in result.arrivals})
     several_reads = tokens >= _LONG and tokens >= 4 * times and result.latency - result.ttft < _AT_ONCE * tokens
@@ -183,7 +183,7 @@ def _in_one_piece(result: Result) -> bool:
     return tokens > 1 and (lines == 1 or collected)
 
 
-def _client_bound(where: str, whole: Sequence[Result]) -> Violation | None:
+def _client_bound(where: str, whole: Sequence[RequestResult]) -> Violation | None:
     busy, lag, ttft = _busy(whole), median(result.lag for result in whole), median(result.ttft for result in whole)
     limit = max(LAG_FLOOR, LAG_SHARE * ttft)
     if elapsed(whole) < LAG_SECONDS or (busy <= BUSY_LIMIT and lag <= limit):

@@ -16,8 +16,8 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import Final
 
 from kvtuner_search.bench import client
-from kvtuner_search.bench.client import Result
-from kvtuner_search.bench.pulse import uncollected
+from kvtuner_search.bench.client import RequestResult
+from kvtuner_search.bench.pulse import without_gc
 from kvtuner_search.bench.sender import Block, Job, Sender
 from kvtuner_search.errors import KVTunerError
 
@@ -25,7 +25,7 @@ _FLUSH: Final = 0.05  # seconds between two messages with results; one message e
 
 
 def run_blocks(
-    job: Job, blocks: Sequence[Block], concurrency: int, processes: int, emit: Callable[[Result], None]
+    job: Job, blocks: Sequence[Block], concurrency: int, processes: int, emit: Callable[[RequestResult], None]
 ) -> None:
     """Send all blocks from ``processes`` processes that share ``concurrency``; results arrive through ``emit``, here.
 
@@ -63,14 +63,14 @@ def run_blocks(
             _drain(connection, emit)
 
 
-def _collect(running: dict[Connection, BaseProcess], emit: Callable[[Result], None]) -> None:
+def _collect(running: dict[Connection, BaseProcess], emit: Callable[[RequestResult], None]) -> None:
     """Pass results on until every process has said that it is idle."""
     busy = set(running)
     while busy:
         for ready in wait(list(busy)):
             assert isinstance(ready, Connection)
             try:
-                results: list[Result] | None = ready.recv()
+                results: list[RequestResult] | None = ready.recv()
             except (EOFError, ConnectionResetError) as error:
                 running[ready].join()
                 raise KVTunerError(
@@ -83,7 +83,7 @@ def _collect(running: dict[Connection, BaseProcess], emit: Callable[[Result], No
                     emit(result)
 
 
-def _drain(connection: Connection, emit: Callable[[Result], None]) -> None:
+def _drain(connection: Connection, emit: Callable[[RequestResult], None]) -> None:
     """Keep what a process had sent before the run was interrupted."""
     with suppress(EOFError, OSError):
         while connection.poll():
@@ -94,12 +94,12 @@ def _drain(connection: Connection, emit: Callable[[Result], None]) -> None:
 def _work(connection: Connection, counter: Synchronized[int], job: Job, lanes: int) -> None:
     """One process: idle, then blocks until it is told None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
-    with suppress(EOFError, BrokenPipeError), uncollected():  # of the pipe: the parent has ended
+    with suppress(EOFError, BrokenPipeError), without_gc():  # of the pipe: the parent has ended
         asyncio.run(_serve(connection, counter, job, lanes))
 
 
 async def _serve(connection: Connection, counter: Synchronized[int], job: Job, lanes: int) -> None:
-    waiting: list[Result] = []
+    waiting: list[RequestResult] = []
 
     def flush() -> None:
         if waiting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -23,8 +24,12 @@ Transform = Literal["plain", "centred", "rotated"]
 
 @dataclass(frozen=True, order=True)
 class StorageClass:
-    """What a tensor costs; written for example ``4a128`` (asymmetric), ``2s64`` (symmetric), ``b28`` (28 bits in the bands together: 3.5 a
-    channel) or ``16``."""
+    """What a tensor costs; written as a profile writes its plain spec, ``4-g64-asym``, ``2-g128-sym`` or ``16``, and with bands as
+    ``3.5-bands``: the bits of a channel in the mean, which add up to 28 over the eight bands.
+
+    >>> str(StorageClass.parse("3.5-bands"))
+    '3.5-bands'
+    """
 
     bits: int  # 0 with bands
     symmetric: bool = False
@@ -38,8 +43,8 @@ class StorageClass:
 
     def __str__(self) -> str:
         if self.banded:
-            return f"b{self.total}"
-        return "16" if self.bits == 16 else f"{self.bits}{'s' if self.symmetric else 'a'}{self.group_size}"
+            return f"{self.total / BANDS:g}-bands"
+        return str(self.spec())
 
     @classmethod
     def parse(cls, text: str) -> StorageClass:
@@ -48,18 +53,14 @@ class StorageClass:
         Raises:
             UsageError: if the text is no class.
         """
-        if text == "16":
-            return RAW_CLASS
-        banded = re.fullmatch(r"b([1-9]\d?)", text, re.ASCII)
-        if banded is not None and int(banded[1]) <= BANDS * MAX_BAND_BITS:
-            return cls(0, total=int(banded[1]))
-        match = re.fullmatch(r"([248])([as])([1-9]\d{1,3})", text, re.ASCII)
-        if match is None:
-            raise UsageError(
-                f"{text!r} is no storage class: write 16, or bits, a or s, and group size, e.g. 4a128, or b and the bits of {BANDS} bands,"
-                " e.g. b28"
-            )
-        return cls(int(match[1]), match[2] == "s", int(match[3]))
+        banded = re.fullmatch(r"(\d(?:\.\d{1,3})?)-bands", text, re.ASCII)
+        with suppress(LayoutError):
+            found = cls.of(TensorSpec.parse(text)) if banded is None else cls(0, total=round(float(banded[1]) * BANDS))
+            if found.total <= BANDS * MAX_BAND_BITS and str(found) == text:
+                return found
+        raise UsageError(
+            f"{text!r} is no storage class: write 16, BITS-gGROUP-asym|sym, e.g. 4-g128-asym, or the mean bits of bands, e.g. 3.5-bands"
+        )
 
     @classmethod
     def of(cls, spec: TensorSpec) -> StorageClass:
@@ -83,7 +84,7 @@ Pair = tuple[StorageClass, StorageClass]  # classes of key and value
 
 
 def pair_name(pair: Pair) -> str:
-    """For example ``4a64/2s64``."""
+    """For example ``4-g64-asym/2-g64-sym``."""
     return f"{pair[0]}/{pair[1]}"
 
 
@@ -95,7 +96,7 @@ def parse_pair(text: str) -> Pair:
     """
     key, slash, value = text.partition("/")
     if not slash:
-        raise UsageError(f"{text!r} is no pair of storage classes: write KEY/VALUE, e.g. 4a128/2s128")
+        raise UsageError(f"{text!r} is no pair of storage classes: write KEY/VALUE, e.g. 4-g128-asym/2-g128-sym")
     return StorageClass.parse(key), StorageClass.parse(value)
 
 

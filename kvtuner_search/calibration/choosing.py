@@ -8,11 +8,11 @@ from typing import Final
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.calibration.candidates import StorageClass, pair_name
-from kvtuner_search.calibration.finals import Candidate, Judge, Result, finalists
-from kvtuner_search.calibration.pipeline import Run
-from kvtuner_search.calibration.plan import Plan
+from kvtuner_search.calibration.finals import Candidate, HeldOutResult, HeldOutScorer, finalists
+from kvtuner_search.calibration.pipeline import CalibrationRun
+from kvtuner_search.calibration.plan import SearchPlan
 from kvtuner_search.calibration.space import Space
-from kvtuner_search.calibration.study import Finished, pareto
+from kvtuner_search.calibration.study import FinishedTrial, pareto
 from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.scorer import Scorer
 
@@ -22,18 +22,18 @@ RIVALS: Final = ("fisher", "uniform", "proxy", "preset", "random")
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetResult:
     """One budget, and what was chosen for it."""
 
     label: str  # for example 4.0 bits
     bits: float | None  # None if the loss was bounded instead
-    chosen: Result  # on the test split
-    rivals: list[Result]
+    chosen: HeldOutResult  # on the test split
+    rivals: list[HeldOutResult]
 
 
 def choose(
-    run: Run, plan: Plan, space: Space, found: Sequence[Finished], random: Sequence[Finished]
-) -> tuple[list[Target], Scorer]:
+    run: CalibrationRun, plan: SearchPlan, space: Space, found: Sequence[FinishedTrial], random: Sequence[FinishedTrial]
+) -> tuple[list[TargetResult], Scorer]:
     """The targets, and the test split's scorer.
 
     Raises:
@@ -49,12 +49,12 @@ def choose(
     winners = [_winner(run, results) for results in judged]
     rivals = []
     for results, winner in zip(judged, winners, strict=True):
-        others = [r.candidate for r in results if r.candidate.origin in RIVALS] + as_others_store(run)
+        others = [r.candidate for r in results if r.candidate.origin in RIVALS] + plain_settings(run)
         rivals.append([c for c in others if c.setting != winner.setting])
     test = _judge(run, plan, "test")
     with run.reporter.stage("test", _distinct([winners, *rivals])) as advance:
         targets = [
-            Target(label, bits, test(winner, advance), [test(c, advance) for c in others])
+            TargetResult(label, bits, test(winner, advance), [test(c, advance) for c in others])
             for (label, bits), winner, others in zip(goals, winners, rivals, strict=True)
         ]
     return targets, test.scorer
@@ -64,34 +64,39 @@ def _distinct(groups: Iterable[Iterable[Candidate]]) -> int:
     return len({c.setting for group in groups for c in group})
 
 
-def _judge(run: Run, plan: Plan, name: str) -> Judge:
+def _judge(run: CalibrationRun, plan: SearchPlan, name: str) -> HeldOutScorer:
     split = run.data.selection if name == "selection" else run.data.test
     with run.reporter.stage(f"score the 16-bit cache ({name})", split.tokens) as advance:
         scorer = Scorer(run.scorer.runner, [split.samples], batch_tokens=run.options.batch_tokens, advance=advance)
     scorer.advance = lambda _: None
-    return Judge(scorer, plan.centres)
+    return HeldOutScorer(scorer, plan.centres)
 
 
 def _finalists(
-    run: Run, space: Space, found: Sequence[Finished], random: Sequence[Finished], label: str, bits: float | None
+    run: CalibrationRun,
+    space: Space,
+    found: Sequence[FinishedTrial],
+    random: Sequence[FinishedTrial],
+    label: str,
+    bits: float | None,
 ) -> list[Candidate]:
-    def candidate(trial: Finished, origin: str) -> Candidate:
+    def candidate(trial: FinishedTrial, origin: str) -> Candidate:
         pair = space.uniform_pair(trial.choices)
-        name = f"uniform {pair_name(pair)}" if pair else f"trial {trial.number}"
+        name = pair_name(pair) if pair else f"trial {trial.number}"
         loss = trial.outcome.loss if trial.outcome.complete else None
         return Candidate(name, origin, space.setting(trial.choices), trial.outcome.cost, loss)
 
     if bits is None:
         return [candidate(t, t.origin) for t in pareto(found)]
     limit = run.total_bytes(bits)
-    affordable: Callable[[Finished], bool] = lambda t: t.outcome.cost <= limit  # noqa: E731
+    affordable: Callable[[FinishedTrial], bool] = lambda t: t.outcome.cost <= limit  # noqa: E731
     final = finalists(space, found, random, candidate, affordable)
     if not final:
         raise DataError(f"no finished trial fits {label}: raise --trials, or the budget")
     return final
 
 
-def _winner(run: Run, judged: Sequence[Result]) -> Candidate:
+def _winner(run: CalibrationRun, judged: Sequence[HeldOutResult]) -> Candidate:
     bound = run.options.max_loss
     if bound is None:
         return min(judged, key=lambda r: (_evidence(r), r.candidate.cost)).candidate
@@ -105,13 +110,13 @@ def _winner(run: Run, judged: Sequence[Result]) -> Candidate:
     return min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
 
 
-def _evidence(result: Result) -> float:
+def _evidence(result: HeldOutResult) -> float:
     """What finalists are ranked by: the loss on search and selection split together, which halves the noise of either."""
     searched = result.candidate.search_loss
     return result.scores.loss if searched is None else (result.scores.loss + searched) / 2
 
 
-def as_others_store(run: Run) -> list[Candidate]:
+def plain_settings(run: CalibrationRun) -> list[Candidate]:
     """Uniform per-token settings over the whole head, asymmetric, without any transform."""
     heads, head_dim = run.shape
     rows = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvtuner_kernels.layout import bytes_per_token, effective_bits
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.calibration.space import Space
-from kvtuner_search.calibration.study import Finished
+from kvtuner_search.calibration.study import FinishedTrial
 from kvtuner_search.evaluation.scorer import Scorer, Scores
 from kvtuner_search.evaluation.statistics import Interval, measures, paired_loss
 from kvtuner_search.evaluation.stored import Setting
@@ -20,7 +20,7 @@ FINALISTS = 4  # searched settings that are scored on the selection split for ea
 class Candidate:
     """A setting and where it came from."""
 
-    name: str  # for example: trial 31, uniform 4s64/4s64
+    name: str  # for example: trial 31, 4-g64-sym/4-g64-sym
     origin: str  # tpe, nsga2, refined, fisher, proxy, uniform, preset, random, stored by others
     setting: Setting
     cost: int
@@ -28,37 +28,37 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Result:
+class HeldOutResult:
     """A candidate on a held-out split."""
 
     candidate: Candidate
     scores: Scores
 
 
-class Judge:
+class HeldOutScorer:
     """Scores settings on one held-out split, each setting once."""
 
     def __init__(self, scorer: Scorer, centres: Mapping[int, Centres]) -> None:
         self.scorer, self.centres = scorer, centres
         self._seen: dict[Setting, Scores] = {}
 
-    def __call__(self, candidate: Candidate, advance: Callable[[], None]) -> Result:
+    def __call__(self, candidate: Candidate, advance: Callable[[], None]) -> HeldOutResult:
         if candidate.setting not in self._seen:
             self._seen[candidate.setting] = self.scorer.score_all(candidate.setting, self.centres)
             advance()
-        return Result(candidate, self._seen[candidate.setting])
+        return HeldOutResult(candidate, self._seen[candidate.setting])
 
 
 def finalists(
     space: Space,
-    found: Sequence[Finished],
-    random: Sequence[Finished],
-    candidate: Callable[[Finished, str], Candidate],
-    affordable: Callable[[Finished], bool],
+    found: Sequence[FinishedTrial],
+    random: Sequence[FinishedTrial],
+    candidate: Callable[[FinishedTrial, str], Candidate],
+    affordable: Callable[[FinishedTrial], bool],
 ) -> list[Candidate]:
     """The best searched settings, and the best of each kind of rival, by their loss on the search split."""
 
-    def best(trials: Sequence[Finished], count: int) -> list[Finished]:
+    def best(trials: Sequence[FinishedTrial], count: int) -> list[FinishedTrial]:
         fitting = [t for t in trials if t.outcome.complete and not t.duplicate and affordable(t)]
         return sorted(fitting, key=lambda t: (t.outcome.loss, t.outcome.cost, t.number))[:count]
 
@@ -81,7 +81,9 @@ def verdict(interval: Interval) -> str:
     return "better" if interval.high < 0 else "worse" if interval.low > 0 else "inconclusive"
 
 
-def row(result: Result, chosen: Result, baseline: Scores, kv_heads: int, head_dim: int) -> dict[str, object]:
+def row(
+    result: HeldOutResult, chosen: HeldOutResult, baseline: Scores, kv_heads: int, head_dim: int
+) -> dict[str, object]:
     """One line of the comparison on the test split, as plain JSON."""
     interval = paired_loss(chosen.scores, result.scores)
     own = paired_loss(result.scores, baseline)

@@ -16,7 +16,7 @@ MARGIN: Final = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """What one trial found."""
 
     cost: int  # bytes per token (see Space.cost)
@@ -29,21 +29,21 @@ class Outcome:
         return self.rungs[-1]
 
 
-class Objective:
+class TrialObjective:
     """Scores settings; ``finished`` outcomes decide whether the later rungs are worth running."""
 
     def __init__(self, scorer: Scorer, centres: Mapping[int, Centres], space: Space, budget: int) -> None:
         self.scorer, self.centres, self.space, self.budget = scorer, centres, space, budget
 
-    def __call__(self, choices: Choices, finished: Iterable[Outcome], screen: bool) -> Outcome:
+    def __call__(self, choices: Choices, finished: Iterable[TrialOutcome], screen: bool) -> TrialOutcome:
         """Score one setting. One that costs more than the budget, or with ``screen`` looks poor, gets no further than the first rung."""
         cost, setting = self.space.cost(choices), self.space.setting(choices)
         scores = self.scorer.score(setting, self.centres, 0)
         rungs = [scores.loss]
         best = min((o.rungs[0] for o in finished if o.complete and o.cost <= cost), default=float("inf"))
         if cost > self.budget or (screen and rungs[0] > MARGIN * best):
-            return Outcome(cost, tuple(rungs), complete=len(self.scorer.tiers) == 1)
+            return TrialOutcome(cost, tuple(rungs), complete=len(self.scorer.tiers) == 1)
         for tier in range(1, len(self.scorer.tiers)):
             scores = scores + self.scorer.score(setting, self.centres, tier)
             rungs.append(scores.loss)
-        return Outcome(cost, tuple(rungs), complete=True)
+        return TrialOutcome(cost, tuple(rungs), complete=True)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from kvtuner_kernels.layout import LAYOUT_VERSION
 from kvtuner_search import __version__
+from kvtuner_search.calibration.candidates import StorageClass
 from kvtuner_search.data import DEFAULT_SOURCES
 from kvtuner_search.data.types import Split
 from kvtuner_search.models.load import ModelOptions
@@ -70,6 +71,8 @@ class CalibrationOptions:
             "target bits": list(self.target_bits),
             "max loss": self.max_loss,
             "sampler": self.sampler,
+            # Values of the study's parameters, which cannot change: earlier versions wrote 4a64, and their studies are refused.
+            "names of storage classes": str(StorageClass(4, group_size=64)),
             "version": __version__,
             "layout": LAYOUT_VERSION,
         }

@@ -15,14 +15,14 @@ import torch
 from kvtuner_search import __version__
 from kvtuner_search.calibration.anchors import affordable_point
 from kvtuner_search.calibration.candidates import pair_name
-from kvtuner_search.calibration.choosing import Target
+from kvtuner_search.calibration.choosing import TargetResult
 from kvtuner_search.calibration.finals import row
-from kvtuner_search.calibration.objective import Outcome
-from kvtuner_search.calibration.pipeline import Run
-from kvtuner_search.calibration.plan import Plan
+from kvtuner_search.calibration.objective import TrialOutcome
+from kvtuner_search.calibration.pipeline import CalibrationRun
+from kvtuner_search.calibration.plan import SearchPlan
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Space
-from kvtuner_search.calibration.study import Finished, hypervolume, rung_ratio
+from kvtuner_search.calibration.study import FinishedTrial, hypervolume, rung_ratio
 from kvtuner_search.data.types import Dataset, Split
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.statistics import measures
@@ -62,7 +62,13 @@ def thinned(front: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def profile_content(
-    run: Run, plan: Plan, space: Space, target: Target, test: Scorer, found: Sequence[Finished], name: str
+    run: CalibrationRun,
+    plan: SearchPlan,
+    space: Space,
+    target: TargetResult,
+    test: Scorer,
+    found: Sequence[FinishedTrial],
+    name: str,
 ) -> dict[str, Any]:
     """A profile's content without its digest and its transforms' digest."""
     heads, head_dim = run.shape
@@ -126,12 +132,12 @@ def profile_content(
 
 
 def record(
-    run: Run,
-    plan: Plan,
+    run: CalibrationRun,
+    plan: SearchPlan,
     space: Space,
-    found: Sequence[Finished],
-    random: Sequence[Finished],
-    targets: Sequence[Target],
+    found: Sequence[FinishedTrial],
+    random: Sequence[FinishedTrial],
+    targets: Sequence[TargetResult],
     test: Scorer,
 ) -> dict[str, Any]:
     """Everything that the report shows, as plain JSON."""
@@ -139,7 +145,10 @@ def record(
     reference_loss = max((t.outcome.loss for t in [*found, *random] if t.outcome.complete), default=1.0)
     corner = (16.0, reference_loss)
     scale, per_bit = rung_ratio(found), run.total_bytes(1.0)
-    groups: dict[str, list[Outcome]] = {"searched": [t.outcome for t in found], "random": [t.outcome for t in random]}
+    groups: dict[str, list[TrialOutcome]] = {
+        "searched": [t.outcome for t in found],
+        "random": [t.outcome for t in random],
+    }
     groups["uniform"] = [t.outcome for t in found if space.uniform_pair(t.choices)]
     for origin in ("fisher", "proxy", "preset"):
         groups[origin] = [t.outcome for t in found if t.origin == origin]
@@ -185,7 +194,7 @@ def record(
     }
 
 
-def environment(run: Run) -> dict[str, Any]:
+def environment(run: CalibrationRun) -> dict[str, Any]:
     """Hardware, versions and peak memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cuda = run.loaded.device.type == "cuda"
@@ -200,7 +209,7 @@ def environment(run: Run) -> dict[str, Any]:
     }
 
 
-def _trial(trial: Finished, space: Space) -> dict[str, Any]:
+def _trial(trial: FinishedTrial, space: Space) -> dict[str, Any]:
     return {
         "number": trial.number,
         "origin": trial.origin,

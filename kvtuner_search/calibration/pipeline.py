@@ -12,12 +12,12 @@ from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pairs
 from kvtuner_search.calibration.basis import fit_bases
 from kvtuner_search.calibration.candidates import StorageClass, storage_classes
-from kvtuner_search.calibration.objective import Objective, Outcome
+from kvtuner_search.calibration.objective import TrialObjective, TrialOutcome
 from kvtuner_search.calibration.options import TIERS, CalibrationOptions, fingerprint
-from kvtuner_search.calibration.plan import Plan, make_plan
+from kvtuner_search.calibration.plan import SearchPlan, make_plan
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Choices, Space, build_space
-from kvtuner_search.calibration.study import Finished, Study
+from kvtuner_search.calibration.study import FinishedTrial, Study
 from kvtuner_search.data.load import load_dataset_for
 from kvtuner_search.data.types import Dataset, Sample, Split
 from kvtuner_search.errors import UsageError
@@ -40,7 +40,7 @@ LEAST_ERROR: Final = 0.01  # attention output error under which a layer's lone l
 
 
 @dataclass
-class Run:
+class CalibrationRun:
     """Everything that is known while a calibration goes on."""
 
     options: CalibrationOptions
@@ -69,7 +69,7 @@ class Run:
         return self.options.facts(loaded.info.model_dump(mode="json"), dtype, loaded.device.type, self.data)
 
 
-def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
+def prepare(options: CalibrationOptions, reporter: Reporter) -> CalibrationRun:
     """Load model and data and score the 16-bit cache on the search split.
 
     Raises:
@@ -90,7 +90,7 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
         tiers = split_tiers(data.search)
         scorer = Scorer(runner, tiers, batch_tokens=options.batch_tokens, observe=moments, advance=advance)
     scorer.advance = lambda _: None
-    return Run(options, reporter, loaded, data, scorer, moments, classes)
+    return CalibrationRun(options, reporter, loaded, data, scorer, moments, classes)
 
 
 def load_data(options: CalibrationOptions, loaded: LoadedModel, say: Callable[[str], None] = lambda _: None) -> Dataset:
@@ -132,7 +132,7 @@ def split_tiers(split: Split) -> list[list[Sample]]:
     return [tier for tier in tiers if tier]
 
 
-def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> Plan:
+def analyse(run: CalibrationRun, study: Study | None, least_error: float = LEAST_ERROR) -> SearchPlan:
     """Measure sensitivity, or take it from a study that is being resumed or joined.
 
     Raises:
@@ -165,10 +165,10 @@ def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> 
         raise UsageError(
             "the study's plan was made with other options, another model or other data: use the same, or another --output or --storage"
         )
-    return Plan.from_json(content, *run.shape)
+    return SearchPlan.from_json(content, *run.shape)
 
 
-def make_space(run: Run, plan: Plan) -> Space:
+def make_space(run: CalibrationRun, plan: SearchPlan) -> Space:
     """Prune and group."""
     heads, head_dim = run.shape
     keep = uniform_pairs(run.classes)
@@ -177,13 +177,13 @@ def make_space(run: Run, plan: Plan) -> Space:
     return build_space(plan.options, heads, head_dim, keep, run.options.grouping, run.options.stages)
 
 
-def presets(run: Run) -> list[list[tuple[StorageClass, StorageClass]]]:
+def presets(run: CalibrationRun) -> list[list[tuple[StorageClass, StorageClass]]]:
     """Published presets for this model, in the search's classes."""
     rows = [preset_pairs(layers, run.classes) for _, layers in published(run.loaded.info)]
     return [found for found in rows if found is not None]
 
 
-def budgets(run: Run, space: Space) -> list[int]:
+def budgets(run: CalibrationRun, space: Space) -> list[int]:
     """Costs that the search aims at: the targets, or where the proxy crosses fractions of ``max_loss``, as it may promise too much."""
     if run.options.max_loss is None:
         return [run.total_bytes(bits) for bits in run.options.target_bits]
@@ -196,18 +196,18 @@ def budgets(run: Run, space: Space) -> list[int]:
 
 
 def search(
-    run: Run, plan: Plan, space: Space, study: Study, rival: Study | None
-) -> tuple[list[Finished], list[Finished]]:
+    run: CalibrationRun, plan: SearchPlan, space: Space, study: Study, rival: Study | None
+) -> tuple[list[FinishedTrial], list[FinishedTrial]]:
     """Run the study, and the random search that it is compared with, to the end."""
     goals = budgets(run, space)
-    objective = Objective(run.scorer, plan.centres, space, max(goals))
+    objective = TrialObjective(run.scorer, plan.centres, space, max(goals))
     for label, each, first in (
         ("search", study, anchors(space, uniform_pairs(run.classes), presets(run), goals)),
         ("random search", rival, []),
     ):
         if each is None:
             continue
-        each.bury()
+        each.fail_abandoned()
         each.enqueue(space, first)
         done = [t for t in each.finished() if not t.duplicate]
         best = min(
@@ -216,7 +216,7 @@ def search(
         with run.reporter.stage(label, run.options.trials) as advance:
             advance(len(done))
 
-            def tell(trial: Finished, advance: Callable[..., None] = advance) -> None:
+            def tell(trial: FinishedTrial, advance: Callable[..., None] = advance) -> None:
                 nonlocal best
                 if trial.outcome.complete and trial.outcome.cost <= min(goals):
                     best = min(best, trial.outcome.loss)
@@ -225,8 +225,8 @@ def search(
             others = [t.outcome for t in study.finished()] if each is rival else []
 
             def score(
-                choices: Choices, outcomes: Sequence[Outcome], screen: bool, others: list[Outcome] = others
-            ) -> Outcome:
+                choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool, others: list[TrialOutcome] = others
+            ) -> TrialOutcome:
                 return objective(choices, [*others, *outcomes], screen)
 
             each.run(space, score, run.options.trials, goals, tell)

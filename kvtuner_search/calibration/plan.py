@@ -26,7 +26,7 @@ LEAST: Final = 1e-12  # nats: two losses below have a ratio of one
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """The outcome of the analysis that precedes the search."""
 
     fingerprint: str  # of everything that the search depends on
@@ -132,11 +132,11 @@ def make_plan(
     least_error: float,
     stage: Callable[[str, int], AbstractContextManager[Callable[..., None]]],
     fitted: tuple[Mapping[int, Centres], Sequence[LayerWorth]] | None = None,
-) -> Plan:
+) -> SearchPlan:
     """Measure the errors of every pair on the first ``tiers`` tiers, then the layer-alone losses on the first.
 
     Args:
-        fingerprint: see Plan.
+        fingerprint: see SearchPlan.
         scorer: search split.
         moments: gathered while the scorer was made.
         classes: storage classes of keys and values.
@@ -192,7 +192,7 @@ def make_plan(
         for layer in range(layers)
     ]
     worth = tuple(fitted[1]) if fitted is not None else ()
-    return Plan(fingerprint, tuple(options), tuple(tuple(table.values()) for table in errors), centres, worth)
+    return SearchPlan(fingerprint, tuple(options), tuple(tuple(table.values()) for table in errors), centres, worth)
 
 
 def _sides(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[StorageClass, TensorSpec], dict[StorageClass, float]]:

@@ -20,10 +20,10 @@ from typing import Any, Final
 import torch
 
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_search.calibration.choosing import Target, choose
+from kvtuner_search.calibration.choosing import TargetResult, choose
 from kvtuner_search.calibration.options import CalibrationOptions
 from kvtuner_search.calibration.outputs import profile_content, record, without_interval
-from kvtuner_search.calibration.pipeline import Run, analyse, make_space, prepare, search
+from kvtuner_search.calibration.pipeline import CalibrationRun, analyse, make_space, prepare, search
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.errors import DataError, ExitCode, UsageError
 from kvtuner_search.evaluation.stored import Setting
@@ -36,7 +36,7 @@ WAIT: Final = 5.0  # seconds for the helpers of a run that was killed to end
 
 
 @dataclass(frozen=True)
-class Session:
+class CalibrationSession:
     """Where a run works and what it shares."""
 
     output: Path
@@ -58,7 +58,7 @@ class Session:
 
 
 def calibrate(
-    options: CalibrationOptions, session: Session, publish: Callable[[dict[str, Any], Path], Sequence[Path]]
+    options: CalibrationOptions, session: CalibrationSession, publish: Callable[[dict[str, Any], Path], Sequence[Path]]
 ) -> None:
     """Run a calibration and write ``NAME-BITS.json``, ``.safetensors`` and ``record.json``.
 
@@ -69,7 +69,7 @@ def calibrate(
         UsageError, DataError: if something cannot be used; nothing that was finished is lost.
     """
     if session.parent is not None:
-        end_with(session.parent)
+        exit_with_parent(session.parent)
     reporter = Reporter(session.quiet)
     with ExitStack() as stack:
         lock = stack.enter_context(_claimed_folder(session))
@@ -91,7 +91,7 @@ def calibrate(
         if lock is not None:  # the folder is this process's alone: whoever worked on its study before is gone
             for each in (study, rival):
                 if each is not None:
-                    each.bury(everyone=True)
+                    each.fail_abandoned(everyone=True)
         space = make_space(run, plan)
         with _helpers(session, reporter, lock) as wait:
             search(run, plan, space, study, rival)
@@ -130,7 +130,7 @@ def _keeping() -> Iterator[None]:
 
 
 @contextmanager
-def _claimed_folder(session: Session) -> Iterator[int | None]:
+def _claimed_folder(session: CalibrationSession) -> Iterator[int | None]:
     """Make the output folder and decide what happens to a study that is there; yields the lock on it, if the study is in it.
 
     Raises:
@@ -187,7 +187,7 @@ def _lock(handle: int, folder: Path) -> bool:
 
 
 @contextmanager
-def _helpers(session: Session, reporter: Reporter, lock: int | None) -> Iterator[Any]:
+def _helpers(session: CalibrationSession, reporter: Reporter, lock: int | None) -> Iterator[Any]:
     """Start the other workers; yields a function that waits for them.
 
     Each holds the end of a pipe that nobody writes to, and so sees this process end however it does; and the folder's lock, so that nobody
@@ -226,7 +226,7 @@ def _helpers(session: Session, reporter: Reporter, lock: int | None) -> Iterator
         os.close(held)
 
 
-def end_with(pipe: int) -> None:
+def exit_with_parent(pipe: int) -> None:
     """End this process as soon as nobody holds the other end of a pipe any more, even if its holder was killed."""
 
     def watch() -> None:
@@ -238,7 +238,7 @@ def end_with(pipe: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _profile_name(run: Run, session: Session, target: Target) -> str:
+def _profile_name(run: CalibrationRun, session: CalibrationSession, target: TargetResult) -> str:
     stem = session.name or run.loaded.info.id.rsplit("/", 1)[-1]
     label = f"{target.bits:.2f}bit" if target.bits is not None else f"loss{run.options.max_loss:g}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{stem}-{label}").lstrip("._-")[:128]

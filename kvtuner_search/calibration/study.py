@@ -24,14 +24,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kvtuner_search.calibration.agreement import agree, agreed, difference, open_study
 from kvtuner_search.calibration.candidates import pair_name
-from kvtuner_search.calibration.objective import Outcome
+from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.proxy import correct, proxy_front
 from kvtuner_search.calibration.space import Choices, Space
 from kvtuner_search.calibration.storage import Store, open_storage
 from kvtuner_search.calibration.workers import Worker
 from kvtuner_search.errors import DataError, UsageError
 
-__all__ = ["Anchor", "Finished", "Study", "hypervolume", "open_storage", "pareto", "rung_ratio"]
+__all__ = ["Anchor", "FinishedTrial", "Study", "hypervolume", "open_storage", "pareto", "rung_ratio"]
 
 SAMPLER_EVERY: Final = 3  # every third proposal is Optuna's sampler's, the others are optima of the corrected proxy
 DRAWS: Final = 8  # weights drawn before a proposal is left to the sampler
@@ -51,13 +51,13 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedTrial:
     """A finished trial."""
 
     number: int
     origin: str  # fisher, uniform, proxy, preset, refined, tpe, nsga2, random
     choices: Choices
-    outcome: Outcome
+    outcome: TrialOutcome
     seconds: float
     duplicate: bool  # the proposal had been scored before; its outcome is that trial's
 
@@ -118,12 +118,12 @@ class Study:
             found: dict[str, Any] | None = agreed(self._agreed, "plan")
         return found
 
-    def settled(self, trials: int) -> list[Finished]:
+    def settled(self, trials: int) -> list[FinishedTrial]:
         """The finished trials that all workers choose from who were asked for as many: those of the first that was done."""
         numbers = set(self.agree(f"finished {trials}", [trial.number for trial in self.finished()]))
         return [trial for trial in self.finished() if trial.number in numbers]
 
-    def bury(self, everyone: bool = False) -> int:
+    def fail_abandoned(self, everyone: bool = False) -> int:
         """Register this worker and mark the trials of workers that have ended as failed; returns how many.
 
         Args:
@@ -133,7 +133,7 @@ class Study:
             me = f"worker:{self.worker.id}"
             if me not in self.study.user_attrs:
                 self.study.set_user_attr(me, self.worker.begin())
-            gone = self._bury(everyone)
+            gone = self._fail_abandoned(everyone)
             if everyone or not self._others():
                 # Nobody else is at work: empty the queue, so that enqueue() fills it in the order of an undisturbed run.
                 for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -154,7 +154,7 @@ class Study:
         workers.pop(f"worker:{self.worker.id}", None)
         return [worker for worker in workers.values() if not self.worker.ended(worker)]
 
-    def _bury(self, everyone: bool = False) -> int:
+    def _fail_abandoned(self, everyone: bool = False) -> int:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         workers = self.study.user_attrs if running else {}
         gone = []
@@ -193,7 +193,7 @@ class Study:
         trials = self.study.get_trials(deepcopy=False, states=states)
         return {tuple(t.user_attrs["choices"]) for t in trials if "choices" in t.user_attrs}
 
-    def finished(self) -> list[Finished]:
+    def finished(self) -> list[FinishedTrial]:
         """Finished trials, in order of their numbers."""
         with self.store.guard():
             return [_finished(trial) for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
@@ -201,10 +201,10 @@ class Study:
     def run(
         self,
         space: Space,
-        objective: Callable[[Choices, Sequence[Outcome], bool], Outcome],
+        objective: Callable[[Choices, Sequence[TrialOutcome], bool], TrialOutcome],
         trials: int,
         budgets: Sequence[int],
-        advance: Callable[[Finished], None] = lambda _: None,
+        advance: Callable[[FinishedTrial], None] = lambda _: None,
     ) -> None:
         """Work until the study has ``trials`` distinct finished trials.
 
@@ -248,7 +248,7 @@ class Study:
                 trial.set_user_attr("duplicate", known is not None)
                 trial.set_constraint("budget", float(outcome.cost - max(budgets)))
                 self.study.tell(trial, [outcome.cost, _comparable(outcome, distinct)])
-            advance(Finished(trial.number, origin, choices, outcome, seconds, known is not None))
+            advance(FinishedTrial(trial.number, origin, choices, outcome, seconds, known is not None))
 
     def _again(self, trial: optuna.Trial) -> optuna.Trial:
         """A new running trial of the same choices."""
@@ -261,7 +261,7 @@ class Study:
         return optuna.Trial(self.study, self.store.backend.create_new_trial(study_id, copy))
 
     def _propose(
-        self, space: Space, done: Sequence[Finished], budgets: Sequence[int], attempt: int
+        self, space: Space, done: Sequence[FinishedTrial], budgets: Sequence[int], attempt: int
     ) -> tuple[optuna.Trial, str, Choices] | None:
         """Ask for the next trial: a queued one, the corrected proxy's optimum, or what the sampler says.
 
@@ -269,7 +269,7 @@ class Study:
         """
         count = len(done)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and self._bury():
+        if not waiting and self._fail_abandoned():
             self._enqueue(space, self._anchors)  # a worker ended while it tried one
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and (self.sampler == "random" or attempt):
@@ -299,7 +299,7 @@ class Study:
                 return None
         return trial, origin, choices
 
-    def _refined(self, space: Space, done: Sequence[Finished], budgets: Sequence[int]) -> Choices | None:
+    def _refined(self, space: Space, done: Sequence[FinishedTrial], budgets: Sequence[int]) -> Choices | None:
         """The corrected proxy's optimum at one budget for weights drawn from their posterior; None if all draws were tried."""
         tried = {trial.choices for trial in done}
         correction = correct(
@@ -341,7 +341,7 @@ class Study:
             )
 
 
-def hypervolume(outcomes: Sequence[Outcome], scale: float, corner: tuple[float, float]) -> float:
+def hypervolume(outcomes: Sequence[TrialOutcome], scale: float, corner: tuple[float, float]) -> float:
     """Area that outcomes dominate below ``corner`` (cost, loss), in units of cost times decades of loss.
 
     Args:
@@ -360,15 +360,15 @@ def hypervolume(outcomes: Sequence[Outcome], scale: float, corner: tuple[float, 
     return area
 
 
-def rung_ratio(trials: Sequence[Finished]) -> float:
+def rung_ratio(trials: Sequence[FinishedTrial]) -> float:
     """How the loss of all rungs relates to that of the first: the median over complete trials."""
     ratios = [t.outcome.loss / t.outcome.rungs[0] for t in trials if t.outcome.complete and t.outcome.rungs[0] > 0]
     return statistics.median(ratios) if ratios else 1.0
 
 
-def pareto(trials: Sequence[Finished]) -> list[Finished]:
+def pareto(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     """Complete trials that no other complete trial beats on both cost and loss, cheapest first."""
-    front: list[Finished] = []
+    front: list[FinishedTrial] = []
     for trial in sorted(
         (t for t in trials if t.outcome.complete and not t.duplicate),
         key=lambda t: (t.outcome.cost, t.outcome.loss, t.number),
@@ -378,7 +378,7 @@ def pareto(trials: Sequence[Finished]) -> list[Finished]:
     return front
 
 
-def _comparable(outcome: Outcome, others: Sequence[Finished]) -> float:
+def _comparable(outcome: TrialOutcome, others: Sequence[FinishedTrial]) -> float:
     """log10 of the loss that all rungs would give."""
     return math.log10(max(outcome.loss * (1 if outcome.complete else rung_ratio(others)), LEAST_LOSS))
 
@@ -387,13 +387,13 @@ def _parameters(space: Space, choices: Choices) -> dict[str, str]:
     return {v.name: pair_name(v.pairs[c]) for v, c in zip(space.variables, choices, strict=True)}
 
 
-def _finished(trial: FrozenTrial) -> Finished:
+def _finished(trial: FrozenTrial) -> FinishedTrial:
     cost, rungs, complete = trial.user_attrs["outcome"]
-    return Finished(
+    return FinishedTrial(
         trial.number,
         trial.user_attrs["origin"],
         tuple(trial.user_attrs["choices"]),
-        Outcome(int(cost), tuple(rungs), bool(complete)),
+        TrialOutcome(int(cost), tuple(rungs), bool(complete)),
         float(trial.user_attrs["seconds"]),
         bool(trial.user_attrs["duplicate"]),
     )

@@ -14,11 +14,14 @@ SUBCOMMANDS: Final[dict[str, tuple[str, str]]] = {
     RUN: ("kvtuner_search.cli.bench_run", "Measure a server; needs no name: bench [OPTIONS] [-- SGLANG OPTIONS]."),
     "check": (
         "kvtuner_search.cli.bench_check",
-        "Hold the figures of a record, or of the seed's report, to what can be.",
+        "Hold the figures of a record, or of the adapter's report, to what can be.",
     ),
     "compare": ("kvtuner_search.cli.bench_compare", "Compare two records, cell by cell, with intervals."),
     "report": ("kvtuner_search.cli.bench_report", "Write one HTML report of several records."),
-    "ablate": ("kvtuner_search.cli.bench_ablate", "Measure the seed's ablations: quality offline, speed on a server."),
+    "ablate": (
+        "kvtuner_search.cli.bench_ablate",
+        "Measure the adapter's ablations: quality offline, speed on a server.",
+    ),
 }
 
 

@@ -97,7 +97,7 @@ def command(**options: Any) -> int:
     Quality is measured offline, against the 16-bit cache on the same samples. With --server-python each row that packed rows can hold is served and
     its time to the first token, throughput and token capacity are measured too. docs/ablation.md says what each row is.
     """
-    from kvtuner_search.bench.ablate.run import AblationOptions, ServerOptions, ablate
+    from kvtuner_search.bench.ablate.run import AblationOptions, AblationServerOptions, ablate
     from kvtuner_search.bench.ablate.table import print_ablation
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.errors import ExitCode, UsageError
@@ -113,7 +113,7 @@ def command(**options: Any) -> int:
     shape |= {"prompt": options.pop("prompt_tokens"), "output": options.pop("output_tokens")}
     if arguments and python is None:
         raise UsageError("SGLang's options are given and no server: name its Python with --server-python")
-    server = None if python is None else ServerOptions(python, arguments, **shape)
+    server = None if python is None else AblationServerOptions(python, arguments, **shape)
     as_json, output, reporter = options.pop("as_json"), options.pop("output"), Reporter(options.pop("quiet"))
     model = loading(options)
     options["sources"] = options["sources"] or DEFAULT_SOURCES

@@ -52,7 +52,7 @@ class _Result:
 )  # fmt: skip
 @json_option
 def command(files: tuple[Path, ...], hardware: str | None, model: Path | None, as_json: bool) -> int:
-    """Judge each of FILES, records of `bench` or the seed's test report, against the floors of its hardware.
+    """Judge each of FILES, records of `bench` or the adapter's test report, against the floors of its hardware.
 
     A time below what the hardware needs at least, or a rate above what it can do at most, is no result. Figures that contradict each other
     are named too. docs/bench-floors.md derives the floors.
@@ -73,13 +73,13 @@ def command(files: tuple[Path, ...], hardware: str | None, model: Path | None, a
 
 
 def _check(path: Path, hardware: str | None, model: Path | None) -> _Result:
-    from kvtuner_search.bench import files, seed_report
+    from kvtuner_search.bench import claims, files
 
     result = _Result(str(path).encode(errors="replace").decode())
     try:
         data = read_limited(path, "a benchmark record", files.MAX_BYTES)
         content = parse_json(data, str(path), "benchmark record")
-        if seed_report.recognise(content):
+        if claims.recognise(content):
             _report(result, content, hardware, model)
         else:
             _record(result, files.loads(data, str(path)), hardware)
@@ -116,15 +116,15 @@ def _record(result: _Result, record: Any, given: str | None) -> None:
 
 
 def _report(result: _Result, content: object, given: str | None, model: Path | None) -> None:
-    from kvtuner_search.bench import seed_report
+    from kvtuner_search.bench import claims
     from kvtuner_search.bench.hardware import parse
     from kvtuner_search.profile.model_config import load_config
 
     result.kind = "report"
-    report = seed_report.parse(content, result.path)
+    report = claims.parse(content, result.path)
     config = None if model is None else load_config(model / "config.json" if model.is_dir() else model)
-    setup = seed_report.setup_of(report, None if given is None else parse(given), config)
-    verdict = seed_report.judge(report, setup)
+    setup = claims.setup_of(report, None if given is None else parse(given), config)
+    verdict = claims.judge(report, setup)
     layout = f"TP={setup.tensor_parallel} x PP={setup.pipeline_parallel}"
     machine = setup.hardware
     result.judged = f"{setup.model.name} with {layout} on {machine.count} x {machine.name} ({machine.source})"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kvtuner_search.cli.bench_report import read_seed, seed_option
+from kvtuner_search.cli.bench_report import claims_option, read_claims
 from kvtuner_search.cli.options import json_option
 
 
@@ -17,9 +17,9 @@ from kvtuner_search.cli.options import json_option
 )
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@seed_option
+@claims_option
 @json_option
-def command(a: Path, b: Path, seed: Path | None, as_json: bool) -> None:
+def command(a: Path, b: Path, claims: Path | None, as_json: bool) -> None:
     """Compare record B with record A: the ratio B / A of each figure of each cell, with its confidence interval.
 
     Intervals are from the raw requests where requests.jsonl lies beside both records, else from the summaries, which is rough. What differs
@@ -29,7 +29,7 @@ def command(a: Path, b: Path, seed: Path | None, as_json: bool) -> None:
     from kvtuner_search.bench.compare import compare, to_json
     from kvtuner_search.profile.canonical import canonical_json
 
-    claims = read_seed(seed)
+    adapter = read_claims(claims)
     found = compare(files.read(a), files.read(b), (a, b))
     if as_json:
         click.echo(canonical_json(to_json(found)), nl=False)
@@ -37,4 +37,4 @@ def command(a: Path, b: Path, seed: Path | None, as_json: bool) -> None:
     from kvtuner_search.profile.terminal import console
     from kvtuner_search.report.bench_terminal import print_comparison
 
-    print_comparison(console(), found, claims)
+    print_comparison(console(), found, adapter)

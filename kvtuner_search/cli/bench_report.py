@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from kvtuner_search.bench.seed_report import SeedReport
+    from kvtuner_search.bench.claims import AdapterReport
 
-seed_option = click.option(
-    "--seed",
+claims_option = click.option(
+    "--claims",
     type=click.Path(path_type=Path),
     metavar="FILE",
     show_envvar=True,
@@ -19,19 +19,19 @@ seed_option = click.option(
 )
 
 
-def read_seed(path: Path | None) -> SeedReport | None:
-    """The report after ``--seed``.
+def read_claims(path: Path | None) -> AdapterReport | None:
+    """The report after ``--claims``.
 
     Raises:
         DataError: if it cannot be read, or is none.
     """
     if path is None:
         return None
-    from kvtuner_search.bench import seed_report
+    from kvtuner_search.bench.claims import parse
     from kvtuner_search.profile.canonical import parse_json, read_limited
 
     source = str(path)
-    return seed_report.parse(parse_json(read_limited(path, "a test report"), source, "test report"), source)
+    return parse(parse_json(read_limited(path, "a test report"), source, "test report"), source)
 
 
 @click.command(
@@ -45,8 +45,8 @@ def read_seed(path: Path | None) -> SeedReport | None:
     show_envvar=True,
     help="Write one self-contained page instead of tables.",
 )
-@seed_option
-def command(records: tuple[Path, ...], html: Path | None, seed: Path | None) -> None:
+@claims_option
+def command(records: tuple[Path, ...], html: Path | None, claims: Path | None) -> None:
     """Show RECORDS of `bench` side by side, each table with its floors: in the terminal, or as one HTML page.
 
     A record that is no result is shown as such. docs/bench-records.md describes the page.
@@ -54,15 +54,15 @@ def command(records: tuple[Path, ...], html: Path | None, seed: Path | None) -> 
     from kvtuner_search.bench import files
 
     loaded = [files.read(path) for path in records]
-    claims = read_seed(seed)
+    adapter = read_claims(claims)
     if html is None:
         from kvtuner_search.profile.terminal import console
         from kvtuner_search.report.bench_terminal import print_records
 
-        print_records(console(), loaded, claims)
+        print_records(console(), loaded, adapter)
         return
     from kvtuner_search.files import write_atomic
     from kvtuner_search.report.bench_html import report
 
-    write_atomic(html, report(loaded, claims))
+    write_atomic(html, report(loaded, adapter))
     click.echo(f"wrote {html}", err=True)

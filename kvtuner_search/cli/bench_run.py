@@ -43,7 +43,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     show_default="what the server at --url names",
     help="Model; 'reference' is the embedded 13.9 M-parameter test instrument.",
 )
-@click.option("--preset", default="quick", show_envvar=True, help="Cells to measure: quick, seed or full.")
+@click.option("--preset", default="quick", show_envvar=True, help="Cells to measure: quick, legacy or full.")
 @click.option(
     "--section",
     "sections",
@@ -117,7 +117,7 @@ def command(**options: Any) -> int:
     """
     from kvtuner_search.bench import files, hardware, slo
     from kvtuner_search.bench.options import BenchOptions
-    from kvtuner_search.bench.run import Run, folder_of
+    from kvtuner_search.bench.run import BenchRun, folder_of
     from kvtuner_search.bench.steps import choose
     from kvtuner_search.errors import ExitCode, UsageError
     from kvtuner_search.files import write_atomic
@@ -138,7 +138,7 @@ def command(**options: Any) -> int:
     options["objectives"] = [] if objectives is None else slo.parse(objectives)
     options["folder"] = options["folder"] or folder_of(options["profile"], options["model"], options["preset"])
     with kill_as_interrupt():
-        record = Run(BenchOptions(command=public_command(sys.argv[1:]), **options), reporter).measure()
+        record = BenchRun(BenchOptions(command=public_command(sys.argv[1:]), **options), reporter).measure()
     text = files.dumps(record)
     if output is not None:
         write_atomic(output, text)

@@ -93,16 +93,16 @@ def command(**options: Any) -> None:
     The quantized cache is scored by teacher forcing in which attention reads every key and value as stored. What is chosen was picked on one
     held-out split and is measured once on another.
     """
-    threads.settle()  # before torch is imported
+    threads.limit_threads()  # before torch is imported
     from kvtuner_search.calibration.options import CalibrationOptions
-    from kvtuner_search.calibration.session import Session, calibrate
+    from kvtuner_search.calibration.session import CalibrationSession, calibrate
     from kvtuner_search.data import DEFAULT_SOURCES
 
     if options["resume"] and options["overwrite"]:
         raise UsageError("--resume and --overwrite exclude each other: one keeps the study, the other deletes it")
     if options["max_loss"] is not None and options["target_bits"]:
         raise UsageError("--max-loss and --target-bits exclude each other: give a bound on the loss, or budgets")
-    session = Session(
+    session = CalibrationSession(
         output=options.pop("output"),
         name=options.pop("name"),
         resume=options.pop("resume"),

@@ -15,7 +15,7 @@ from kvtuner_search.output import write_commands
 from kvtuner_search.profile.canonical import canonical_json
 from kvtuner_search.profile.changes import make_finding
 from kvtuner_search.profile.compare import Budgets, added, compare
-from kvtuner_search.profile.report import Report, to_github, to_json, to_junit, to_markdown
+from kvtuner_search.profile.report import DiffReport, to_github, to_json, to_junit, to_markdown
 from kvtuner_search.profile.rules import RULES, rules_markdown
 from kvtuner_search.profile.settings import FAIL_ON, load_settings, settings_of
 from kvtuner_search.profile.source import load_from, load_old
@@ -99,7 +99,7 @@ def command(
     if change is not None:
         found = [make_finding("gate-changed", after, "pyproject.toml", change.message, change.old, change.new), *found]
     findings, ignored = settings.apply(found)
-    report = Report(comparison, findings, ignored, settings, old, new)
+    report = DiffReport(comparison, findings, ignored, settings, old, new)
     if style == "text":
         from kvtuner_search.profile.terminal import print_report
 

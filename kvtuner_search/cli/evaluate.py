@@ -80,7 +80,7 @@ def command(
     samples. docs/evaluate.md says more.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: lm-eval's own bars would break ours
-    threads.settle()  # before torch is imported
+    threads.limit_threads()  # before torch is imported
     from kvtuner_kernels.layout import LayerSpec, LayoutError
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.errors import UsageError

@@ -35,7 +35,7 @@ def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -
     probabilities (e_a), with and without centring and rotation. Of every class: the KL divergence of the model's output when one side of one
     layer alone is stored so.
     """
-    threads.settle()  # before torch is imported
+    threads.limit_threads()  # before torch is imported
     from kvtuner_search.calibration.alone import LayerAlone
     from kvtuner_search.calibration.candidates import pair_name
     from kvtuner_search.calibration.options import CalibrationOptions
@@ -75,9 +75,9 @@ def _print(layers: list[dict[str, Any]], model: str) -> None:
         classes = [name for name in layers[0][side] if name != "16"]
         table.add_column("layer", justify="right")
         for name in classes:
-            table.add_column(name, justify="right")
-        table.add_column("best 4-bit variant" if any(c.startswith("4") for c in classes) else "best variant")
+            table.add_column("-\n".join(name.rsplit("-", 1)), justify="right")
+        table.add_column("best 4-bit variant" if any(c.startswith("4-g") for c in classes) else "best variant")
         for index, layer in enumerate(layers):
-            best = next((n for n in classes if n.startswith("4")), classes[-1]) if classes else "16"
+            best = next((n for n in classes if n.startswith("4-g")), classes[-1]) if classes else "16"
             table.add_row(str(index), *(f"{layer[side][name][1]:.5f}" for name in classes), layer[side][best][0])
         console.print(table)

@@ -20,7 +20,7 @@ _SGLANG = (
 
 
 class _Serve(click.Command):
-    """Lists the options that are not click's: the seed's flags, and SGLang's that are of most use."""
+    """Lists the options that are not click's: the adapter's flags, and SGLang's that are of most use."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)

@@ -172,7 +172,7 @@ def command(**options: Any) -> int:
     from kvtuner_search.progress import Reporter
     from kvtuner_search.servers.host import public_command
     from kvtuner_search.validate.options import Limits, ValidationOptions
-    from kvtuner_search.validate.run import Run, write_block
+    from kvtuner_search.validate.run import ValidationRun, write_block
 
     output, write, as_json = options.pop("output"), options.pop("write"), options.pop("as_json")
     reporter = Reporter(options.pop("quiet"))
@@ -182,7 +182,7 @@ def command(**options: Any) -> int:
     options["folder"] = options["folder"] or Path("kvtuner-validation") / options["profile"].stem
     limits = Limits(**{name: options.pop(name) for name in Limits.__dataclass_fields__})
     with kill_as_interrupt():
-        run = Run(ValidationOptions(limits=limits, command=public_command(sys.argv[1:]), **options), reporter)
+        run = ValidationRun(ValidationOptions(limits=limits, command=public_command(sys.argv[1:]), **options), reporter)
         block = run.validate()
     text = canonical_json(block.model_dump(mode="json"))
     if output is not None:

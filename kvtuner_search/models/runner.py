@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kvtuner_search.errors import DataError
 from kvtuner_search.models.attention import Tap, tapped
 from kvtuner_search.models.load import LoadedModel
-from kvtuner_search.models.support import Noting, check_seen, owner_of_layers
+from kvtuner_search.models.support import CallRecorder, check_seen, owner_of_layers
 
 
 class Runner:
@@ -143,7 +143,7 @@ class Runner:
         tokens = torch.arange(1, 9, device=self.loaded.device).remainder(self.embedded).unsqueeze(0)
         seen: set[int] = set()
         try:
-            hidden = self.hidden(tokens, Noting(seen))
+            hidden = self.hidden(tokens, CallRecorder(seen))
             expected = self.loaded.model(input_ids=tokens, use_cache=False).logits
         except torch.OutOfMemoryError:
             raise

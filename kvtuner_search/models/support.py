@@ -43,7 +43,7 @@ def check_hooked(config: Any, layers: int, source: str, trust_remote_code: bool 
     for mask in ({}, {"attention_mask": torch.ones_like(tokens)}):  # without one, most look into the positions
         seen: set[int] = set()
         try:
-            with torch.device("meta"), tapped(Noting(seen)), torch.inference_mode():
+            with torch.device("meta"), tapped(CallRecorder(seen)), torch.inference_mode():
                 model(input_ids=tokens, use_cache=False, **mask)
         except DataError:
             if not mask:
@@ -87,7 +87,7 @@ def _unseen(config: Any) -> str:
     return f"the keys and values of model type {getattr(config, 'model_type', 'unknown')!r} cannot be seen or replaced"
 
 
-class Noting:
+class CallRecorder:
     """A tap that notes which layers call it."""
 
     def __init__(self, seen: set[int]) -> None:

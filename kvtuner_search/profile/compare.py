@@ -40,7 +40,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ProfileComparison:
     """Everything that ``diff`` reports."""
 
     old: Profile
@@ -58,15 +58,15 @@ class Comparison:
         return not any(RULES[finding.rule].fixed for finding in self.findings)
 
 
-def compare(old: Profile, new: Profile, budgets: Budgets | None = None) -> Comparison:
+def compare(old: Profile, new: Profile, budgets: Budgets | None = None) -> ProfileComparison:
     """Compare two valid profiles; findings carry the catalogue's severities."""
     budgets = budgets or Budgets()
     blocking = list(_incomparable(old, new))
     if blocking:
-        return Comparison(old, new, budgets, blocking)
+        return ProfileComparison(old, new, budgets, blocking)
     quality = list(_quality_changes(old, new))
     on_server = validation_changes(old, new)
-    draft = Comparison(old, new, budgets, [], list(_layers(old, new)), quality, on_server, _provenance(old, new))
+    draft = ProfileComparison(old, new, budgets, [], list(_layers(old, new)), quality, on_server, _provenance(old, new))
     findings = [
         *_model(old, new),
         *_storage(draft),
@@ -88,7 +88,7 @@ _JUDGED_ALONE = (
 )
 
 
-def added(new: Profile, budgets: Budgets | None = None) -> Comparison:
+def added(new: Profile, budgets: Budgets | None = None) -> ProfileComparison:
     """The same for a profile that there was none of before: it is held to the budgets, which count its loss against the 16-bit cache.
 
     Of the other findings only those stay that are about the new profile alone.
@@ -199,7 +199,7 @@ def _layer_rules(layer: LayerChange) -> Iterator[str]:
         yield "layer-scheme-changed"
 
 
-def _storage(comparison: Comparison) -> Iterator[Finding]:
+def _storage(comparison: ProfileComparison) -> Iterator[Finding]:
     old, new = comparison.old, comparison.new
     for layer in comparison.layers:
         if layer.changed:
@@ -232,7 +232,7 @@ def _quality_changes(old: Profile, new: Profile) -> Iterator[QualityChange]:
         yield measure_change(sides[0].get(key), sides[1].get(key), None not in digests and digests[0] != digests[1])
 
 
-def _quality(comparison: Comparison) -> Iterator[Finding]:
+def _quality(comparison: ProfileComparison) -> Iterator[Finding]:
     old, new, budgets = comparison.old, comparison.new, comparison.budgets
     differs = stored_differently(old, new)
     if differs and not any(measure.has_interval for measure in new.quality):
@@ -285,7 +285,7 @@ def _provenance(old: Profile, new: Profile) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _origins(comparison: Comparison) -> Iterator[Finding]:
+def _origins(comparison: ProfileComparison) -> Iterator[Finding]:
     old, new = comparison.old, comparison.new
     by_prefix = {"origin": "origin-changed", "data": "data-changed", "search": "search-changed"}
     by_prefix |= dict.fromkeys(("tool", "versions", "device", "dtype"), "environment-changed")

@@ -24,7 +24,7 @@ _OWNER: Final = re.compile(r"dubious ownership in repository at '(.*)'")
 
 
 @dataclass(frozen=True)
-class Place:
+class GitPath:
     """A file in a revision, as ``REF:path`` names it; a path that starts with ``./`` or ``../`` starts in the current folder."""
 
     ref: str
@@ -34,11 +34,11 @@ class Place:
         return f"{self.ref}:{self.path}"
 
 
-def parse(text: str) -> Place | None:
+def parse(text: str) -> GitPath | None:
     """``REF:path`` in its two parts; None if there is no colon outside of braces, which is where git looks for it.
 
     >>> parse("HEAD:a/b.json")
-    Place(ref='HEAD', path='a/b.json')
+    GitPath(ref='HEAD', path='a/b.json')
     """
     depth = 0
     for index, character in enumerate(text):
@@ -47,11 +47,11 @@ def parse(text: str) -> Place | None:
         elif character == "}" and depth:
             depth -= 1
         elif character == ":" and not depth:
-            return Place(text[:index], text[index + 1 :])
+            return GitPath(text[:index], text[index + 1 :])
     return None
 
 
-def check_name(place: Place) -> None:
+def check_name(place: GitPath) -> None:
     """Refuse names that git would not take for a revision.
 
     Raises:
@@ -66,12 +66,12 @@ def check_name(place: Place) -> None:
         raise UsageError(f"{shown} has a line break or a null: git cannot be asked for it")
 
 
-def named_well(place: Place) -> bool:
+def named_well(place: GitPath) -> bool:
     """Whether git can be asked for it: the revision is named and is no option, and all is one line."""
     return place.ref[:1] not in ("", "-") and not re.search(r"[\x00\n]", str(place))
 
 
-def ref_exists(place: Place) -> bool:
+def ref_exists(place: GitPath) -> bool:
     """Whether the revision is in the repository of the current folder; False outside of any repository.
 
     Raises:
@@ -88,7 +88,7 @@ def ref_exists(place: Place) -> bool:
     raise _refused(place, reason)
 
 
-def _is_the_one(place: Place) -> bool:
+def _is_the_one(place: GitPath) -> bool:
     """Whether the name means what it says, where git would take a tag of that name: whoever may push tags could name one ``origin/main``.
 
     Raises:
@@ -107,7 +107,7 @@ def _is_the_one(place: Place) -> bool:
     return True
 
 
-def read(place: Place, what: str, limit: int) -> bytes | None:
+def read(place: GitPath, what: str, limit: int) -> bytes | None:
     """The bytes of a file in a revision that exists; None if that revision has no such file. Links inside the revision are followed.
 
     The size is asked for before anything is read. ``cat-file`` runs no text conversion and no external diff, and a partial clone
@@ -141,7 +141,7 @@ def read(place: Place, what: str, limit: int) -> bytes | None:
     raise _unreadable(place, done)
 
 
-def same_path(place: Place, other: str) -> bool:
+def same_path(place: GitPath, other: str) -> bool:
     """Whether ``other``, a file or ``REF:path``, is at the path in the repository that ``place`` has in its revision."""
     prefix = _git(place, "rev-parse", "--show-prefix").stdout.decode(errors="surrogateescape").rstrip("\n")
     found = parse(other)
@@ -154,7 +154,7 @@ def same_path(place: Place, other: str) -> bool:
     return theirs == _from_root(place.path, prefix)
 
 
-def prefix_of(place: Place) -> str:
+def prefix_of(place: GitPath) -> str:
     """The current folder, from the root of the repository: empty or with a slash at its end."""
     done = _git(place, "rev-parse", "--show-prefix")
     if done.returncode:
@@ -171,14 +171,14 @@ def _from_root(path: str, prefix: str) -> str:
     return posixpath.normpath(posixpath.join(prefix, path) if path.startswith(("./", "../")) else path)
 
 
-def _absent(place: Place) -> bool:
+def _absent(place: GitPath) -> bool:
     """True if the revision's trees are here and have no such path."""
     options = [] if place.path.startswith(("./", "../")) else ["--full-tree"]
     done = _git(place, "ls-tree", "-z", *options, place.ref, "--", place.path or ".")
     return done.returncode == 0 and not done.stdout
 
 
-def _unreadable(place: Place, done: subprocess.CompletedProcess[bytes]) -> ProfileError:
+def _unreadable(place: GitPath, done: subprocess.CompletedProcess[bytes]) -> ProfileError:
     partial = _git(place, "config", "--get-regexp", r"^(extensions\.partialclone|remote\..*\.promisor)$")
     if partial.returncode == 0:
         return ProfileError(
@@ -188,7 +188,7 @@ def _unreadable(place: Place, done: subprocess.CompletedProcess[bytes]) -> Profi
     return _refused(place, _reason(done))
 
 
-def _refused(place: Place, reason: str) -> ProfileError:
+def _refused(place: GitPath, reason: str) -> ProfileError:
     owner = _OWNER.search(reason)
     if owner:
         return ProfileError(
@@ -204,7 +204,7 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     return found[1] if found else text.partition("\n")[0] or f"git ended with {done.returncode}"
 
 
-def _git(place: Place, *arguments: str, send: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def _git(place: GitPath, *arguments: str, send: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     import subprocess
 
     environment = os.environ | {

@@ -12,7 +12,7 @@ from kvtuner_search.errors import ExitCode, UsageError
 from kvtuner_search.profile import git
 from kvtuner_search.profile.canonical import canonical_json
 from kvtuner_search.profile.changes import QualityChange
-from kvtuner_search.profile.compare import Comparison, LayerChange
+from kvtuner_search.profile.compare import LayerChange, ProfileComparison
 from kvtuner_search.profile.rules import RULES, Finding
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.settings import Settings
@@ -27,10 +27,10 @@ _MARKDOWN: Final = re.compile(r"([\\`*_{}\[\]#|~@])")
 
 
 @dataclass(frozen=True)
-class Report:
+class DiffReport:
     """What every format shows."""
 
-    comparison: Comparison
+    comparison: ProfileComparison
     findings: list[Finding]  # after overrides and ignores, gravest first
     ignored: int
     settings: Settings
@@ -102,7 +102,7 @@ def group_fingerprint(group: list[Finding]) -> str:
     return group[0].fingerprint if len(group) == 1 else f"{len(group)} findings"
 
 
-def to_json(report: Report) -> str:
+def to_json(report: DiffReport) -> str:
     """Everything, for scripts."""
     comparison = report.comparison
     return canonical_json(
@@ -175,7 +175,7 @@ def _quality(change: QualityChange) -> dict[str, Any]:
     }
 
 
-def quality_tables(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str, str, str]]]]:
+def quality_tables(comparison: ProfileComparison) -> list[tuple[str, list[tuple[str, str, str, str, str]]]]:
     """Tables that are not empty, with their titles."""
     tables = (
         ("quality against 16 bits", quality_rows(comparison.quality)),
@@ -197,7 +197,7 @@ def quality_rows(changes: list[QualityChange]) -> list[tuple[str, str, str, str,
     return rows
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: DiffReport) -> str:
     """For a pull request: verdict, totals, findings, layers."""
     comparison = report.comparison
     icon = {"pass": "✅", "fail": "❌"}.get(report.verdict, "⛔")
@@ -245,7 +245,7 @@ def _escape(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", plain).replace("\\@", "@\u200b")
 
 
-def to_github(report: Report) -> str:
+def to_github(report: DiffReport) -> str:
     """Workflow commands, at most ANNOTATIONS a level; also appends the Markdown to ``GITHUB_STEP_SUMMARY``.
 
     Raises:
@@ -302,7 +302,7 @@ def _append_summary(path: Path, text: str) -> None:
         raise UsageError(f"cannot write GITHUB_STEP_SUMMARY={path}: {error.strerror}: unset it") from error
 
 
-def to_junit(report: Report) -> str:
+def to_junit(report: DiffReport) -> str:
     """One test case a rule: failed if a finding fails the gate, with the other findings as its output."""
     from xml.etree import ElementTree
 

@@ -124,7 +124,7 @@ def settings_of(ref: str, start: Path) -> tuple[Settings, GateChange | None]:
 
 def _table_of(ref: str) -> tuple[Path, dict[str, Any]]:
     """The nearest table in a revision, and the name of its file; an empty table if there is none."""
-    place = git.Place(ref, "pyproject.toml")
+    place = git.GitPath(ref, "pyproject.toml")
     git.check_name(place)
     if not git.ref_exists(place):
         raise ProfileError(
@@ -132,7 +132,7 @@ def _table_of(ref: str) -> tuple[Path, dict[str, Any]]:
         )
     folder = PurePosixPath(git.prefix_of(place))
     for above in (folder, *folder.parents):
-        place = git.Place(ref, str(above / "pyproject.toml"))
+        place = git.GitPath(ref, str(above / "pyproject.toml"))
         data = git.read(place, "a pyproject.toml", _MAX_BYTES)
         table = {} if data is None else _parse_table(data, Path(str(place)))
         if table:

@@ -44,7 +44,7 @@ def load_old(text: str, new: str) -> Profile | None:
     return load_from(text, any_layout=True)
 
 
-def place_in_git(text: str) -> git.Place | None:
+def place_in_git(text: str) -> git.GitPath | None:
     """The file in git that ``text`` names; None if it names a file, or standard input.
 
     Raises:

@@ -12,8 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from kvtuner_kernels.layout import BANDS, LayerSpec, TensorSpec
-from kvtuner_search.profile.compare import Comparison, basis_changed
-from kvtuner_search.profile.report import Report, capacity, group_fingerprint, group_message, grouped, quality_tables
+from kvtuner_search.profile.compare import ProfileComparison, basis_changed
+from kvtuner_search.profile.report import (
+    DiffReport,
+    capacity,
+    group_fingerprint,
+    group_message,
+    grouped,
+    quality_tables,
+)
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import (
     banded_sides,
@@ -63,7 +70,7 @@ def console(file: IO[str] | None = None) -> Console:
     )
 
 
-def print_report(report: Report) -> None:
+def print_report(report: DiffReport) -> None:
     """A comparison: totals, layers that changed, quality, provenance, findings, verdict."""
     out, comparison = console(), report.comparison
     old, new = comparison.old, comparison.new
@@ -152,14 +159,14 @@ def print_validation(out: Console, block: Validation, verdict: str) -> None:
     _show(out, table, last=True)
 
 
-def _totals(out: Console, report: Report) -> None:
+def _totals(out: Console, report: DiffReport) -> None:
     table = _table("total", "old", "new", "change", right=(1, 2, 3))
     for row in report.totals():
         table.add_row(*row)
     _show(out, table)
 
 
-def _changed_layers(out: Console, comparison: Comparison) -> None:
+def _changed_layers(out: Console, comparison: ProfileComparison) -> None:
     if not any(layer.changed for layer in comparison.layers):
         other = basis_changed(comparison.old, comparison.new)
         out.print("all layers have the same specs, in other bases\n" if other else "all layers are stored alike\n")
@@ -178,7 +185,7 @@ def _changed_layers(out: Console, comparison: Comparison) -> None:
     _show(out, table)
 
 
-def _findings(out: Console, report: Report) -> None:
+def _findings(out: Console, report: DiffReport) -> None:
     groups = grouped(report.findings)
     for finding, group in groups[:_ROWS]:
         style = _SEVERITY_STYLE[finding.severity]

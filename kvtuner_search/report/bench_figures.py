@@ -14,15 +14,15 @@ _TALL: Final = 270.0
 _LEAST_RANGE: Final = 10.0  # of the y axis, so that it has several ticks
 _APART: Final = 30.0  # pixels between the labels of two ticks
 RUN_SHAPES: Final = ("circle", "square", "diamond", "triangle", "plus", "star")
-SEED_SHAPE: Final = "cross"
+CLAIMED_SHAPE: Final = "cross"
 STYLE: Final = """
 .r0 { fill: var(--b16); } .r1 { fill: var(--b8); } .r2 { fill: var(--refined); } .r3 { fill: var(--b4); } .r4 { fill: var(--preset); } .r5 { fill: var(--plain); }
 .line.r0, .stroke.r0 { fill: none; stroke: var(--b16); } .line.r1, .stroke.r1 { fill: none; stroke: var(--b8); } .line.r2, .stroke.r2 { fill: none; stroke: var(--refined); }
 .line.r3, .stroke.r3 { fill: none; stroke: var(--b4); } .line.r4, .stroke.r4 { fill: none; stroke: var(--preset); } .line.r5, .stroke.r5 { fill: none; stroke: var(--plain); }
-.stroke.seed { fill: none; stroke: var(--chosen); stroke-width: 2; } .ring { fill: none; stroke: var(--chosen); stroke-width: 1.2; }
-.line.floor { stroke: var(--ink); stroke-width: 2; } .line.seedfloor { stroke: var(--chosen); stroke-width: 1.6; stroke-dasharray: 7 4; }
-.hatch { stroke: var(--dim); stroke-opacity: .55; } .seedhatch { stroke: var(--chosen); stroke-opacity: .38; } .zone { fill: var(--dim); fill-opacity: .1; }
-.seedzone { fill: var(--chosen); fill-opacity: .06; } svg text.seed { fill: var(--chosen); font-weight: 650; } svg text.floor { fill: var(--ink); font-weight: 650; }
+.stroke.claimed { fill: none; stroke: var(--chosen); stroke-width: 2; } .ring { fill: none; stroke: var(--chosen); stroke-width: 1.2; }
+.line.floor { stroke: var(--ink); stroke-width: 2; } .line.claimedfloor { stroke: var(--chosen); stroke-width: 1.6; stroke-dasharray: 7 4; }
+.hatch { stroke: var(--dim); stroke-opacity: .55; } .claimedhatch { stroke: var(--chosen); stroke-opacity: .38; } .zone { fill: var(--dim); fill-opacity: .1; }
+.claimedzone { fill: var(--chosen); fill-opacity: .06; } svg text.claimed { fill: var(--chosen); font-weight: 650; } svg text.floor { fill: var(--ink); font-weight: 650; }
 .halo { paint-order: stroke; stroke: var(--page); stroke-width: 3px; stroke-linejoin: round; }
 .panels { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; } .panels figure { flex: 1 1 22rem; min-width: 0; max-width: 42rem; }
 .panels figure svg { min-width: 0; } .panels .scroll { overflow: visible; }
@@ -45,7 +45,7 @@ class Spot(NamedTuple):
 
 
 class Series(NamedTuple):
-    """The figures of one run, or of the seed (class ``seed``)."""
+    """The figures of one run, or of the adapter's report (class ``claimed``)."""
 
     spots: Sequence[Spot]
     class_: str
@@ -56,7 +56,7 @@ class Zone(NamedTuple):
     """What cannot be: all beyond a line, which is a floor of times or a ceiling of rates."""
 
     line: Sequence[Point]  # rising in x
-    class_: str  # floor or seedfloor
+    class_: str  # floor or claimedfloor
     words: str
     hatched: bool = True  # False: only the line, of hardware that others in the drawing surpass
 
@@ -126,7 +126,7 @@ def plot(
 def _series(panel: Panel, one: Series, shift: float) -> Iterable[str]:
     at = [(panel.x(spot.x) + shift, panel.y(spot.y)) for spot in one.spots]
     if (
-        len(at) > 1 and one.class_ != "seed"
+        len(at) > 1 and one.class_ != "claimed"
     ):  # lines of claims that cannot be would give them a shape that they have not
         yield path(at, one.class_)
     for spot, (x, y) in zip(one.spots, at, strict=True):
@@ -144,15 +144,15 @@ def _zone(panel: Panel, name: str, zone: Zone, above: bool) -> Iterable[str]:
     edge = panel.top if above else panel.top + panel.height
     outline = "".join(f"{'M' if i == 0 else 'L'}{x:.2f} {y:.2f}" for i, (x, y) in enumerate(line))
     outline += f"V{edge:.2f}H{line[0][0]:.2f}Z"
-    base = "zone" if zone.class_ == "floor" else "seedzone"
+    base = "zone" if zone.class_ == "floor" else "claimedzone"
     yield _pattern(name, zone.class_)
     yield tag("path", class_=base, d=outline)
     yield tag("path", style=f"fill: url(#{name})", d=outline)
 
 
 def _pattern(name: str, class_: str) -> str:
-    """Hatching: one diagonal for our hardware, the other for the seed's."""
-    hatch, turn = ("hatch", 45) if class_ == "floor" else ("seedhatch", -45)
+    """Hatching: one diagonal for our hardware, the other for the adapter's."""
+    hatch, turn = ("hatch", 45) if class_ == "floor" else ("claimedhatch", -45)
     line = tag("line", class_=hatch, x1=0.0, y1=0.0, x2=0.0, y2=7.0, stroke_width=1.6)
     pattern = tag(
         "pattern",
@@ -167,7 +167,7 @@ def _pattern(name: str, class_: str) -> str:
 
 
 def _fill(x: float, y: float, width: float, height: float, name: str, class_: str) -> str:
-    base = rect(x, y, width, height, "zone" if class_ == "floor" else "seedzone")
+    base = rect(x, y, width, height, "zone" if class_ == "floor" else "claimedzone")
     hatching = tag(
         "rect", style=f"fill: url(#{name})", x=float(x), y=float(y), width=float(width), height=float(height)
     )
@@ -181,13 +181,13 @@ def _across(panel: Panel, line: Sequence[Point]) -> list[Point]:
 
 
 def _words(panel: Panel, zone: Zone, above: bool) -> str:
-    """What a line is: ours inside its zone, the seed's outside of its own, at opposite ends, where drawings have least."""
+    """What a line is: ours inside its zone, the adapter's outside of its own, at opposite ends, where drawings have least."""
     ours = zone.class_ == "floor"
     left = ours == above
     y = panel.y(zone.line[0 if left else -1][1])
     y = max(y - 7, panel.top + 11) if ours == above else min(y + 15, panel.top + panel.height - 5)
     x = panel.left + 6 if left else panel.left + panel.width - 6
-    return label(x, y, zone.words, "start" if left else "end", f"halo small {'floor' if ours else 'seed'}")
+    return label(x, y, zone.words, "start" if left else "end", f"halo small {'floor' if ours else 'claimed'}")
 
 
 def _ticks(panel: Panel, xs: Sequence[float]) -> list[float]:

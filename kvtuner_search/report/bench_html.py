@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from kvtuner_search.bench.claims import AdapterReport
 from kvtuner_search.bench.compare import layout_text
 from kvtuner_search.bench.judge import split_causes
 from kvtuner_search.bench.record import Record, Violation
-from kvtuner_search.bench.seed_report import SeedReport
 from kvtuner_search.profile.text import signed
 from kvtuner_search.report import page
-from kvtuner_search.report.bench_figures import SEED_SHAPE, STYLE, key, run_class, run_shape, zone_key
+from kvtuner_search.report.bench_claims import CLAIMED, IMPOSSIBLE, ClaimedTables, tables
+from kvtuner_search.report.bench_figures import CLAIMED_SHAPE, STYLE, key, run_class, run_shape, zone_key
 from kvtuner_search.report.bench_panels import drawings
-from kvtuner_search.report.bench_seed import IMPOSSIBLE, SEED, SeedTables, tables
 from kvtuner_search.report.bench_tables import (
     GATE_HEADS,
     Grid,
-    Run,
+    ReportedRun,
     figure,
     gate_rows,
     grids,
@@ -30,14 +30,14 @@ from kvtuner_search.secrets import mask, mask_arguments
 VIOLATION_HEADS: Final = ("rule", "where", "figure", "why it cannot be")
 
 
-def report(records: Sequence[Record], seed: SeedReport | None = None) -> str:
-    """The page of one or more records, beside the seed's report if that is given.
+def report(records: Sequence[Record], adapter: AdapterReport | None = None) -> str:
+    """The page of one or more records, beside the adapter's report if that is given.
 
     Args:
         records: at least one; of one model, or the page compares what cannot be compared.
-        seed: the report to put beside them.
+        adapter: the report to put beside them.
     """
-    all_runs, claims = runs(records), tables(seed) if seed else None
+    all_runs, claims = runs(records), tables(adapter) if adapter else None
     title = f"Benchmark of {', '.join(dict.fromkeys(record.model.name for record in records))}"
     sections: list[tuple[str, str, Iterable[str]]] = [("runs", "Runs", _runs(all_runs))]
     for grid in grids(all_runs, claims):
@@ -45,14 +45,14 @@ def report(records: Sequence[Record], seed: SeedReport | None = None) -> str:
     if any(run.record.gates for run in all_runs):
         sections.append(("gates", "Objectives", _gates(all_runs)))
     if claims and (claims.violations or claims.remarks):
-        sections.append(("impossible", "What the seed claims and cannot be", _seed_violations(claims)))
+        sections.append(("impossible", "What the adapter's report claims and cannot be", _impossible_claims(claims)))
     if any(run.record.quality for run in all_runs):
         sections.append(("quality", "Quality against the 16-bit cache", _quality(all_runs)))
     sections.append(("details", "How it was measured", _details(all_runs)))
     return page.page(title, _header(title, all_runs, claims), sections, STYLE)
 
 
-def _header(title: str, all_runs: Sequence[Run], seed: SeedTables | None) -> list[str]:
+def _header(title: str, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> list[str]:
     parts = [f"<h1>{escaped(title)}</h1>"]
     hardware = dict.fromkeys(machine(run.record) for run in all_runs)
     parts.append(f"<p>{escaped(' · '.join(hardware))}</p>")
@@ -70,19 +70,19 @@ def _header(title: str, all_runs: Sequence[Run], seed: SeedTables | None) -> lis
         parts.append(
             f'<p class="warn"><span class=bad>No result:</span> {escaped(run.name)}: {escaped(_why(run.record))}</p>'
         )
-    if seed:
-        others = [run for run in all_runs if run.record.model.name != seed.report.model]
+    if claims:
+        others = [run for run in all_runs if run.record.model.name != claims.report.model]
         other = " It is of another model than ours, so rows do not compare." if others else ""
-        text = f"Beside it the seed's report, {seed.title}: claims, not measurements of this project.{other}"
-        parts.append(f"<p>{escaped(text)} {_verdict_of(seed)}</p>")
-    parts.append(_legend(all_runs, seed))
+        text = f"Beside it the adapter's report, {claims.title}: claims, not measurements of this project.{other}"
+        parts.append(f"<p>{escaped(text)} {_verdict_of(claims)}</p>")
+    parts.append(_legend(all_runs, claims))
     return parts
 
 
-def _verdict_of(seed: SeedTables) -> str:
-    if not seed.violations:
+def _verdict_of(claims: ClaimedTables) -> str:
+    if not claims.violations:
         return ""
-    return f'<a href="#impossible">{len(seed.violations)} of its figures cannot be.</a>'
+    return f'<a href="#impossible">{len(claims.violations)} of its figures cannot be.</a>'
 
 
 def _why(record: Record) -> str:
@@ -94,18 +94,18 @@ def _why(record: Record) -> str:
     return f"{first.rule} at {first.where}: {first.figure}{more}"
 
 
-def _legend(all_runs: Sequence[Run], seed: SeedTables | None) -> str:
+def _legend(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> str:
     entries = [(key(run_class(i), run_shape(i)), run.name) for i, run in enumerate(all_runs)]
     if any(cell.floor for run in all_runs for cell in run.record.cells):
         entries.append((zone_key("floor"), "cannot be on this hardware"))
-    if seed:
-        entries.append((key(SEED, SEED_SHAPE), "the seed's claim, ringed where it cannot be"))
-        if any(cell.floor for cell in seed.cells):
-            entries.append((zone_key("seedfloor"), "cannot be on the seed's hardware"))
+    if claims:
+        entries.append((key(CLAIMED, CLAIMED_SHAPE), "the adapter's claim, ringed where it cannot be"))
+        if any(cell.floor for cell in claims.cells):
+            entries.append((zone_key("claimedfloor"), "cannot be on the adapter's hardware"))
     return page.legend("", entries)
 
 
-def _runs(all_runs: Sequence[Run]) -> Iterator[str]:
+def _runs(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
     for run in all_runs:
         record = run.record
         yield f"<h3>{escaped(run.name)} {_badge(record)}</h3>"
@@ -146,8 +146,8 @@ def _violation(violation: Violation) -> tuple[str, str, str, str]:
     return violation.rule, violation.where, violation.figure, violation.reason
 
 
-def _section(grid: Grid, all_runs: Sequence[Run], seed: SeedTables | None) -> Iterator[str]:
-    panels = drawings(grid.id, all_runs, seed)
+def _section(grid: Grid, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Iterator[str]:
+    panels = drawings(grid.id, all_runs, claims)
     if panels:
         yield '<div class="panels">' + "".join(page.figure(panel, "") for panel in panels) + "</div>"
     table = f'<div class="cells">{page.table(grid.heads, grid.rows, right=grid.right, kinds=_kinds(grid))}</div>'
@@ -157,38 +157,38 @@ def _section(grid: Grid, all_runs: Sequence[Run], seed: SeedTables | None) -> It
 
 
 def _kinds(grid: Grid) -> dict[int, str]:
-    """Rows of the seed, and rows with a figure that cannot be, stand out."""
+    """Claimed rows, and rows with a figure that cannot be, stand out."""
     found = {}
     for index, row in enumerate(grid.rows):
-        kinds = ["claim"] if SEED in row else []
+        kinds = ["claim"] if CLAIMED in row else []
         kinds += ["bad"] if any(IMPOSSIBLE in cell for cell in row) else []
         if kinds:
             found[index] = " ".join(kinds)
     return found
 
 
-def _gates(all_runs: Sequence[Run]) -> Iterator[str]:
+def _gates(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
     rows = [(run.name, *row) for run in all_runs for row in gate_rows(run.record.gates)]
     yield page.table(("run", *GATE_HEADS), rows, right=(2, 3))
     yield "<p class=dim>Each is judged on its worst cell.</p>"
 
 
-def _seed_violations(seed: SeedTables) -> Iterator[str]:
+def _impossible_claims(claims: ClaimedTables) -> Iterator[str]:
     """What is wrong with each figure; what usually causes it is said once."""
     causes: dict[str, None] = {}
     rows = []
-    for violation in seed.violations:
+    for violation in claims.violations:
         why, usual = split_causes(violation.reason)
         causes |= dict.fromkeys(usual.split("; ") if usual else ())
         rows.append((violation.rule, violation.where, violation.figure, why))
     if rows:
         yield page.table(VIOLATION_HEADS, rows)
-    for heading, lines in (("Usual causes", list(causes)), ("Not judged", seed.remarks)):
+    for heading, lines in (("Usual causes", list(causes)), ("Not judged", claims.remarks)):
         if lines:
             yield f"<h3>{heading}</h3><ul>" + "".join(f"<li>{escaped(line)}</li>" for line in lines) + "</ul>"
 
 
-def _quality(all_runs: Sequence[Run]) -> Iterator[str]:
+def _quality(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
     rows = [
         (
             run.name,
@@ -207,7 +207,7 @@ def _quality(all_runs: Sequence[Run]) -> Iterator[str]:
     )
 
 
-def _details(all_runs: Sequence[Run]) -> Iterator[str]:
+def _details(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
     for run in all_runs:
         record = run.record
         yield f"<h3>{escaped(run.name)}</h3>"

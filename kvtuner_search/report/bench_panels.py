@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from kvtuner_search.bench.record import Cell, Floor, Section, Speed
-from kvtuner_search.report.bench_figures import SEED_SHAPE, Series, Spot, Zone, plot, run_class, run_shape
-from kvtuner_search.report.bench_seed import SEED, SeedCell, SeedTables
-from kvtuner_search.report.bench_tables import Run, beyond, figure, key_of, machine
+from kvtuner_search.report.bench_claims import CLAIMED, ClaimedCell, ClaimedTables
+from kvtuner_search.report.bench_figures import CLAIMED_SHAPE, Series, Spot, Zone, plot, run_class, run_shape
+from kvtuner_search.report.bench_tables import ReportedRun, beyond, figure, key_of, machine
 from kvtuner_search.report.svg import Point
 
 
@@ -20,7 +20,7 @@ class Quantity(NamedTuple):
     rate: bool  # has a ceiling instead of a floor
     bound: Callable[[Floor], float]
     value: Callable[[Speed], tuple[float, float, float] | None]  # figure, least, greatest; of a rate all are alike
-    claim: str  # what SeedCell.figures calls it
+    claim: str  # what ClaimedCell.figures calls it
 
 
 def _ttft(speed: Speed) -> tuple[float, float, float] | None:
@@ -53,20 +53,20 @@ _DRAWN: Final[dict[str, tuple[Drawing, ...]]] = {
 }
 
 
-def drawings(table: str, all_runs: Sequence[Run], seed: SeedTables | None) -> list[str]:
+def drawings(table: str, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> list[str]:
     """The drawings that belong to a table, by its id; a drawing without a single figure is left out."""
     wanted: Iterable[Drawing] = _DRAWN.get(table, ())
     if table == "long":
         prompts = {cell.shape.input_tokens for run in all_runs for cell in run.record.cells if cell.section == "long"}
-        prompts |= {claim.key[0] for claim in (seed.cells if seed else ()) if claim.section == "long"}
+        prompts |= {claim.key[0] for claim in (claims.cells if claims else ()) if claim.section == "long"}
         wanted = [
             Drawing("long", _TOKENS, f"{prompt:,} prompt tokens", "output tokens", 1, prompt)
             for prompt in sorted(prompts)
         ]
-    return [drawn for one in wanted if (drawn := _draw(one, all_runs, seed))]
+    return [drawn for one in wanted if (drawn := _draw(one, all_runs, claims))]
 
 
-def _draw(one: Drawing, all_runs: Sequence[Run], seed: SeedTables | None) -> str:
+def _draw(one: Drawing, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> str:
     series = []
     floors: dict[str, dict[float, float]] = {}  # machine -> position -> floor
     for index, run in enumerate(all_runs):
@@ -78,10 +78,10 @@ def _draw(one: Drawing, all_runs: Sequence[Run], seed: SeedTables | None) -> str
             if cell.floor is not None:
                 line, at = floors.setdefault(machine(run.record), {}), float(key_of(cell)[one.part])
                 line[at] = _lenient(one, [one.quantity.bound(cell.floor), *([line[at]] if at in line else [])])
-    claims = [claim for claim in (seed.cells if seed else ()) if _wanted(one, claim.section, claim.key)]
-    claimed = [claim for claim in claims if claim.figures.get(one.quantity.claim) is not None]
+    rows = [claim for claim in (claims.cells if claims else ()) if _wanted(one, claim.section, claim.key)]
+    claimed = [claim for claim in rows if claim.figures.get(one.quantity.claim) is not None]
     if claimed:
-        series.append(Series(sorted(_claim(one, claim) for claim in claimed), SEED, SEED_SHAPE))
+        series.append(Series(sorted(_claim(one, claim) for claim in claimed), CLAIMED, CLAIMED_SHAPE))
     if not series:
         return ""
     bounds = {float(c.key[one.part]): one.quantity.bound(c.floor) for c in claimed if c.floor}
@@ -98,10 +98,10 @@ def _lenient(one: Drawing, bounds: Sequence[float]) -> float:
     return max(bounds) if one.quantity.rate else min(bounds)
 
 
-def _zones(one: Drawing, floors: dict[str, dict[float, float]], seeds: dict[float, float]) -> list[Zone]:
-    """The seed's zone, then ours: what no machine in the report can do is hatched, other machines have a line."""
+def _zones(one: Drawing, floors: dict[str, dict[float, float]], claimed: dict[float, float]) -> list[Zone]:
+    """The adapter's zone, then ours: what no machine in the report can do is hatched, other machines have a line."""
     word = "ceiling" if one.quantity.rate else "floor"
-    zones = [Zone(sorted(seeds.items()), "seedfloor", f"{word} of the seed's hardware")] if seeds else []
+    zones = [Zone(sorted(claimed.items()), "claimedfloor", f"{word} of the adapter's hardware")] if claimed else []
     lines: dict[str, list[Point]] = {name: sorted(line.items()) for name, line in floors.items()}
     best = sorted(lines, key=lambda name: _lenient(one, [y for _, y in lines[name]]), reverse=one.quantity.rate)
     return zones + [Zone(lines[name], "floor", f"{word}: {name}", index == 0) for index, name in enumerate(best)]
@@ -124,11 +124,11 @@ def _spot(one: Drawing, cell: Cell, run: str) -> Spot | None:
     return Spot(at, value, note, impossible=wrong) if quantity.rate else Spot(at, value, note, low, high, wrong)
 
 
-def _claim(one: Drawing, claim: SeedCell) -> Spot:
+def _claim(one: Drawing, claim: ClaimedCell) -> Spot:
     quantity = one.quantity
     value = claim.figures[quantity.claim] or 0.0
     wrong = quantity.claim in claim.impossible
-    note = f"seed: {figure(value)} {quantity.unit}"
+    note = f"claimed: {figure(value)} {quantity.unit}"
     if claim.floor:
         note += (
             f"; its hardware allows no {'more' if quantity.rate else 'less'} than {figure(quantity.bound(claim.floor))}"

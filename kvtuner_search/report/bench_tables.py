@@ -1,4 +1,4 @@
-"""The tables of benchmark reports as text, for the terminal and for HTML: each cell of a grid as it was measured, run by run, then as the seed claims it."""
+"""The tables of benchmark reports as text, for the terminal and for HTML: each cell of a grid as it was measured, run by run, then as the adapter's report claims it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvtuner_search.bench.compare import layout, layout_text
 from kvtuner_search.bench.judge import CLOCK_MARGIN
 from kvtuner_search.bench.record import Cell, Gate, Record, Section, Summary
 from kvtuner_search.profile.text import signed
-from kvtuner_search.report.bench_seed import IMPOSSIBLE, NONE, SEED, SeedCell, SeedTables, layout_columns
+from kvtuner_search.report.bench_claims import CLAIMED, IMPOSSIBLE, NONE, ClaimedCell, ClaimedTables, layout_columns
 
 
 class Grid(NamedTuple):
@@ -24,14 +24,14 @@ class Grid(NamedTuple):
     note: str = ""
 
 
-class Run(NamedTuple):
+class ReportedRun(NamedTuple):
     """A record and what tables call it."""
 
     name: str
     record: Record
 
 
-def runs(records: Sequence[Record]) -> list[Run]:
+def runs(records: Sequence[Record]) -> list[ReportedRun]:
     """A short name for each record that no other has: its cache, then its layout, then its time."""
     parts: list[Callable[[Record], str]] = [
         lambda record: record.cache.profile,
@@ -46,7 +46,7 @@ def runs(records: Sequence[Record]) -> list[Run]:
             names = [f"{name}, {part(record)}" for name, record in zip(names, records, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} ({index + 1})" for index, name in enumerate(names)]
-    return [Run(name, record) for name, record in zip(names, records, strict=True)]
+    return [ReportedRun(name, record) for name, record in zip(names, records, strict=True)]
 
 
 def machine(record: Record) -> str:
@@ -111,27 +111,27 @@ def key_of(cell: Cell) -> Key:
 
 
 def _gather(
-    section: Section, all_runs: Sequence[Run], seed: SeedTables | None
-) -> dict[Key, list[tuple[str, Cell | SeedCell]]]:
-    """Key -> (run, cell) of each run and of the seed, keys rising."""
-    found: dict[Key, list[tuple[str, Cell | SeedCell]]] = {}
+    section: Section, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None
+) -> dict[Key, list[tuple[str, Cell | ClaimedCell]]]:
+    """Key -> (run, cell) of each run and of the adapter's report, keys rising."""
+    found: dict[Key, list[tuple[str, Cell | ClaimedCell]]] = {}
     for run in all_runs:
         for cell in run.record.cells:
             if cell.section == section:
                 found.setdefault(key_of(cell), []).append((run.name, cell))
-    for claimed in seed.cells if seed else ():
+    for claimed in claims.cells if claims else ():
         if claimed.section == section:
-            found.setdefault(claimed.key, []).append((SEED, claimed))
+            found.setdefault(claimed.key, []).append((CLAIMED, claimed))
     return dict(sorted(found.items()))
 
 
-def _build(section: Section, heads: Sequence[str], all_runs: Sequence[Run], seed: SeedTables | None, ours: Callable[[Cell], Sequence[str]], theirs: Callable[[SeedCell], Sequence[str]], note: str) -> Grid | None:  # fmt: skip
+def _build(section: Section, heads: Sequence[str], all_runs: Sequence[ReportedRun], claims: ClaimedTables | None, ours: Callable[[Cell], Sequence[str]], theirs: Callable[[ClaimedCell], Sequence[str]], note: str) -> Grid | None:  # fmt: skip
     rows = []
     names = _KEYS[section][0]
-    for key, members in _gather(section, all_runs, seed).items():
+    for key, members in _gather(section, all_runs, claims).items():
         for index, (name, cell) in enumerate(members):
             lead = [f"{part:,}" if index == 0 else "" for part in key]
-            rows.append([*lead, name, *(theirs(cell) if isinstance(cell, SeedCell) else ours(cell))])
+            rows.append([*lead, name, *(theirs(cell) if isinstance(cell, ClaimedCell) else ours(cell))])
     if not rows:
         return None
     columns = [*names, "run", *heads]
@@ -147,7 +147,7 @@ def _mean(summary: Summary | None) -> str:
     return figure(summary.mean if summary else None)
 
 
-def _ttft(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
+def _ttft(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     heads = ("mean, ms", "least", "p50", "p99", "greatest", "whole answers", "floor, ms", "of the floor")
 
     def ours(cell: Cell) -> Sequence[str]:
@@ -160,17 +160,17 @@ def _ttft(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
         floor = cell.floor.ttft if cell.floor else None
         return [*shown, _whole(cell), figure(floor), share(found.minimum, floor, above=False) if found else NONE]
 
-    def theirs(cell: SeedCell) -> Sequence[str]:
+    def theirs(cell: ClaimedCell) -> Sequence[str]:
         mean, low, high = (cell.figures[name] or 0.0 for name in ("mean", "minimum", "maximum"))
         floor = cell.floor.ttft if cell.floor else None
         kept = share(low, floor, above=False)
         return [figure(mean), figure(low), NONE, NONE, figure(high), NONE, figure(floor), kept]
 
     note = "The least of a cell is what is held against the floor: no request can be quicker."
-    return _build("ttft", heads, all_runs, seed, ours, theirs, note)
+    return _build("ttft", heads, all_runs, claims, ours, theirs, note)
 
 
-def _rates(section: Section, all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
+def _rates(section: Section, all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     batch = section == "batch"
     heads = ["requests/s", "ceiling", "of the ceiling", "output tokens/s", "latency, ms", "TTFT, ms", "whole answers"]
     heads = ["one batch, ms", *heads] if batch else heads
@@ -190,7 +190,7 @@ def _rates(section: Section, all_runs: Sequence[Run], seed: SeedTables | None) -
         ]
         return [*first, *shown, figure(speed.latency.mean), _mean(speed.ttft), _whole(cell)]
 
-    def theirs(cell: SeedCell) -> Sequence[str]:
+    def theirs(cell: ClaimedCell) -> Sequence[str]:
         rate, ceiling = cell.figures["rate"] or 0.0, cell.floor.requests_per_second if cell.floor else None
         first = [figure(cell.figures["total"])] if batch else []
         kept = share(rate, ceiling, above=True, claimed="rate" in cell.impossible)
@@ -200,14 +200,14 @@ def _rates(section: Section, all_runs: Sequence[Run], seed: SeedTables | None) -
 
     note = "Rates count whole answers only; latency and TTFT are means. "
     note += (
-        "The seed does not say how many tokens it asked for, so its ceiling is that of one token in answer to one."
-        if seed
+        "The adapter's report does not say how many tokens it asked for, so its ceiling is that of one token in answer to one."
+        if claims
         else ""
     )
-    return _build(section, heads, all_runs, seed, ours, theirs, note.strip())
+    return _build(section, heads, all_runs, claims, ours, theirs, note.strip())
 
 
-def _long(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
+def _long(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     heads = (
         "latency, ms",
         "floor, ms",
@@ -219,7 +219,7 @@ def _long(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
         "whole answers",
     )
 
-    def shown(latency: float, rate: float, cell: Cell | SeedCell) -> list[str]:
+    def shown(latency: float, rate: float, cell: Cell | ClaimedCell) -> list[str]:
         least, most = (cell.floor.latency, cell.floor.output_tokens_per_second) if cell.floor else (None, None)
         shares = share(latency, least, above=False), share(rate, most, above=True)
         return [figure(latency), figure(least), shares[0], figure(rate), figure(most), shares[1]]
@@ -231,21 +231,21 @@ def _long(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
         figures = shown(speed.latency.mean, speed.output_tokens_per_second, cell)
         return [*figures, _mean(speed.per_token), _whole(cell)]
 
-    def theirs(cell: SeedCell) -> Sequence[str]:
+    def theirs(cell: ClaimedCell) -> Sequence[str]:
         return [*shown(cell.figures["latency"] or 0.0, cell.figures["tokens"] or 0.0, cell), NONE, NONE]
 
     return _build(
         "long",
         heads,
         all_runs,
-        seed,
+        claims,
         ours,
         theirs,
         "Latency and time per token are means; tokens are those that came back.",
     )
 
 
-def _memory(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
+def _memory(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
     heads = ("run", "rounds", "requests", "success", "latency, ms", "free slots before", "after", "device before, MiB", "after", "change, MiB")  # fmt: skip
     rows = []
     for run in all_runs:
@@ -259,17 +259,17 @@ def _memory(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
             answered = [f"{cell.shape.requests:,}", f"{cell.success_rate:.2%}"]
             latency = figure(cell.speed.latency.mean if cell.speed else None)
             rows.append([run.name, rounds, *answered, latency, *free, *used, change])
-    if seed and (stress := seed.report.memory_stress):
+    if claims and (stress := claims.report.memory_stress):
         success = NONE if stress.success is None else f"{stress.success:.2%}"
         change = NONE if stress.fluctuation_mib is None else f"±{stress.fluctuation_mib:g}"
-        latency = seed.claimed(figure(stress.mean_latency_ms), "memory stress", "latency")
+        latency = claims.claimed(figure(stress.mean_latency_ms), "memory stress", "latency")
         used_mib = NONE if stress.gpu_memory_mib is None else f"{stress.gpu_memory_mib:,.0f}"
-        rows.append([SEED, f"{stress.rounds:,}", NONE, success, latency, NONE, NONE, NONE, used_mib, change])
+        rows.append([CLAIMED, f"{stress.rounds:,}", NONE, success, latency, NONE, NONE, NONE, used_mib, change])
     note = "Slots are read with the prefix cache flushed: any that are missing afterwards have leaked. The cache is allocated when the server starts, so device memory shows leaks outside it only."
     return Grid("memory", HEADINGS["memory"], heads, rows, range(1, len(heads)), note) if rows else None
 
 
-def capacity(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid:
+def capacity(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid:
     """What a cache holds, and what devices are filled with."""
     heads = (
         "run",
@@ -291,22 +291,22 @@ def capacity(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid:
         mib = [f"{size / 2**20:,.0f}" if size else NONE for size in (max(used, default=None), total)]
         cache = record.cache
         rows.append([run.name, f"{cache.effective_bits:.3f}", f"{cache.bytes_per_token:,}", f"{record.served.token_capacity:,}", figure(record.served.cache_gib), *mib, filled])  # fmt: skip
-    for gpu in seed.report.gpu_memory_mib if seed else ():
+    for gpu in claims.report.gpu_memory_mib if claims else ():
         mib = [f"{gpu.used:,.0f}", f"{gpu.total:,.0f}", f"{gpu.used / gpu.total:.1%}"]
-        rows.append([f"{SEED}, GPU {gpu.gpu}", NONE, NONE, NONE, NONE, *mib])
+        rows.append([f"{CLAIMED}, GPU {gpu.gpu}", NONE, NONE, NONE, NONE, *mib])
     note = "What a cache saves shows in the tokens that fit: the server fills the device to a fixed share whatever the cache, so memory in use says nothing about it."
-    if seed and seed.report.memory_estimates_gb:
-        said = ", ".join(f"{name} {size:g} GB" for name, size in seed.report.memory_estimates_gb.items())
-        note += f" The seed's estimates of memory by cache: {said}."
+    if claims and claims.report.memory_estimates_gb:
+        said = ", ".join(f"{name} {size:g} GB" for name, size in claims.report.memory_estimates_gb.items())
+        note += f" The adapter's estimates of memory by cache: {said}."
     return Grid("capacity", "Token capacity and device memory", heads, rows, range(1, 8), note)
 
 
-def layouts(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
-    """The seed's "single node against distributed", where runs differ in layout or the seed is given."""
-    if not seed and len({layout(run.record) for run in all_runs}) < 2:
+def layouts(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid | None:
+    """The adapter's "single node against distributed", where runs differ in layout or the adapter's report is given."""
+    if not claims and len({layout(run.record) for run in all_runs}) < 2:
         return None
     columns = [[run.name, layout_text(run.record), *_layout_figures(run.record)] for run in all_runs]
-    columns += [[SEED, *column] for column in layout_columns(seed)] if seed else []
+    columns += [[CLAIMED, *column] for column in layout_columns(claims)] if claims else []
     names = (
         "layout",
         "peak requests/s",
@@ -333,9 +333,9 @@ def _layout_figures(record: Record) -> list[str]:
     ]
 
 
-def targets(all_runs: Sequence[Run], seed: SeedTables) -> Grid | None:
-    """The seed's monitoring targets, judged on each run; its target for memory both on slots in use and on the device's memory."""
-    wanted = seed.report.monitoring_targets
+def targets(all_runs: Sequence[ReportedRun], claims: ClaimedTables) -> Grid | None:
+    """The adapter's monitoring targets, judged on each run; its target for memory both on slots in use and on the device's memory."""
+    wanted = claims.report.monitoring_targets
     if wanted is None:
         return None
     limits = {
@@ -344,11 +344,13 @@ def targets(all_runs: Sequence[Run], seed: SeedTables) -> Grid | None:
         "memory": wanted.gpu_memory_below,
         "device_memory": wanted.gpu_memory_below,
     }
-    objectives = [slo.Objective(name, limit) for name, limit in limits.items() if limit is not None]
+    objectives = [slo.ServiceObjective(name, limit) for name, limit in limits.items() if limit is not None]
     rows = [[run.name, *row] for run in all_runs for row in gate_rows(slo.judge(objectives, run.record))]
     note = "Each is judged on its worst cell; memory is the fraction of the cache's slots in use, device_memory that of the device."
-    unmet = [f" {v.figure}: {v.reason}." for v in seed.violations if v.where == "monitoring targets"]
-    return Grid("targets", "The seed's monitoring targets", ("run", *GATE_HEADS), rows, (2, 3), note + "".join(unmet))
+    unmet = [f" {v.figure}: {v.reason}." for v in claims.violations if v.where == "monitoring targets"]
+    return Grid(
+        "targets", "The adapter's monitoring targets", ("run", *GATE_HEADS), rows, (2, 3), note + "".join(unmet)
+    )
 
 
 GATE_HEADS: Final = ("objective", "limit", "value", "holds", "where")
@@ -367,16 +369,16 @@ def gate_rows(gates: Iterable[Gate]) -> list[list[str]]:
     return rows
 
 
-def grids(all_runs: Sequence[Run], seed: SeedTables | None = None) -> list[Grid]:
-    """Every table of the seed's report that the runs or the seed have rows for, in its order."""
+def grids(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None = None) -> list[Grid]:
+    """Every table of the adapter's report that the runs or that report have rows for, in its order."""
     found = [
-        _ttft(all_runs, seed),
-        _rates("throughput", all_runs, seed),
-        _long(all_runs, seed),
-        _rates("batch", all_runs, seed),
-        _memory(all_runs, seed),
-        capacity(all_runs, seed),
-        layouts(all_runs, seed),
-        targets(all_runs, seed) if seed else None,
+        _ttft(all_runs, claims),
+        _rates("throughput", all_runs, claims),
+        _long(all_runs, claims),
+        _rates("batch", all_runs, claims),
+        _memory(all_runs, claims),
+        capacity(all_runs, claims),
+        layouts(all_runs, claims),
+        targets(all_runs, claims) if claims else None,
     ]
     return [grid for grid in found if grid is not None]

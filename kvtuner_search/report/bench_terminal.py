@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvtuner_search.bench.compare import Comparison, Row, layout_text
+from kvtuner_search.bench.claims import AdapterReport
+from kvtuner_search.bench.compare import ComparedFigure, RecordComparison, layout_text
 from kvtuner_search.bench.intervals import CONFIDENCE, MIN_BLOCKS
 from kvtuner_search.bench.judge import split_causes
 from kvtuner_search.bench.record import SECTIONS, Record
-from kvtuner_search.bench.seed_report import SeedReport
 from kvtuner_search.profile.text import printable
-from kvtuner_search.report.bench_seed import IMPOSSIBLE, NONE, tables
+from kvtuner_search.report.bench_claims import IMPOSSIBLE, NONE, tables
 from kvtuner_search.report.bench_tables import (
     GATE_HEADS,
     HEADINGS,
     Grid,
-    Run,
+    ReportedRun,
     figure,
     gate_rows,
     grids,
@@ -34,16 +34,16 @@ _RUN: Final = "run"
 _VERDICT_STYLE: Final = {"better": "green", "worse": "red", "undecided": "yellow", "unjudged": "dim"}
 
 
-def print_record(out: Console, record: Record, seed: SeedReport | None = None) -> None:
+def print_record(out: Console, record: Record, adapter: AdapterReport | None = None) -> None:
     """One record: what it is of, its tables with floors, why it is no result if it is none, its objectives, its verdict."""
-    print_records(out, [record], seed)
+    print_records(out, [record], adapter)
 
 
-def print_records(out: Console, records: Sequence[Record], seed: SeedReport | None = None) -> None:
-    """Several records side by side, and the seed's tables beside them if given; at least one."""
+def print_records(out: Console, records: Sequence[Record], adapter: AdapterReport | None = None) -> None:
+    """Several records side by side, and the adapter's tables beside them if given; at least one."""
     named = runs(records)
     many = len(named) > 1
-    all_runs = [Run(f"#{index + 1}", run.record) for index, run in enumerate(named)] if many else named
+    all_runs = [ReportedRun(f"#{index + 1}", run.record) for index, run in enumerate(named)] if many else named
     for run, short in zip(named, all_runs, strict=True):
         record, cache, served = run.record, run.record.cache, run.record.served
         mark = f"{short.name}  " if many else ""
@@ -55,7 +55,7 @@ def print_records(out: Console, records: Sequence[Record], seed: SeedReport | No
         if record.model.dummy_weights:
             out.print("random weights: times mean something, answers do not", style="yellow")
         out.print()
-    claims = tables(seed) if seed else None
+    claims = tables(adapter) if adapter else None
     for grid in grids(all_runs, claims):
         out.print(Text(grid.heading, "bold"))
         if many or claims or _RUN not in grid.heads:
@@ -66,7 +66,7 @@ def print_records(out: Console, records: Sequence[Record], seed: SeedReport | No
             out.print(printable(grid.note), style="dim")
         out.print()
     if claims:
-        text = f"{len(claims.violations)} of the seed's figures cannot be: `kvtuner-search bench check` of its file says why"
+        text = f"{len(claims.violations)} of the adapter's figures cannot be: `kvtuner-search bench check` of its file says why"
         out.print(f"{text}\n", style="bold red" if claims.violations else "dim")
     for run in all_runs:
         _judged(out, run.record, run.name if many else "")
@@ -110,7 +110,7 @@ def _verdict(record: Record) -> tuple[str, str]:
     return (f"misses {', '.join(missed)}", "bold red") if missed else ("pass", "bold green")
 
 
-def print_comparison(out: Console, found: Comparison, seed: SeedReport | None = None) -> None:
+def print_comparison(out: Console, found: RecordComparison, adapter: AdapterReport | None = None) -> None:
     """Two records: what differs, the ratio of each figure, and single node against distributed where layouts differ."""
     names = [f"{printable(r.cache.profile)}, {layout_text(r)}, {printable(r.created)}" for r in (found.a, found.b)]
     out.print(Text.assemble((printable(found.a.model.name), "bold"), f"  preset {printable(found.a.preset)}"))
@@ -128,7 +128,7 @@ def print_comparison(out: Console, found: Comparison, seed: SeedReport | None = 
     tokens = [f"{record.served.token_capacity:,}" for record in (found.a, found.b)]
     out.print(f"tokens that fit: A {tokens[0]}, B {tokens[1]}: {found.capacity:.3f} times\n")
     if found.layouts_differ:
-        grid = layouts(runs([found.a, found.b]), tables(seed) if seed else None)
+        grid = layouts(runs([found.a, found.b]), tables(adapter) if adapter else None)
         if grid is not None:
             out.print(Text(grid.heading, "bold"))
             _print(out, grid.heads, grid.rows, grid.right)
@@ -138,7 +138,7 @@ def print_comparison(out: Console, found: Comparison, seed: SeedReport | None = 
     out.print(_basis(found.rows), style="dim")
 
 
-def _basis(rows: Sequence[Row]) -> str:
+def _basis(rows: Sequence[ComparedFigure]) -> str:
     """What the intervals are from and what they do not cover."""
     used = {row.ratio.basis for row in rows}
     parts = [
@@ -152,7 +152,7 @@ def _basis(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def _ratios(out: Console, rows: Sequence[Row]) -> None:
+def _ratios(out: Console, rows: Sequence[ComparedFigure]) -> None:
     table = _table(("cell", "figure", "A", "B", "B / A", "interval", "requests", "B is"), (2, 3, 4, 5, 6))
     for row in rows:
         interval = NONE

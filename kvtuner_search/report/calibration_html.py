@@ -28,7 +28,11 @@ GLOSSARY: Final = (
         "worth of a band",
         "Expected loss, in nats a token, if the band were stored in no bits: the sum of its eigenvalues.",
     ),
-    ("4a64, 4s64", "4-bit codes, asymmetric (scale and minimum) or symmetric (scale), one group per 64 channels."),
+    (
+        "4-g64-asym, 4-g64-sym",
+        "4-bit codes, asymmetric (scale and minimum) or symmetric (scale), one group per 64 channels.",
+    ),
+    ("3.5-bands", "A class of every pattern of bands whose bits are at most 3.5 a channel in the mean."),
     ("-c, -r, -x0.9", "Centred, rotated by a Hadamard transform, and the grid clipped to 0.9 of the group's range."),
     (
         "KL",

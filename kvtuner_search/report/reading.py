@@ -34,7 +34,7 @@ class Interval(NamedTuple):
     high: float
 
 
-class Step(NamedTuple):
+class HistoryPoint(NamedTuple):
     """One point of a search history."""
 
     number: int  # trial number
@@ -226,9 +226,9 @@ def affordable(record: Json, target: Json, trial: Json) -> bool:
     return float(trial["loss"]) <= float(record["options"]["max_loss"])
 
 
-def history(record: Json, target: Json, trials: Sequence[Json]) -> list[Step]:
+def history(record: Json, target: Json, trials: Sequence[Json]) -> list[HistoryPoint]:
     """Trials that meet the target, in order, with the best so far: by loss, or by effective bits where the goal is a loss."""
-    steps: list[Step] = []
+    steps: list[HistoryPoint] = []
     for trial in sorted(trials, key=lambda t: int(t["number"])):
         if affordable(record, target, trial):
             value = (
@@ -237,7 +237,7 @@ def history(record: Json, target: Json, trials: Sequence[Json]) -> list[Step]:
                 else effective_bits(record["model"], trial["cost"])
             )
             best = min(value, steps[-1].best) if steps else value
-            steps.append(Step(trial["number"], value, best, trial["origin"]))
+            steps.append(HistoryPoint(trial["number"], value, best, trial["origin"]))
     return steps
 
 

@@ -6,8 +6,8 @@ from typing import Final
 
 from kvtuner_search.report.layer_figures import WIDTH
 from kvtuner_search.report.reading import (
+    HistoryPoint,
     Json,
-    Step,
     effective_bits,
     front,
     history,
@@ -133,7 +133,7 @@ def history_figure(record: Json) -> str:
     return svg(WIDTH, rows * (tall + 78) + 10, "Search history", parts)
 
 
-def _run(panel: Panel, steps: list[Step], class_: str, last: int) -> None:
+def _run(panel: Panel, steps: list[HistoryPoint], class_: str, last: int) -> None:
     if not steps:
         return
     best = [(float(step.number), step.best) for step in steps]

@@ -19,6 +19,7 @@ from kvtuner_search.report.reading import Json, change, number
 _VERDICT_STYLE: Final = {"better": "green", "worse": "red", "inconclusive": "yellow"}
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 _STRIP: Final = 64  # layers in one line
+_LEAD: Final = 20  # characters before them
 _RIVALS: Final = (
     ("proxy", "best proxy"),
     ("uniform", "best uniform"),
@@ -136,14 +137,14 @@ def _layers(console: Console, record: Json, row: Json) -> None:
     low, high = (min(known), max(known)) if known else (1.0, 1.0)
     for start in range(0, len(layers), _STRIP):
         part = range(start, min(start + _STRIP, len(layers)))
-        console.print(Text("layer".ljust(16) + _ruler(part), "dim"))
+        console.print(Text("layer".ljust(_LEAD) + _ruler(part), "dim"))
         for side, (name, losses) in sides.items():
-            line = Text(f"{side} bits".ljust(16))
+            line = Text(f"{side} bits".ljust(_LEAD))
             for i in part:
                 line.append(*_mark(layers[i].key if side == "keys" else layers[i].value))
             console.print(line)
             levels = "".join(_level(losses[i], low, high) for i in part)
-            console.print(Text(f"  KL at {name}".ljust(16) + levels, "dim"))
+            console.print(Text(f"  KL at {name}".ljust(_LEAD) + levels, "dim"))
     console.print(
         Text(
             f"F is 16 bits{', of bands the rounded mean stands' if reading.has_bands(row) else ''}. KL: of the model's output with that side of that layer alone stored so, on a log scale from"

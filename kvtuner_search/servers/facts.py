@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from kvtuner_search.errors import NotComparableError, UsageError
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.servers.info import Info
+from kvtuner_search.servers.info import ServerInfo
 
 _ALIKE = ("version", "model", "dtype", "tensor_parallel", "pipeline_parallel", "quantization")
 _SAME_MEMORY = ("memory_fraction", "device", "page_size")
@@ -42,10 +42,10 @@ class Facts:
         Raises:
             ServerError: if a field is missing, of another type or beyond reason.
         """
-        return cls.from_info(Info.of(content, url))
+        return cls.from_info(ServerInfo.of(content, url))
 
     @classmethod
-    def from_info(cls, info: Info) -> Self:
+    def from_info(cls, info: ServerInfo) -> Self:
         """The same of what was checked."""
         plugin = info.kvtuner
         return cls(

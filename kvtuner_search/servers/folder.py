@@ -17,7 +17,7 @@ _JOURNALS: Final = tuple(f"{name}.jsonl" for name in _SERVERS)
 _RESULTS: Final = (BLOCK, *(f"{name}.log" for name in _SERVERS))
 
 
-class Folder:
+class RunFolder:
     """Claims a folder for a run.
 
     Args:
@@ -91,9 +91,9 @@ class Folder:
             raise UsageError(f"{other} has no answers of the {name} server: name a run that is complete")
         write_atomic(target, source.read_bytes())
 
-    def journal(self, name: str) -> Journal:
+    def journal(self, name: str) -> AnswerJournal:
         """The responses of one server."""
-        return Journal(self.path / f"{name}.jsonl")
+        return AnswerJournal(self.path / f"{name}.jsonl")
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _parse(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-class Journal:
+class AnswerJournal:
     """JSON lines, each on the disk before the next is asked for. A line that a kill cut short is dropped when it is opened.
 
     A line is ``{"server": info}`` (who answers from here on), ``{"id": ..., "answers": [...]}`` or ``{"id": ..., "failure": reason}``.

@@ -49,7 +49,7 @@ class MemoryUsage(_Read):
     kvcache: Gib | None = None
 
 
-class State(_Read):
+class SchedulerState(_Read):
     """Of the first scheduler."""
 
     memory_usage: MemoryUsage | None = None
@@ -64,7 +64,7 @@ class Plugin(_Read):
     bytes_per_token: Positive | None = None
 
 
-class Info(_Read):
+class ServerInfo(_Read):
     """By SGLang's names."""
 
     version: Word
@@ -80,7 +80,7 @@ class Info(_Read):
     disable_radix_cache: bool | None = None
     mem_fraction_static: Share | None = None
     max_total_tokens: Positive | None = None
-    internal_states: list[State] | None = None
+    internal_states: list[SchedulerState] | None = None
     kvtuner: Plugin | None = None
     revision: Word | None = None
     json_model_override_args: Annotated[str, Field(max_length=2**16), AfterValidator(_object)] | None = None

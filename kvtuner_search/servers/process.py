@@ -42,7 +42,7 @@ class Server:
         code = self.process.poll()
         if code is not None:
             self._logging.join(_DRAIN)
-            raise ServerError(f"the server ended with {code}: {last_words(self.log)} (whole log: {self.log})")
+            raise ServerError(f"the server ended with {code}: {failure_line(self.log)} (whole log: {self.log})")
 
     async def wait_until_ready(self, timeout: float) -> None:
         """Poll ``/health`` until it answers 200.
@@ -62,7 +62,7 @@ class Server:
 
 
 @contextmanager
-def serving(python: str, arguments: Sequence[str], log: Path) -> Iterator[Server]:
+def started_server(python: str, arguments: Sequence[str], log: Path) -> Iterator[Server]:
     """Start ``python -m sglang.launch_server ARGUMENTS --host 127.0.0.1 --port FREE``; it is stopped at the end of the block.
 
     Args:
@@ -134,7 +134,7 @@ def free_port() -> int:
     raise ServerError(f"no port of {PORTS.start} to {PORTS.stop - 1} is free: end what listens there")
 
 
-def last_words(log: Path) -> str:
+def failure_line(log: Path) -> str:
     """The line of a log that most likely says why the server ended: the last that looks like an error, else the last."""
     try:
         with log.open("rb") as stream:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvtuner_search.evaluation.statistics import CONFIDENCE, RESAMPLES, Interval, paired_ratio
 from kvtuner_search.profile.validation import OfflineAgreement
-from kvtuner_search.validate.measure import Outcome
+from kvtuner_search.validate.measure import ServerAnswers
 from kvtuner_search.validate.twice import Floats, Twice
 
 FLOOR: Final = 0.005  # nats a token that never count: a tenth of what a profile may cost by default
@@ -47,10 +47,10 @@ class Distance(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Side:
+class ExplainedSide:
     """One server's answers, and the two offline computations of the same cache on the same tokens."""
 
-    outcome: Outcome
+    outcome: ServerAnswers
     twice: Twice
 
     def scored(self) -> list[Floats]:
@@ -79,8 +79,8 @@ class Side:
 class Explained:
     """Both servers against their offline evaluations."""
 
-    profile: Side
-    stock: Side
+    profile: ExplainedSide
+    stock: ExplainedSide
 
     def rows(self) -> list[OfflineAgreement]:
         """For the block."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvtuner_search.data import Sample
 from kvtuner_search.servers.client import Answer, Client, DrippingError, Request, ServerError
-from kvtuner_search.servers.folder import Journal
+from kvtuner_search.servers.folder import AnswerJournal
 from kvtuner_search.validate.prompts import Prompts, TaskPrompt
 
 Method = Literal["as-stored-extend", "token-by-token", "decode"]
@@ -21,7 +21,7 @@ _PAUSE: Final = 1.0  # seconds before the second attempt, twice that before the 
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ServerAnswers:
     """What one server answered, in the order of the prompts."""
 
     scored: list[NDArray[np.float64]]  # log-probabilities of the scored tokens, a sample each
@@ -44,7 +44,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasurementPlan:
     """How one server is asked."""
 
     prompts: Prompts
@@ -77,7 +77,7 @@ def _again(prompt: tuple[int, ...], continuation: tuple[int, ...]) -> Request:
     return Request(prompt + continuation, logprob_start=len(prompt) - 1)
 
 
-async def ask(client: Client, plan: Plan, journal: Journal, advance: Callable[..., None]) -> None:
+async def ask(client: Client, plan: MeasurementPlan, journal: AnswerJournal, advance: Callable[..., None]) -> None:
     """Send whatever the journal does not have yet, phase by phase, with the prefix cache emptied before each.
 
     Raises:
@@ -138,7 +138,9 @@ def _step_by_step(client: Client, sample: Sample) -> Job:
     return job
 
 
-async def _all(plan: Plan, journal: Journal, advance: Callable[..., None], jobs: Iterable[tuple[str, Job]]) -> None:
+async def _all(
+    plan: MeasurementPlan, journal: AnswerJournal, advance: Callable[..., None], jobs: Iterable[tuple[str, Job]]
+) -> None:
     """Run the jobs that are not done yet, ``plan.concurrency`` at a time."""
     rest = iter([(name, job) for name, job in jobs if name not in journal.done])
 
@@ -156,7 +158,7 @@ async def _all(plan: Plan, journal: Journal, advance: Callable[..., None], jobs:
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _attempts(plan: Plan, journal: Journal, name: str, job: Job) -> list[Any]:
+async def _attempts(plan: MeasurementPlan, journal: AnswerJournal, name: str, job: Job) -> list[Any]:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return await job()
@@ -170,11 +172,11 @@ async def _attempts(plan: Plan, journal: Journal, name: str, job: Job) -> list[A
     raise AssertionError("unreachable")
 
 
-def _answer(plan: Plan, journal: Journal, name: str, request: Request) -> Answer:
+def _answer(plan: MeasurementPlan, journal: AnswerJournal, name: str, request: Request) -> Answer:
     return Answer.of(request, journal.done[name][0], plan.vocabulary)
 
 
-def outcome(plan: Plan, journal: Journal) -> Outcome:
+def outcome(plan: MeasurementPlan, journal: AnswerJournal) -> ServerAnswers:
     """Read a complete journal; every response is checked again."""
     prompts = plan.prompts
     greedy = [
@@ -185,7 +187,7 @@ def outcome(plan: Plan, journal: Journal) -> Outcome:
     if plan.method != "token-by-token":
         requests = [_again(p, a.output_ids) for p, a in zip(prompts.greedy, greedy, strict=True)]
         rescored = [np.array(_answer(plan, journal, f"again/{i}", r).input_logprobs) for i, r in enumerate(requests)]
-    return Outcome(
+    return ServerAnswers(
         scored=[_scored(journal, plan, i, sample) for i, sample in enumerate(prompts.split.samples)],
         task_tokens=[_answer(plan, journal, f"task/{i}", _task(p)).output_ids for i, p in enumerate(prompts.tasks)],
         continuations=[answer.output_ids for answer in greedy],
@@ -195,7 +197,7 @@ def outcome(plan: Plan, journal: Journal) -> Outcome:
     )
 
 
-def _scored(journal: Journal, plan: Plan, index: int, sample: Sample) -> NDArray[np.float64]:
+def _scored(journal: AnswerJournal, plan: MeasurementPlan, index: int, sample: Sample) -> NDArray[np.float64]:
     name = f"nll/{index}"
     values: Sequence[float]
     if plan.method == "token-by-token":

@@ -20,7 +20,7 @@ from kvtuner_search.models.load import LoadedModel
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.validation import OfflineAgreement
 from kvtuner_search.progress import Reporter
-from kvtuner_search.validate.measure import Outcome
+from kvtuner_search.validate.measure import ServerAnswers
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def compare(
     centres: Mapping[int, Centres],
     split: Split,
     greedy: Sequence[tuple[int, ...]],
-    ours: Outcome,
-    baseline: Outcome,
+    ours: ServerAnswers,
+    baseline: ServerAnswers,
     *,
     batch_tokens: int,
     reporter: Reporter,
@@ -51,7 +51,7 @@ def compare(
         scorer.advance = advance
         scores = scorer.score_all(setting, centres)
     found = []
-    rows: list[tuple[Literal["profile", "16bit"], Outcome, NDArray[np.float64], Tap | None]] = [
+    rows: list[tuple[Literal["profile", "16bit"], ServerAnswers, NDArray[np.float64], Tap | None]] = [
         ("profile", ours, scores.nll, stored_cache(setting, centres)),
         ("16bit", baseline, scorer.baseline_all().nll, None),
     ]
@@ -83,7 +83,7 @@ def _continuations(
 
 def _agreement(
     cache: Literal["profile", "16bit"],
-    outcome: Outcome,
+    outcome: ServerAnswers,
     nll: NDArray[np.float64],
     tokens: NDArray[np.float64],
     generated: _Generated,

@@ -30,15 +30,15 @@ from kvtuner_search.progress import Reporter
 from kvtuner_search.secrets import mask, mask_arguments
 from kvtuner_search.servers.client import Client
 from kvtuner_search.servers.facts import Facts, check_alike, resolve_dtype
-from kvtuner_search.servers.folder import BLOCK, Folder, Journal
+from kvtuner_search.servers.folder import BLOCK, AnswerJournal, RunFolder
 from kvtuner_search.servers.host import hardware, offline_versions, server_versions, tool
-from kvtuner_search.servers.process import Server, serving
+from kvtuner_search.servers.process import Server, started_server
 from kvtuner_search.serving.sglang.arguments import api_key
 from kvtuner_search.serving.sglang.model import served_config, served_model
 from kvtuner_search.validate import figures
-from kvtuner_search.validate.explained import Explained, Side, notes_on_rounding
+from kvtuner_search.validate.explained import Explained, ExplainedSide, notes_on_rounding
 from kvtuner_search.validate.judge import judge
-from kvtuner_search.validate.measure import Method, Outcome, Plan, ask, outcome
+from kvtuner_search.validate.measure import MeasurementPlan, Method, ServerAnswers, ask, outcome
 from kvtuner_search.validate.options import ValidationOptions
 from kvtuner_search.validate.prompts import build, cut_short, notes_on_data, right
 
@@ -52,11 +52,11 @@ class _Side:
 
     facts: Facts
     versions: dict[str, str]
-    outcome: Outcome
+    outcome: ServerAnswers
     method: Method
 
 
-class Run:
+class ValidationRun:
     """What both servers share.
 
     Raises:
@@ -97,7 +97,7 @@ class Run:
             "url": options.url and mask(options.url),
             "baseline url": options.baseline_url and mask(options.baseline_url),
         }
-        self.folder = Folder(options.folder, settings, resume=options.resume, overwrite=options.overwrite)
+        self.folder = RunFolder(options.folder, settings, resume=options.resume, overwrite=options.overwrite)
         if options.baseline_from is not None:
             self.folder.borrow("baseline", options.baseline_from, [name for name in settings if name not in _OWN])
 
@@ -127,7 +127,7 @@ class Run:
         finally:
             journal.close()
 
-    def _complete(self, journal: Journal, name: str) -> bool:
+    def _complete(self, journal: AnswerJournal, name: str) -> bool:
         assert journal.server is not None
         return len(journal.done) == self._plan(name, Facts(**journal.server["facts"]), None).requests
 
@@ -137,7 +137,7 @@ class Run:
             yield url, None
             return
         arguments = ["--model-path", self.model_path, *self.options.server_arguments, *flags]
-        with serving(self.options.server_python, arguments, self.folder.path / f"{name}.log") as server:
+        with started_server(self.options.server_python, arguments, self.folder.path / f"{name}.log") as server:
             with self.reporter.stage(f"start of the {name} server"):
                 asyncio.run(server.wait_until_ready(self.options.start_timeout))
             yield server.url, server
@@ -147,7 +147,7 @@ class Run:
         name: str,
         url: str,
         server: Server | None,
-        journal: Journal,
+        journal: AnswerJournal,
         versions: dict[str, str],
         baseline: Facts | None,
     ) -> None:
@@ -166,8 +166,8 @@ class Run:
                 advance(len(journal.done))
                 await ask(client, plan, journal, advance)
 
-    def _plan(self, name: str, facts: Facts, server: Server | None) -> Plan:
-        return Plan(
+    def _plan(self, name: str, facts: Facts, server: Server | None) -> MeasurementPlan:
+        return MeasurementPlan(
             prompts=self.prompts,
             method="decode" if name == "baseline" else scoring_method(self.profile, facts),
             greedy_tokens=self.options.greedy_tokens,
@@ -200,7 +200,7 @@ class Run:
                     batch_tokens=self.options.batch_tokens,
                     advance=advance,
                 )
-            sides.append(Side(server, found))
+            sides.append(ExplainedSide(server, found))
         return Explained(*sides)
 
     def _block(self, ours: _Side, baseline: _Side, explained: Explained | None) -> Validation:
@@ -304,7 +304,7 @@ def scoring_method(profile: Profile, facts: Facts) -> Method:
     )
 
 
-def _identify(journal: Journal, facts: Facts, versions: dict[str, str]) -> None:
+def _identify(journal: AnswerJournal, facts: Facts, versions: dict[str, str]) -> None:
     """Note who answers; answers of different servers are never mixed.
 
     Raises:

@@ -60,7 +60,7 @@ def run(code: str, **variables: str) -> list[str]:
     ).stdout.split()
 
 
-SHOW = "import os\nfrom kvtuner_search import threads\nthreads.settle()\nprint(*[os.environ.get(n) for n in (*threads.WAITING, threads.COUNT)])"
+SHOW = "import os\nfrom kvtuner_search import threads\nthreads.limit_threads()\nprint(*[os.environ.get(n) for n in (*threads.WAITING, threads.COUNT)])"
 
 
 def test_the_environment_goes_first() -> None:
@@ -71,11 +71,11 @@ def test_the_environment_goes_first() -> None:
 
 
 @pytest.mark.parametrize("command", ["calibrate", "sensitivity", "evaluate"])
-def test_commands_that_compute_settle_before_torch_is_imported(command: str) -> None:
+def test_commands_that_compute_limit_threads_before_torch_is_imported(command: str) -> None:
     """Threads that are made later do not heed the environment."""
     code = (
         "import sys\nfrom kvtuner_search import threads\n"
-        "threads.settle = lambda: (print('torch' in sys.modules), sys.exit(0))\n"
+        "threads.limit_threads = lambda: (print('torch' in sys.modules), sys.exit(0))\n"
         f"from kvtuner_search.cli.main import run\nrun([{command!r}])"
     )
     assert run(code) == ["False"]

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from kvtuner_kernels.layout import effective_bits
 from kvtuner_kernels.reference import Centres
-from kvtuner_search.bench.ablate.rows import Figure, Quality, Row
+from kvtuner_search.bench.ablate.rows import AblationRow, Figure, Quality
 from kvtuner_search.bench.ablate.simulate import SimulatedCache
-from kvtuner_search.bench.ablate.variants import BASELINE, Variant
+from kvtuner_search.bench.ablate.variants import BASELINE, StorageVariant
 from kvtuner_search.data import load_evaluation
 from kvtuner_search.data.load import load_dataset_for
 from kvtuner_search.data.types import Split
@@ -28,7 +28,7 @@ from kvtuner_search.progress import Reporter
 NOT_SERVED: Final = "not in serving: packed rows of layout version 1 cannot hold it"
 
 
-class Bench:
+class QualityBench:
     """A model and the data of one ablation. The 16-bit pass is made when the first row asks for it.
 
     Args:
@@ -90,7 +90,9 @@ class Bench:
             self._centres = moments.centres()
         return self._centres
 
-    def row(self, variant: Variant, context: int, title: str, centres: Mapping[int, Centres] | None = None) -> Row:
+    def row(
+        self, variant: StorageVariant, context: int, title: str, centres: Mapping[int, Centres] | None = None
+    ) -> AblationRow:
         """Measure one row.
 
         Args:
@@ -101,7 +103,7 @@ class Bench:
         """
         info = self.loaded.info
         if variant.setting is None and variant.scheme is None:
-            return Row(
+            return AblationRow(
                 name=variant.name,
                 family=variant.family,
                 specs="",
@@ -117,7 +119,7 @@ class Bench:
         else:
             assert variant.setting is not None
             bits = effective_bits(variant.setting, info.num_kv_heads, info.head_dim)
-        return Row(
+        return AblationRow(
             name=variant.name,
             family=variant.family,
             specs=variant.specs,
@@ -129,7 +131,7 @@ class Bench:
             reason="" if variant.scheme is None else NOT_SERVED,
         )
 
-    def _quality(self, variant: Variant, title: str, centres: Mapping[int, Centres] | None) -> Quality:
+    def _quality(self, variant: StorageVariant, title: str, centres: Mapping[int, Centres] | None) -> Quality:
         if self._scorer is None:
             with self.reporter.stage("16-bit pass, to compare with", self.split.tokens) as advance:
                 self._scorer = Scorer(

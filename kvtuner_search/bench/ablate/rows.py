@@ -63,7 +63,7 @@ class SpeedCell(Strict):
     """Tokens returned a second."""
 
 
-class Speed(Strict):
+class AblationSpeed(Strict):
     """A row on a server."""
 
     cells: list[SpeedCell]
@@ -76,7 +76,7 @@ class Speed(Strict):
     """Why there is no speed."""
 
 
-class Row(Strict):
+class AblationRow(Strict):
     """One way of storing the cache."""
 
     name: Name
@@ -95,7 +95,7 @@ class Row(Strict):
     """Whether packed rows can hold it."""
     quality: Quality | None
     """None where there is nothing to measure."""
-    speed: Speed | None = None
+    speed: AblationSpeed | None = None
     """None where no server was asked for."""
     reason: Text = ""
     """Why there is no quality, or no speed."""
@@ -130,7 +130,7 @@ class Ablation(Strict):
     """What quality was computed on."""
     dtype: Name
     """In which dtype."""
-    rows: list[Row]
+    rows: list[AblationRow]
     """In the order of the table, the 16-bit cache first."""
     notes: list[Text]
     """What a reader must know."""

@@ -15,9 +15,9 @@ import torch
 
 from kvtuner_kernels.reference import Centres
 from kvtuner_search import __version__
-from kvtuner_search.bench.ablate.quality import NOT_SERVED, Bench
-from kvtuner_search.bench.ablate.rows import Ablation, Row, Speed
-from kvtuner_search.bench.ablate.variants import BASELINE, Variant, catalogue
+from kvtuner_search.bench.ablate.quality import NOT_SERVED, QualityBench
+from kvtuner_search.bench.ablate.rows import Ablation, AblationRow, AblationSpeed
+from kvtuner_search.bench.ablate.variants import BASELINE, StorageVariant, catalogue
 from kvtuner_search.errors import UsageError
 from kvtuner_search.evaluation.offline import check_belongs, open_profile
 from kvtuner_search.files import write_atomic
@@ -26,7 +26,7 @@ from kvtuner_search.models.reference_model import REFERENCE_NAME
 from kvtuner_search.profile.canonical import canonical_json
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.progress import Reporter
-from kvtuner_search.servers.folder import Folder, whole_lines
+from kvtuner_search.servers.folder import RunFolder, whole_lines
 from kvtuner_search.servers.host import tool
 
 ROWS: Final = "rows.jsonl"
@@ -34,7 +34,7 @@ RESULT: Final = "ablation.json"
 
 
 @dataclass(frozen=True)
-class ServerOptions:
+class AblationServerOptions:
     """How rows are served."""
 
     python: str  # interpreter of the environment that has SGLang
@@ -61,36 +61,36 @@ class AblationOptions:
     seed: int
     batch_tokens: int
     context: int | None  # tokens for which bits are counted; None: `length`
-    server: ServerOptions | None
+    server: AblationServerOptions | None
     folder: Path
     resume: bool
     overwrite: bool
     command: str
 
 
-class Kept:
-    """The finished rows in the folder: JSON lines ``{"row": Row}`` and ``{"name": ..., "server": [...], "speed": Speed}``."""
+class FinishedRows:
+    """The finished rows in the folder: JSON lines ``{"row": AblationRow}`` and ``{"name": ..., "server": [...], "speed": AblationSpeed}``."""
 
     def __init__(self, path: Path) -> None:
-        self.rows: dict[str, Row] = {}
-        self.speeds: dict[str, Speed] = {}
+        self.rows: dict[str, AblationRow] = {}
+        self.speeds: dict[str, AblationSpeed] = {}
         self.servers: dict[str, list[str]] = {}  # how each of the speeds was measured
         end = 0
         for line, end in whole_lines(path):  # noqa: B007  # the end of the last whole line is needed below
             if "row" in line:
-                self.rows[line["row"]["name"]] = Row.model_validate(line["row"])
+                self.rows[line["row"]["name"]] = AblationRow.model_validate(line["row"])
             else:
-                self.speeds[line["name"]] = Speed.model_validate(line["speed"])
+                self.speeds[line["name"]] = AblationSpeed.model_validate(line["speed"])
                 self.servers[line["name"]] = line["server"]
         self._stream = path.open("ab")
         self._stream.truncate(end)
 
-    def row(self, row: Row) -> None:
+    def row(self, row: AblationRow) -> None:
         """Keep a row's quality."""
         self.rows[row.name] = row
         self._write({"row": row.model_dump(mode="json")})
 
-    def speed(self, name: str, server: list[str], speed: Speed) -> None:
+    def speed(self, name: str, server: list[str], speed: AblationSpeed) -> None:
         """Keep a row's speed."""
         self.speeds[name], self.servers[name] = speed, server
         self._write({"name": name, "server": server, "speed": speed.model_dump(mode="json")})
@@ -120,9 +120,9 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablation:
         if profile.name in own or profile.name in {variant.name for variant in variants}:
             raise UsageError(f"two rows are named {profile.name}: give each profile once")
         own[profile.name] = centres
-        variants.append(Variant(profile.name, "profile", tuple(profile.layer_specs()), profile=path))
+        variants.append(StorageVariant(profile.name, "profile", tuple(profile.layer_specs()), profile=path))
     with reporter.stage("read the data"):
-        bench = Bench(
+        bench = QualityBench(
             loaded,
             options.sources,
             options.centring if any(variant.centred and variant.profile is None for variant in variants) else None,
@@ -142,7 +142,7 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablation:
         "context": context,
         "profiles": {path.stem: open_profile(path)[0].digest for path in options.profiles},
     }
-    folder = Folder(
+    folder = RunFolder(
         options.folder,
         settings,
         resume=options.resume,
@@ -158,7 +158,7 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablation:
         "device": torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "cpu",
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
-    kept = Kept(folder.path / ROWS)
+    kept = FinishedRows(folder.path / ROWS)
     try:
         for number, variant in enumerate(variants, 1):
             if variant.name not in kept.rows:
@@ -190,11 +190,11 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablation:
 
 def _serve(
     options: AblationOptions,
-    server: ServerOptions,
-    variants: Sequence[Variant],
+    server: AblationServerOptions,
+    variants: Sequence[StorageVariant],
     model: ModelInfo,
     centres: Mapping[str, dict[int, Centres]],
-    kept: Kept,
+    kept: FinishedRows,
     reporter: Reporter,
 ) -> None:
     """Measure the speed of every row that packed rows can hold, and that is not measured yet or failed."""
@@ -231,7 +231,7 @@ def _serve(
         kept.speed(variant.name, how, found)
 
 
-def _notes(options: AblationOptions, model: str, context: int, rows: Sequence[Row], dtype: str) -> list[str]:
+def _notes(options: AblationOptions, model: str, context: int, rows: Sequence[AblationRow], dtype: str) -> list[str]:
     notes = [
         "Quality is offline: teacher-forced, attention reading every key and value as stored. Intervals are 95 %, paired with the 16-bit cache.",
         "NLL is that of the text sources together, KL that of all; accuracy is the share of task prompts with every answer token ranked first, flips are prompts lost and gained.",

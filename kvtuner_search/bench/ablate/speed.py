@@ -10,12 +10,12 @@ from typing import Any
 
 from kvtuner_kernels.reference import Centres
 from kvtuner_search import __version__
-from kvtuner_search.bench.ablate.rows import Speed, SpeedCell
-from kvtuner_search.bench.ablate.variants import BASELINE, Variant
+from kvtuner_search.bench.ablate.rows import AblationSpeed, SpeedCell
+from kvtuner_search.bench.ablate.variants import BASELINE, StorageVariant
 from kvtuner_search.bench.options import BenchOptions
-from kvtuner_search.bench.presets import Step
+from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.record import Record, Shape
-from kvtuner_search.bench.run import RECORD, Run
+from kvtuner_search.bench.run import RECORD, BenchRun
 from kvtuner_search.errors import ServingError
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.canonical import save, seal
@@ -25,16 +25,16 @@ from kvtuner_search.progress import Reporter
 from kvtuner_search.transforms import centres_file
 
 
-def steps(prompt: int, output: int, concurrency: int, requests: int) -> list[Step]:
+def steps(prompt: int, output: int, concurrency: int, requests: int) -> list[CellPlan]:
     """Two cells: time to the first token of requests alone, and throughput of ``concurrency`` at a time."""
     alone = Shape(requests=requests, concurrency=1, input_tokens=prompt, output_tokens=8)
     many = Shape(
         requests=max(requests, 2 * concurrency), concurrency=concurrency, input_tokens=prompt, output_tokens=output
     )
-    return [Step("ttft", alone), Step("throughput", many, warmup=concurrency)]
+    return [CellPlan("ttft", alone), CellPlan("throughput", many, warmup=concurrency)]
 
 
-def write_profile(variant: Variant, model: ModelInfo, centres: Mapping[int, Centres], folder: Path) -> Path:
+def write_profile(variant: StorageVariant, model: ModelInfo, centres: Mapping[int, Centres], folder: Path) -> Path:
     """The row as a profile, its centring vectors beside it; returns the profile's path. The user's own profiles are used as they are."""
     if variant.profile is not None:
         return variant.profile
@@ -70,13 +70,13 @@ def slug(name: str) -> str:
 
 
 def measure(
-    variant: Variant,
+    variant: StorageVariant,
     profile: Path | None,
     *,
     model: str,
     server_python: str,
     server_arguments: Sequence[str],
-    cells: Sequence[Step],
+    cells: Sequence[CellPlan],
     folder: Path,
     overwrite: bool,
     seed: int,
@@ -84,7 +84,7 @@ def measure(
     start_timeout: float,
     command: str,
     reporter: Reporter,
-) -> Speed:
+) -> AblationSpeed:
     """Serve one row and measure it. A server that does not start, or a run that is no result, gives a row without speed and the reason.
 
     Args:
@@ -118,13 +118,13 @@ def measure(
     )
     reporter.say(f"server: {variant.name}")
     try:
-        record = Run(options, reporter).measure()
+        record = BenchRun(options, reporter).measure()
     except ServingError as error:
-        return Speed(cells=[], token_capacity=0, record=None, reason=str(error)[:2000])
+        return AblationSpeed(cells=[], token_capacity=0, record=None, reason=str(error)[:2000])
     return of_record(record, str((own / RECORD).relative_to(folder)))
 
 
-def of_record(record: Record, path: str) -> Speed:
+def of_record(record: Record, path: str) -> AblationSpeed:
     """What a row shows of a benchmark record: nothing, if a check failed or a figure cannot be."""
     failed = [f"check {check.name} failed: {check.detail}" for check in record.correctness if not check.passed]
     failed += [f"{v.where}: {v.rule}: {v.figure}: {v.reason}" for v in record.violations]
@@ -144,7 +144,7 @@ def of_record(record: Record, path: str) -> Speed:
                     tokens_per_second=cell.speed.output_tokens_per_second,
                 )
             )
-    return Speed(
+    return AblationSpeed(
         cells=[] if failed else found,
         token_capacity=record.served.token_capacity,
         record=path,

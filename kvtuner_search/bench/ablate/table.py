@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvtuner_search.bench.ablate.rows import Ablation, Figure, Row, SpeedCell
+from kvtuner_search.bench.ablate.rows import Ablation, AblationRow, Figure, SpeedCell
 from kvtuner_search.bench.ablate.variants import BASELINE
 from kvtuner_search.profile.text import printable
 
@@ -63,7 +63,7 @@ def print_ablation(result: Ablation, name: str) -> None:
             console.print(Text(f"{row.name}: no speed: {printable(row.speed.reason)}"))
 
 
-def _quality(row: Row) -> list[str]:
+def _quality(row: AblationRow) -> list[str]:
     if row.quality is None or row.effective_bits is None or row.capacity is None:
         return [row.name, printable(row.reason), *["-"] * (len(_QUALITY) - 2)]
     accuracy, baseline = row.quality.accuracy, row.name == BASELINE
@@ -87,7 +87,7 @@ def _difference(figure: Figure, digits: int) -> str:
     return f"{delta:+.{digits}f} [{figure.ci_low:+.{digits}f}, {figure.ci_high:+.{digits}f}]"
 
 
-def _speed(row: Row) -> list[str]:
+def _speed(row: AblationRow) -> list[str]:
     if row.speed is None:
         return ["-", *["not in serving" if not row.servable and row.quality is not None else "-"] * 2]
     cells = {cell.section: cell for cell in row.speed.cells}

@@ -76,7 +76,7 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Variant:
+class StorageVariant:
     """One row.
 
     Exactly one of ``setting`` and ``scheme`` is given, or neither with a ``reason``.
@@ -104,7 +104,7 @@ class Variant:
         )
 
 
-def catalogue(model: ModelShape, families: Sequence[str] = FAMILIES) -> list[Variant]:
+def catalogue(model: ModelShape, families: Sequence[str] = FAMILIES) -> list[StorageVariant]:
     """The rows for a model, the 16-bit cache first; rows that its head_dim rules out are left out of their family.
 
     Raises:
@@ -113,19 +113,19 @@ def catalogue(model: ModelShape, families: Sequence[str] = FAMILIES) -> list[Var
     unknown = [name for name in families if name not in FAMILIES]
     if unknown:
         raise UsageError(f"{unknown[0]!r} is no family of rows: choose from {', '.join(FAMILIES)}")
-    rows = [Variant(BASELINE, "bits", (LayerSpec(),) * model.num_layers)]
+    rows = [StorageVariant(BASELINE, "bits", (LayerSpec(),) * model.num_layers)]
     rows += [row for row in _all(model) if row.family in families]
     return rows
 
 
-def _all(model: ModelShape) -> list[Variant]:
+def _all(model: ModelShape) -> list[StorageVariant]:
     layers, head = model.num_layers, model.head_dim
 
-    def uniform(name: str, family: Family, key: TensorSpec, value: TensorSpec) -> Variant:
-        return Variant(name, family, (LayerSpec(key, value),) * layers)
+    def uniform(name: str, family: Family, key: TensorSpec, value: TensorSpec) -> StorageVariant:
+        return StorageVariant(name, family, (LayerSpec(key, value),) * layers)
 
     rows = [
-        Variant(f"K{k}V{v}" if k != v else f"KV{k}", "bits", (per_token(k, v, head),) * layers)
+        StorageVariant(f"K{k}V{v}" if k != v else f"KV{k}", "bits", (per_token(k, v, head),) * layers)
         for k, v in ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
     ]
     for bits in (8, 4, 2):
@@ -143,18 +143,18 @@ def _all(model: ModelShape) -> list[Variant]:
     for bits in (4, 2):
         spec = TensorSpec(bits, head)
         scheme = Scheme(spec, spec, token_group=TOKEN_GROUP, key_block=TOKEN_GROUP)
-        rows.append(Variant(f"KV{bits} per-channel keys", "per-channel keys", scheme=scheme))
+        rows.append(StorageVariant(f"KV{bits} per-channel keys", "per-channel keys", scheme=scheme))
     for bits in (4, 2):
         spec = TensorSpec(bits, head)
         rows += [
-            Variant(f"KV{bits} window {window}", "residual window", scheme=Scheme(spec, spec, window=window))
+            StorageVariant(f"KV{bits} window {window}", "residual window", scheme=Scheme(spec, spec, window=window))
             for window in WINDOWS
         ]
     for bits in (4, 2):
         spec = TensorSpec(bits, 32 if head % 32 == 0 else head)
         scheme = Scheme(spec, spec, TOKEN_GROUP, KIVI_WINDOW, KIVI_WINDOW)
-        rows.append(Variant(f"KIVI-{bits}", "residual window", scheme=scheme))
-    found = [Variant(name, "published", tuple(setting)) for name, setting in published(model)]
+        rows.append(StorageVariant(f"KIVI-{bits}", "residual window", scheme=scheme))
+    found = [StorageVariant(name, "published", tuple(setting)) for name, setting in published(model)]
     shape = f"{model.architecture}, {model.num_layers} layers, {model.num_kv_heads} KV heads of {head}"
-    missing = Variant("published presets", "published", reason=f"none is published for this model ({shape})")
+    missing = StorageVariant("published presets", "published", reason=f"none is published for this model ({shape})")
     return rows + (found or [missing])

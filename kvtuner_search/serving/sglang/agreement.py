@@ -21,7 +21,7 @@ _KEY: Final = "kvtuner"
 
 
 @dataclass(frozen=True)
-class Report:
+class RankReport:
     """What one rank serves."""
 
     rank: int  # in the world
@@ -41,7 +41,7 @@ class Report:
         return asdict(self)
 
 
-def exchange(report: Report, world: int, store: Any = None, timeout: float = TIMEOUT) -> list[Report]:
+def exchange(report: RankReport, world: int, store: Any = None, timeout: float = TIMEOUT) -> list[RankReport]:
     """The reports of all ranks, in their order.
 
     Args:
@@ -68,12 +68,12 @@ def exchange(report: Report, world: int, store: Any = None, timeout: float = TIM
     return [_parse(store.get(f"{_KEY}/{rank}")) for rank in range(world)]
 
 
-def _parse(data: bytes) -> Report:
+def _parse(data: bytes) -> RankReport:
     fields = json.loads(data)
-    return Report(**{**fields, "layers": tuple(fields["layers"]), "heads": tuple(fields["heads"])})
+    return RankReport(**{**fields, "layers": tuple(fields["layers"]), "heads": tuple(fields["heads"])})
 
 
-def check(reports: Sequence[Report], layers: int, kv_heads: int) -> None:
+def check(reports: Sequence[RankReport], layers: int, kv_heads: int) -> None:
     """Compare what all ranks serve.
 
     Args:
@@ -99,7 +99,7 @@ def check(reports: Sequence[Report], layers: int, kv_heads: int) -> None:
                 raise ServingError(
                     f"rank {first.rank} has {field}={_short(mine)}, rank {report.rank} has {_short(theirs)}: {remedy}"
                 )
-    bytes_by_part: dict[tuple[tuple[int, int], int], Report] = {}
+    bytes_by_part: dict[tuple[tuple[int, int], int], RankReport] = {}
     for report in reports:
         heads = report.heads[1] - report.heads[0]
         other = bytes_by_part.setdefault((report.layers, heads), report)
@@ -111,7 +111,7 @@ def check(reports: Sequence[Report], layers: int, kv_heads: int) -> None:
     _check_cover(reports, layers, kv_heads)
 
 
-def _check_cover(reports: Sequence[Report], layers: int, kv_heads: int) -> None:
+def _check_cover(reports: Sequence[RankReport], layers: int, kv_heads: int) -> None:
     """Every head of every layer must be stored, and each layer by one pipeline stage only."""
     stored: dict[int, set[int]] = {}
     owner: dict[int, tuple[int, int]] = {}

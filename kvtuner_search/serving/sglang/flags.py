@@ -1,6 +1,6 @@
-"""The options that name a server's storage: a profile, or the seed's flags for one setting in all layers. No torch.
+"""The options that name a server's storage: a profile, or the adapter's flags for one setting in all layers. No torch.
 
-``kvtuner-search serve`` and the SGLang command line that the plugin extends share this one table. The seed's flags become a
+``kvtuner-search serve`` and the SGLang command line that the plugin extends share this one table. The adapter's flags become a
 profile file of their own, so that everything behind them knows one way only.
 """
 
@@ -28,7 +28,7 @@ ENABLE: Final = "--enable-kvtuner-quant"
 
 
 def _boolean(text: str) -> bool:
-    """``true`` or ``false``, as the seed's own commands also wrote it."""
+    """``true`` or ``false``, as the adapter's own commands also wrote it."""
     values = {"true": True, "1": True, "false": False, "0": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def requested(arguments: argparse.Namespace) -> bool:
-    """Whether a profile, or the seed's flags, were given.
+    """Whether a profile, or the adapter's flags, were given.
 
     Raises:
         UsageError: if both were, or flags that mean nothing without the others.
@@ -132,12 +132,12 @@ def resolve(arguments: argparse.Namespace, model: ModelInfo, source: str) -> Ser
         return None
     profile, path = profile_of(arguments, model, source)
     if arguments.kvtuner_profile is None:
-        store(profile, path)
+        save_profile(profile, path)
     return ServingConfiguration(str(path), profile.digest, bool(arguments.kvtuner_as_stored))
 
 
 def _uniform(arguments: argparse.Namespace, model: ModelInfo) -> Profile:
-    """The seed's flags as a profile. It has nothing of the machine in it, so that all nodes get the same digest."""
+    """The adapter's flags as a profile. It has nothing of the machine in it, so that all nodes get the same digest."""
     for flag in _UNIFORM:
         value = getattr(arguments, flag.dest)
         if flag.name.startswith("--kvtuner-axis") and value == 1:
@@ -186,7 +186,7 @@ def _cache() -> Path:
         raise UsageError("there is no home folder for a profile made from flags: set XDG_CACHE_HOME") from error
 
 
-def store(profile: Profile, path: Path) -> None:
+def save_profile(profile: Profile, path: Path) -> None:
     """Write a profile that was made from flags, unless its file is there and whole.
 
     Raises:

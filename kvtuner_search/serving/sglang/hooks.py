@@ -1,6 +1,6 @@
 """What the versions of SGLang have in common: how hooks are placed, and what the hooks do.
 
-A version's module names the places (:class:`Places`) and adds the two hooks that size and make the pool.
+A version's module names the places (:class:`HookPoints`) and adds the two hooks that size and make the pool.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Hook = tuple[str, Callable[..., Any], HookType]  # a dotted path, what is called
 
 
 @dataclass(frozen=True)
-class Places:
+class HookPoints:
     """Where one version of SGLang is hooked."""
 
     version: str
@@ -42,7 +42,7 @@ def active() -> ServingConfiguration:
     return _active[0]
 
 
-def register_flags(places: Places) -> None:
+def register_flags(places: HookPoints) -> None:
     """Let SGLang's command line know our flags.
 
     Raises:
@@ -61,7 +61,7 @@ def register_flags(places: Places) -> None:
     _place(places, f"{places.arguments}.from_cli_args", from_cli_args, HookType.AROUND)
 
 
-def activate(places: Places, configuration: ServingConfiguration) -> None:
+def activate(places: HookPoints, configuration: ServingConfiguration) -> None:
     """Let this process serve a profile.
 
     Raises:
@@ -85,7 +85,7 @@ def activate(places: Places, configuration: ServingConfiguration) -> None:
         ATTENTION_BACKENDS[name] = _backend(name, ATTENTION_BACKENDS[name])
 
 
-def _place(places: Places, target: str, function: Callable[..., Any], kind: HookType) -> None:
+def _place(places: HookPoints, target: str, function: Callable[..., Any], kind: HookType) -> None:
     """Register a hook. SGLang only logs one that it cannot place, so look first."""
     try:
         pkgutil.resolve_name(target)

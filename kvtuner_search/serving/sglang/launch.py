@@ -19,7 +19,7 @@ from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import flags
 from kvtuner_search.serving.sglang.arguments import ALL, ServerOptions, parse_flags, read_options
 from kvtuner_search.serving.sglang.model import context_remark, served_config, served_model, weight_bytes
-from kvtuner_search.serving.sglang.plan import Memory, Plan, make_plan
+from kvtuner_search.serving.sglang.plan import Memory, ServePlan, make_plan
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
 from kvtuner_search.serving.sglang.refusals import attention_backend, check_speculation
 
@@ -32,11 +32,11 @@ _TIMEOUT: Final = 20  # seconds; the driver may have to load first
 
 def prepare(
     arguments: Sequence[str], profile: str | None, as_stored: bool, gpu_memory: int | None
-) -> tuple[Plan, list[str]]:
+) -> tuple[ServePlan, list[str]]:
     """Check a command line and plan the server; nothing is started or written.
 
     Args:
-        arguments: all that ``serve`` did not take for itself: the seed's flags and SGLang's options.
+        arguments: all that ``serve`` did not take for itself: the adapter's flags and SGLang's options.
         profile: the profile's file, if one is given.
         as_stored: read a prompt's own keys and values as stored too.
         gpu_memory: bytes of one GPU's memory, if the user says so.
@@ -101,7 +101,7 @@ def check_installation(version: str | None) -> None:
         raise ServingError(f"SGLANG_PLUGINS={','.join(allowed)} keeps the plugin out: add {found[0]}, or unset it")
 
 
-def start(plan: Plan, arguments: Sequence[str]) -> NoReturn:
+def start(plan: ServePlan, arguments: Sequence[str]) -> NoReturn:
     """Become the server. Only a failure to do so returns, as an error.
 
     Raises:
@@ -109,7 +109,7 @@ def start(plan: Plan, arguments: Sequence[str]) -> NoReturn:
         UsageError: if a profile made from flags cannot be written.
     """
     if plan.from_flags:
-        flags.store(plan.profile, plan.path)
+        flags.save_profile(plan.profile, plan.path)
     sys.stdout.flush()
     sys.stderr.flush()
     command = [sys.executable, "-m", "sglang.launch_server", *arguments]

@@ -28,13 +28,13 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ServePlan:
     """Everything that is printed before a server starts."""
 
     options: ServerOptions
     profile: Profile
     path: Path  # the profile's file
-    from_flags: bool  # the profile was made from the seed's flags; its file is written when the server starts
+    from_flags: bool  # the profile was made from the adapter's flags; its file is written when the server starts
     kv_heads: int  # on one rank
     partition: Partition
     stages: list[StageBytes]
@@ -115,7 +115,7 @@ def make_plan(
     added: list[str],
     environment: dict[str, str],
     sglang: str | None,
-) -> Plan:
+) -> ServePlan:
     """Divide a profile's layers and heads over the ranks of a server.
 
     Raises:
@@ -126,10 +126,12 @@ def make_plan(
     partition = of_profile(profile, options.tp_size, options.pp_size)
     stages = stage_bytes(profile.layer_specs(), partition.counts, kv_heads, model.head_dim)
     environment = environment | partition.to_environment()
-    return Plan(options, profile, path, from_flags, kv_heads, partition, stages, memory, added, environment, sglang)
+    return ServePlan(
+        options, profile, path, from_flags, kv_heads, partition, stages, memory, added, environment, sglang
+    )
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: ServePlan) -> dict[str, Any]:
     """The plan for scripts."""
     options, profile, model = plan.options, plan.profile, plan.profile.model
     stages, ranks = node_ranks(options)
@@ -186,7 +188,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def to_text(plan: Plan) -> str:
+def to_text(plan: ServePlan) -> str:
     """The plan for people: a label and a line, or several, for each part."""
     lines = []
     for label, *texts in _parts(plan):
@@ -194,7 +196,7 @@ def to_text(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _parts(plan: Plan) -> Iterator[list[str]]:
+def _parts(plan: ServePlan) -> Iterator[list[str]]:
     options, profile = plan.options, plan.profile
     model, storage = profile.model, profile.storage
     yield [
@@ -245,7 +247,7 @@ def _untransformed(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(spec.bits, spec.group_size, spec.symmetric, bands=spec.bands)
 
 
-def _ranks(plan: Plan) -> Iterator[str]:
+def _ranks(plan: ServePlan) -> Iterator[str]:
     options, partition = plan.options, plan.partition
     heads = f"{plan.kv_heads} of {plan.profile.model.num_kv_heads} KV heads on each"
     yield f"tensor parallel {options.tp_size} ({heads}), pipeline parallel {options.pp_size}"
@@ -264,7 +266,7 @@ def _ranks(plan: Plan) -> Iterator[str]:
         yield f"layers divided {partition}, {how}"
 
 
-def _capacity(plan: Plan) -> Iterator[str]:
+def _capacity(plan: ServePlan) -> Iterator[str]:
     options, memory, stored, raw = plan.options, plan.memory, plan.heaviest, plan.heaviest_raw
     yield f"{plan.tokens_per_gib(stored):,} tokens for each GiB of cache on every rank (at 16 bits {plan.tokens_per_gib(raw):,})"
     if plan.cache_bytes is None or memory.device_bytes is None or memory.weight_bytes is None:

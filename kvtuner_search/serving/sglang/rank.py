@@ -17,13 +17,13 @@ from kvtuner_search.errors import NotComparableError, ServingError, UsageError
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.capacity import basis_bytes
 from kvtuner_search.serving.configuration import ServingConfiguration
-from kvtuner_search.serving.sglang.agreement import Report, check, exchange
+from kvtuner_search.serving.sglang.agreement import RankReport, check, exchange
 from kvtuner_search.serving.sglang.pool import PackedPool, local_heads
 from kvtuner_search.transforms import load_centres
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedProfile:
     """The profile that this process serves."""
 
     configuration: ServingConfiguration
@@ -33,7 +33,7 @@ class Served:
 
 
 @cache
-def served(configuration: ServingConfiguration) -> Served:
+def served_profile(configuration: ServingConfiguration) -> ServedProfile:
     """Read the profile; once a process.
 
     Raises:
@@ -41,11 +41,11 @@ def served(configuration: ServingConfiguration) -> Served:
     """
     profile, data = configuration.open()
     layers = profile.layer_specs()
-    return Served(configuration, profile, layers, {} if data is None else load_centres(data, len(layers)))
+    return ServedProfile(configuration, profile, layers, {} if data is None else load_centres(data, len(layers)))
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """A rank's place, as SGLang's model runner knows it."""
 
     start_layer: int  # global index of the first local layer
@@ -72,7 +72,7 @@ class Place:
         return self.heads.stop - self.heads.start
 
 
-def check_place(place: Place, which: Served) -> None:
+def check_place(place: RankPlace, which: ServedProfile) -> None:
     """Refuse a model that is not the profile's, as it looks once it is loaded.
 
     Raises:
@@ -106,7 +106,7 @@ def check_place(place: Place, which: Served) -> None:
         raise UsageError(f"{place.kv_heads} KV heads do not divide among {place.ranks} ranks: choose another --tp-size")
 
 
-def measure(place: Place, which: Served) -> int:
+def rank_bytes_per_token(place: RankPlace, which: ServedProfile) -> int:
     """Bytes that this rank stores for one token, everything counted.
 
     Raises:
@@ -116,13 +116,13 @@ def measure(place: Place, which: Served) -> int:
     return bytes_per_token(which.layers[place.start_layer : place.end_layer], place.local_heads, place.head_dim)
 
 
-def reserve(place: Place, which: Served) -> int:
+def rank_basis_bytes(place: RankPlace, which: ServedProfile) -> int:
     """Bytes that this rank's bases will take on its device, beside the rows."""
     return basis_bytes(which.layers[place.start_layer : place.end_layer], place.local_heads, place.head_dim)
 
 
-def pool_class(place: Place, which: Served) -> Callable[..., PackedPool]:
-    """What takes the place of SGLang's pool class on this rank; it is called with SGLang's own arguments."""
+def pool_factory(place: RankPlace, which: ServedProfile) -> Callable[..., PackedPool]:
+    """A function that makes this rank's pool; it stands in for SGLang's pool class and is called with its arguments."""
 
     def make(size: int, **named: Any) -> PackedPool:
         layers = which.layers[place.start_layer : place.end_layer]
@@ -131,10 +131,10 @@ def pool_class(place: Place, which: Served) -> Callable[..., PackedPool]:
     return make
 
 
-_reports: list[Report] = []  # this rank's, once its pool is there
+_reports: list[RankReport] = []  # this rank's, once its pool is there
 
 
-def reported() -> Report:
+def reported() -> RankReport:
     """What this rank serves."""
     return _reports[0]
 
@@ -158,7 +158,7 @@ def check_own(pool: Any, backend: Any = None) -> None:
             )
 
 
-def agree(pool: Any, tokens: int, place: Place, which: Served, rank: int, world: int) -> None:
+def check_ranks(pool: Any, tokens: int, place: RankPlace, which: ServedProfile, rank: int, world: int) -> None:
     """Check this rank's pool, and compare it with all others'.
 
     Args:
@@ -178,7 +178,7 @@ def agree(pool: Any, tokens: int, place: Place, which: Served, rank: int, world:
             f"rank {rank} has {nbytes} bytes for {pool.size} tokens, the profile gives {pool.predicted_bytes()} bytes for"
             f" {tokens}: report this"
         )
-    mine = Report(
+    mine = RankReport(
         rank=rank,
         profile_digest=which.profile.digest,
         layout_version=LAYOUT_VERSION,
@@ -187,7 +187,7 @@ def agree(pool: Any, tokens: int, place: Place, which: Served, rank: int, world:
         sglang=metadata.version("sglang"),
         layers=(place.start_layer, place.end_layer),
         heads=(place.heads.start, place.heads.stop),
-        bytes_per_token=measure(place, which),
+        bytes_per_token=rank_bytes_per_token(place, which),
         tokens=tokens,
         pool_bytes=nbytes,
     )

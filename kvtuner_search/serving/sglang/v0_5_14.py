@@ -13,22 +13,22 @@ from kvtuner_search.serving.sglang import hooks, launcher
 
 def register_flags() -> None:
     """Let SGLang's command line know our flags."""
-    hooks.register_flags(PLACES)
+    hooks.register_flags(HOOK_POINTS)
 
 
 def activate(configuration: ServingConfiguration) -> None:
     """Let this process serve a profile."""
-    hooks.activate(PLACES, configuration)
+    hooks.activate(HOOK_POINTS, configuration)
 
 
 def _place(runner: Any) -> Any:
     """The model runner's place among the ranks."""
     from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size
 
-    from kvtuner_search.serving.sglang.rank import Place
+    from kvtuner_search.serving.sglang.rank import RankPlace
 
     model, arguments = runner.model_config, runner.server_args
-    return Place(
+    return RankPlace(
         start_layer=runner.start_layer,
         end_layer=runner.end_layer,
         num_layers=model.num_hidden_layers,
@@ -52,9 +52,9 @@ def _measure_cell(original: Callable[..., None], configurator: Any, runner: Any)
     from kvtuner_search.serving.sglang import rank
 
     with launcher.refusing():
-        place, which = _place(runner), rank.served(hooks.active())
-        packed = rank.measure(place, which)
-        hooks.reserve(configurator, rank.reserve(place, which))
+        place, which = _place(runner), rank.served_profile(hooks.active())
+        packed = rank.rank_bytes_per_token(place, which)
+        hooks.reserve(configurator, rank.rank_basis_bytes(place, which))
     configurator._cell_size += packed - configurator._compute_cell_size(runner, runner.num_effective_layers)
 
 
@@ -69,18 +69,18 @@ def _init_pools(original: Callable[..., None], runner: Any) -> None:
     from kvtuner_search.serving.sglang import rank
 
     with launcher.refusing():
-        place, which, world = _place(runner), rank.served(hooks.active()), get_world_group()
+        place, which, world = _place(runner), rank.served_profile(hooks.active()), get_world_group()
         own = module.MHATokenToKVPool
-        module.MHATokenToKVPool = rank.pool_class(place, which)
+        module.MHATokenToKVPool = rank.pool_factory(place, which)
         try:
             original(runner)
         finally:
             module.MHATokenToKVPool = own
         pool, tokens = runner.token_to_kv_pool, runner.max_total_num_tokens
-        rank.agree(pool, tokens, place, which, world.rank_in_group, world.world_size)
+        rank.check_ranks(pool, tokens, place, which, world.rank_in_group, world.world_size)
 
 
-PLACES: Final = hooks.Places(
+HOOK_POINTS: Final = hooks.HookPoints(
     version="0.5.14",
     arguments="sglang.srt.server_args.ServerArgs",
     ready="sglang.srt.entrypoints.engine._wait_for_scheduler_ready",

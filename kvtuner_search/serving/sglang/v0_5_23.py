@@ -16,22 +16,22 @@ _CONFIGURATOR: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfig
 
 def register_flags() -> None:
     """Let SGLang's command line know our flags."""
-    hooks.register_flags(PLACES)
+    hooks.register_flags(HOOK_POINTS)
 
 
 def activate(configuration: ServingConfiguration) -> None:
     """Let this process serve a profile."""
-    hooks.activate(PLACES, configuration)
+    hooks.activate(HOOK_POINTS, configuration)
 
 
 def _place(configurator: Any) -> Any:
     """A cache configurator's place among the ranks."""
     from sglang.srt.runtime_context import get_exec, get_parallel
 
-    from kvtuner_search.serving.sglang.rank import Place
+    from kvtuner_search.serving.sglang.rank import RankPlace
 
     model, layers, parallel, chosen = configurator.model_config, configurator.layer_info, get_parallel(), get_exec()
-    return Place(
+    return RankPlace(
         start_layer=layers.start_layer,
         end_layer=layers.end_layer,
         num_layers=model.num_hidden_layers,
@@ -56,9 +56,9 @@ def _measure_cell(original: Callable[..., None], sizes: Any, configurator: Any) 
     from kvtuner_search.serving.sglang import rank
 
     with launcher.refusing():
-        place, which = _place(configurator), rank.served(hooks.active())
-        packed = rank.measure(place, which)
-        hooks.reserve(sizes, rank.reserve(place, which))
+        place, which = _place(configurator), rank.served_profile(hooks.active())
+        packed = rank.rank_bytes_per_token(place, which)
+        hooks.reserve(sizes, rank.rank_basis_bytes(place, which))
     sizes._cell_size += packed - sizes._compute_cell_size(configurator, configurator.layer_info.num_effective_layers)
 
 
@@ -69,7 +69,7 @@ def _pool_class(original: Callable[..., Any], configurator: Any, *, kind: str, d
     from kvtuner_search.serving.sglang import rank
 
     with launcher.refusing():
-        return rank.pool_class(_place(configurator), rank.served(hooks.active()))
+        return rank.pool_factory(_place(configurator), rank.served_profile(hooks.active()))
 
 
 def _configure(original: Callable[..., Any], configurator: Any, **named: Any) -> Any:
@@ -83,9 +83,9 @@ def _configure(original: Callable[..., Any], configurator: Any, **named: Any) ->
     configurator.post_capture_kv_active = False
     with launcher.refusing():  # the pool itself may find that a basis cannot be used
         result = original(configurator, **named)
-        place, which, world = _place(configurator), rank.served(hooks.active()), get_world_group()
+        place, which, world = _place(configurator), rank.served_profile(hooks.active()), get_world_group()
         pool, tokens = result.token_to_kv_pool, result.max_total_num_tokens
-        rank.agree(pool, tokens, place, which, world.rank_in_group, world.world_size)
+        rank.check_ranks(pool, tokens, place, which, world.rank_in_group, world.world_size)
     return result
 
 
@@ -96,7 +96,7 @@ def _resolved(arguments: Any) -> Any:
     return resolved_view(arguments)
 
 
-PLACES: Final = hooks.Places(
+HOOK_POINTS: Final = hooks.HookPoints(
     version="0.5.23",
     arguments="sglang.srt.server_args.ServerArgs",
     ready="sglang.srt.entrypoints.engine._wait_for_scheduler_ready",

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvtuner_search.bench.client import Result
-from kvtuner_search.bench.journal import Journal, cell_key
+from kvtuner_search.bench.client import RequestResult
+from kvtuner_search.bench.journal import RequestJournal, cell_key
 from kvtuner_search.bench.record import (
     Cache,
     Cell,
@@ -158,7 +158,7 @@ def cell(
 
 
 def cells(small: bool = False, **options: Any) -> list[Cell]:
-    """The grid of the seed's report, or one cell of each table."""
+    """The grid of the adapter's report, or one cell of each table."""
     ttft, concurrency, inputs = (10, 50, 100, 500, 1000), (1, 2, 4, 8), (100, 500, 1000, 2000, 4000)
     outputs, batches = (50, 200, 500), (1, 2, 4, 8, 16)
     if small:
@@ -189,8 +189,8 @@ def record(
     on = hardware(tensor_parallel * pipeline_parallel)
     content: dict[str, Any] = {
         "created": "2026-11-22T12:00:00Z",
-        "command": "kvtuner-search bench --profile qwen2.5-7b-kv4.json --model-path qwen2.5-7b --preset seed",
-        "preset": "seed",
+        "command": "kvtuner-search bench --profile qwen2.5-7b-kv4.json --model-path qwen2.5-7b --preset legacy",
+        "preset": "legacy",
         "environment": Environment(
             hardware=on,
             client="a processor, 16 cores",
@@ -232,16 +232,18 @@ def record(
 def write_requests(made: Record, path: Path, *, slower: float = 1.0, seed: int = 0) -> None:
     """The journal of a record that was made with the same ``slower`` and ``seed``, with a warm-up and a failure that must not count."""
     assert made.environment.hardware is not None
-    journal = Journal(path)
+    journal = RequestJournal(path)
     for one in made.cells:
         key, asked = cell_key(one.section, one.shape), one.shape.output_tokens
         journal.begin(key, one.section, one.shape)
         odd = {"round": 0, "sent": 0.0, "asked": asked, "prompt_tokens": one.shape.input_tokens, "status": 200}
-        journal.result(key, Result(index=-1, **odd, tokens=(7,), arrivals=((1e6, 1),)))
-        journal.result(key, Result(index=0, **odd, failure="dropped"))
+        journal.result(key, RequestResult(index=-1, **odd, tokens=(7,), arrivals=((1e6, 1),)))
+        journal.result(key, RequestResult(index=0, **odd, failure="dropped"))
         for index, (first, total) in enumerate(times(one.shape, slower, seed, made.environment.hardware)):
             arrivals = ((first, 1), (total, asked - 1)) if asked > 1 else ((total, 1),)
             odd["sent"] = 1.0 + index
-            journal.result(key, Result(index=index, **odd, finish="length", tokens=(7,) * asked, arrivals=arrivals))
+            journal.result(
+                key, RequestResult(index=index, **odd, finish="length", tokens=(7,) * asked, arrivals=arrivals)
+            )
         journal.end(key)
     journal.close()

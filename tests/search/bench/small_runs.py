@@ -11,9 +11,9 @@ from typing import Any
 from fake_server import Fake
 
 from kvtuner_search.bench.options import BenchOptions
-from kvtuner_search.bench.presets import Step
+from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.record import Record, Section, Shape
-from kvtuner_search.bench.run import Run
+from kvtuner_search.bench.run import BenchRun
 from kvtuner_search.progress import Reporter
 
 ROOT = Path(__file__).parents[3]
@@ -21,9 +21,9 @@ PROFILE = ROOT / "profiles" / "reference" / "reference-4.00bit.json"
 Start = Callable[..., Fake]
 
 
-def step(section: Section, requests: int, concurrency: int, given: int, returned: int, rounds: int = 1) -> Step:
+def step(section: Section, requests: int, concurrency: int, given: int, returned: int, rounds: int = 1) -> CellPlan:
     shape = Shape(requests=requests, concurrency=concurrency, input_tokens=given, output_tokens=returned)
-    return Step(section, shape, rounds)
+    return CellPlan(section, shape, rounds)
 
 
 STEPS = [
@@ -57,7 +57,7 @@ OPTIONS = BenchOptions(
 
 
 def measure(folder: Path, **changed: Any) -> Record:
-    return Run(replace(OPTIONS, folder=folder, **changed), Reporter(quiet=True)).measure()
+    return BenchRun(replace(OPTIONS, folder=folder, **changed), Reporter(quiet=True)).measure()
 
 
 def failed(record: Record) -> dict[str, str]:

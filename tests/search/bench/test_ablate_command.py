@@ -11,10 +11,10 @@ import pytest
 
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_search.bench.ablate import quality as quality_module
-from kvtuner_search.bench.ablate.quality import Bench, quality
+from kvtuner_search.bench.ablate.quality import QualityBench, quality
 from kvtuner_search.bench.ablate.rows import Ablation
 from kvtuner_search.bench.ablate.speed import of_record, slug, write_profile
-from kvtuner_search.bench.ablate.variants import Variant, catalogue
+from kvtuner_search.bench.ablate.variants import StorageVariant, catalogue
 from kvtuner_search.cli.main import run
 from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.offline import evaluate
@@ -43,9 +43,9 @@ def loaded(tiny_model: Path) -> LoadedModel:
     return load_model(ModelOptions(source=str(tiny_model), dtype="float32"))
 
 
-def make_bench(loaded: LoadedModel, **changed: Any) -> Bench:
+def make_bench(loaded: LoadedModel, **changed: Any) -> QualityBench:
     options: dict[str, Any] = {"samples": 2, "length": 300, "seed": 0, "batch_tokens": 2048, "reporter": QUIET}
-    return Bench(loaded, **({"sources": ["list", "text"], "centring": ["text"]} | options | changed))
+    return QualityBench(loaded, **({"sources": ["list", "text"], "centring": ["text"]} | options | changed))
 
 
 def test_a_row_says_what_evaluate_says(loaded: LoadedModel) -> None:
@@ -73,8 +73,8 @@ def test_the_baseline_loses_nothing_and_a_window_over_everything_neither(loaded:
     bench = make_bench(loaded)
     spec = TensorSpec(2, 16)
     rows = [bench.row(v, 300, v.name) for v in catalogue(loaded.info, ["symmetric"])[:1]]
-    rows.append(bench.row(Variant("all", "residual window", scheme=Scheme(spec, spec, window=300)), 300, "all"))
-    short = bench.row(Variant("some", "residual window", scheme=Scheme(spec, spec, window=8)), 300, "some")
+    rows.append(bench.row(StorageVariant("all", "residual window", scheme=Scheme(spec, spec, window=300)), 300, "all"))
+    short = bench.row(StorageVariant("some", "residual window", scheme=Scheme(spec, spec, window=8)), 300, "some")
     for row in rows:
         assert row.quality is not None
         assert row.quality.kl.value < 1e-6
@@ -136,16 +136,16 @@ def test_finished_rows_are_kept_and_others_are_measured(
 ) -> None:
     folder, only = tmp_path / "run", ("--only", "symmetric", "--json")
     measured: list[str] = []
-    real = quality_module.Bench.row
+    real = quality_module.QualityBench.row
 
-    def row(self: Bench, variant: Variant, *rest: Any) -> Any:
+    def row(self: QualityBench, variant: StorageVariant, *rest: Any) -> Any:
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(variant.name)
         return real(self, variant, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quality_module.Bench, "row", row)
+        patch.setattr(quality_module.QualityBench, "row", row)
         assert ablate(folder, *only) == 130
     with (folder / "rows.jsonl").open("a") as stream:
         stream.write('{"row": {"name": "KV4 symm')  # a kill in the middle of a line
@@ -155,11 +155,11 @@ def test_finished_rows_are_kept_and_others_are_measured(
     assert ablate(folder, *only, "--resume", "--seed", "1") == 2
     assert "other data" in capsys.readouterr().err
 
-    def counted(self: Bench, variant: Variant, *rest: Any) -> Any:
+    def counted(self: QualityBench, variant: StorageVariant, *rest: Any) -> Any:
         measured.append(variant.name)
         return real(self, variant, *rest)
 
-    monkeypatch.setattr(quality_module.Bench, "row", counted)
+    monkeypatch.setattr(quality_module.QualityBench, "row", counted)
     assert ablate(folder, *only, "--resume") == 0
     resumed = json.loads(capsys.readouterr().out)
     assert measured == ["16 bit", "KV8 symmetric", "KV4 symmetric", "KV2 symmetric"]
@@ -183,7 +183,7 @@ def test_a_centred_row_becomes_a_profile_that_can_be_served(loaded: LoadedModel,
     assert profile.layer_specs() == list(variant.setting or ())
     assert check_transforms(profile, tmp_path) is not None
     assert path.name == "kv4-centred-keys.json"
-    own = Variant("mine", "profile", (LayerSpec(),) * 4, profile=PROFILE)
+    own = StorageVariant("mine", "profile", (LayerSpec(),) * 4, profile=PROFILE)
     assert write_profile(own, loaded.info, {}, tmp_path) == PROFILE
     assert len({slug(v.name) for v in catalogue(loaded.info)}) == len(catalogue(loaded.info))
 

@@ -21,7 +21,7 @@ SMALL = SimpleNamespace(architecture="Qwen2ForCausalLM", num_layers=4, num_kv_he
 FOUR = TensorSpec(4, 64)
 
 
-def test_every_family_of_the_seed_has_rows_and_the_baseline_is_first() -> None:
+def test_every_family_of_the_adapter_has_rows_and_the_baseline_is_first() -> None:
     rows = catalogue(QWEN_7B)
     assert (rows[0].name, rows[0].family) == (BASELINE, "bits")
     assert {row.family for row in rows} == set(FAMILIES) - {"profile"}

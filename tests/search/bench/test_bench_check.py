@@ -16,7 +16,7 @@ from kvtuner_search.cli.main import run
 from tests.search.bench.ideal_server import cell, record, setup
 
 ROOT = Path(__file__).resolve().parents[3]
-SEED = Path(__file__).parent / "seed_report.json"
+CLAIMS = Path(__file__).parent / "adapter_report.json"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -58,8 +58,8 @@ def test_figures_under_their_floor_fail_with_reasons(check: Run) -> None:
     assert "  - tokens were counted as requested, not as returned\n" in out
 
 
-def test_the_seed_is_flagged(check: Run) -> None:
-    code, out, err = check(str(SEED))
+def test_the_adapters_report_is_flagged(check: Run) -> None:
+    code, out, err = check(str(CLAIMS))
     assert (code, err) == (1, "")
     assert "64 figures cannot be" in out
     assert (
@@ -73,14 +73,14 @@ def test_the_seed_is_flagged(check: Run) -> None:
 
 
 def test_json_has_every_violation_and_the_exit_code(check: Run) -> None:
-    code, out, _ = check("--json", "good.json", str(SEED))
+    code, out, _ = check("--json", "good.json", str(CLAIMS))
     content = json.loads(out)
     assert code == content["exit_code"] == 1
-    good, seed = content["files"]
+    good, claimed = content["files"]
     assert (good["kind"], good["exit_code"], good["violations"], good["error"]) == ("record", 0, [], None)
-    assert (seed["kind"], seed["exit_code"], len(seed["violations"])) == ("report", 1, 64)
-    assert set(seed["violations"][0]) == {"rule", "where", "figure", "reason"}
-    assert len(seed["remarks"]) == 4
+    assert (claimed["kind"], claimed["exit_code"], len(claimed["violations"])) == ("report", 1, 64)
+    assert set(claimed["violations"][0]) == {"rule", "where", "figure", "reason"}
+    assert len(claimed["remarks"]) == 4
 
 
 def test_what_a_run_found_itself_counts_too(check: Run) -> None:
@@ -134,8 +134,8 @@ def test_an_unreadable_file_is_one_line_and_the_others_are_judged(check: Run, co
 
 
 def test_a_model_can_be_named_for_a_report(check: Run) -> None:
-    """The chips of four GPUs keep all 14 million weights of the reference model: then the seed's times are no longer too short, but still flat."""
-    content = json.loads(SEED.read_text()) | {"model": "mine"}
+    """The chips of four GPUs keep all 14 million weights of the reference model: then the adapter's times are no longer too short, but still flat."""
+    content = json.loads(CLAIMS.read_text()) | {"model": "mine"}
     Path("mine.json").write_text(json.dumps(content))
     assert check("mine.json")[0] == 3
     code, out, _ = check("mine.json", "--json", "--model", str(ROOT / "kvtuner_search" / "models" / "reference"))
@@ -155,7 +155,7 @@ def test_hardware_that_cannot_be_used_is_a_usage_error(check: Run) -> None:
 def test_judging_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom kvtuner_search.cli.main import run\n"
-        f"code = run(['bench', 'check', {str(SEED)!r}])\n"
+        f"code = run(['bench', 'check', {str(CLAIMS)!r}])\n"
         "heavy = [name for name in ('torch', 'transformers', 'optuna', 'datasets', 'plotly', 'numpy') if name in sys.modules]\n"
         "print('heavy:', *heavy)\nsys.exit(code)"
     )
@@ -165,7 +165,7 @@ def test_judging_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "heavy:"
 
 
-def test_the_records_of_the_documentation_are_of_the_seed_preset_and_possible(check: Run) -> None:
+def test_the_records_of_the_documentation_are_of_the_legacy_preset_and_possible(check: Run) -> None:
     files = sorted(map(str, (ROOT / "docs" / "records").glob("*.json")))
     assert len(files) == 2
     code, out, err = check(*files)

@@ -12,7 +12,7 @@ from fake_server import Fake
 from small_runs import PROFILE, Start
 
 from kvtuner_search.bench import files, presets, steps
-from kvtuner_search.bench.presets import Step
+from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.cli.bench import SUBCOMMANDS
 from kvtuner_search.cli.main import run
@@ -30,7 +30,7 @@ def server(fake: Start) -> Fake:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A preset of two tiny cells."""
     shape = Shape(requests=4, concurrency=2, input_tokens=20, output_tokens=4)
-    monkeypatch.setitem(presets.PRESETS, "quick", [Step("throughput", shape), Step("long", shape)])
+    monkeypatch.setitem(presets.PRESETS, "quick", [CellPlan("throughput", shape), CellPlan("long", shape)])
 
 
 def bench(*arguments: str) -> int:
@@ -81,7 +81,8 @@ def test_a_failed_check_is_exit_code_1_without_speed(server: Fake, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--preset", "huge"), 2, "there is no preset 'huge': choose from quick, seed, full"),
+        (("--preset", "huge"), 2, "there is no preset 'huge': choose from quick, legacy, full"),
+        (("--preset", "seed"), 2, "the preset 'seed' is called 'legacy': give --preset legacy"),
         (("--section", "batch"), 2, "preset quick has no table batch"),
         (("--slo", "speed=1"), 2, "unknown"),
         (("--hardware", "toaster"), 2, "not in the table"),
@@ -161,7 +162,7 @@ def test_a_measurement_imports_no_torch(server: Fake, tmp_path: Path) -> None:
 
 
 def test_presets_have_every_table_and_no_cell_twice() -> None:
-    for name in ("seed", "full"):
+    for name in ("legacy", "full"):
         chosen = steps.choose(name)
         assert {step.section for step in chosen} == {"ttft", "throughput", "long", "batch", "memory"}
         keys = [(step.section, tuple(step.shape.model_dump().values())) for step in chosen]

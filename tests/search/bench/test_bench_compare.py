@@ -84,12 +84,12 @@ def test_any_statistic_is_drawn_alike() -> None:
 
 def test_stand_ins_have_the_summarys_percentiles() -> None:
     summary = made.summary(list(np.random.default_rng(0).gamma(3, 1, 5000)))
-    values = intervals.stand_ins(summary, 1)
+    values = intervals.values_from_summary(summary, 1)
     assert len(values) == 5000
     again = made.summary(list(values))
     for name in ("p50", "p90", "p99"):
         assert getattr(again, name) == pytest.approx(getattr(summary, name), rel=1e-2)
-    assert len(intervals.stand_ins(summary, 8)) == 625
+    assert len(intervals.values_from_summary(summary, 8)) == 625
 
 
 # comparisons
@@ -178,7 +178,7 @@ def test_p99_needs_a_hundred_requests() -> None:
 REFUSALS: dict[str, tuple[Callable[[Record], Record], str]] = {
     "model": (lambda r: altered(r, "model", name="Other"), r"B of Other, 28 layers \(name Qwen2.5-7B and Other\)"),
     "layers": (lambda r: altered(r, "model", layers=32), "layers 28 and 32"),
-    "preset": (lambda r: r.model_copy(update={"preset": "quick"}), "A is of preset seed and B of quick"),
+    "preset": (lambda r: r.model_copy(update={"preset": "quick"}), "A is of preset legacy and B of quick"),
     "red": (lambda r: made.record(small=True, correct=False), r"B failed its correctness check \(profile\)"),
     "impossible": (
         lambda r: r.model_copy(
@@ -253,5 +253,5 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(["bench", "compare", path, str(tmp_path / "none.json")]) == 3
     assert "does not exist: give the path of a benchmark record" in capsys.readouterr().err
     assert run(["bench", "compare", path]) == 2
-    assert run(["bench", "compare", path, path, "--seed", path]) == 3
+    assert run(["bench", "compare", path, path, "--claims", path]) == 3
     assert "it is no test report of this form" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_search.bench import files
+from kvtuner_search.cli.main import run
 from kvtuner_search.errors import DataError, UsageError
 from tests.search.bench import record_factory as made
 
@@ -20,6 +21,15 @@ def test_write_and_read(tmp_path: Path) -> None:
     assert path.read_text() == files.dumps(record)
     assert path.read_text().endswith("}\n")
     assert [entry.name for entry in path.parent.iterdir()] == ["record.json"], "no temporary file stays"
+
+
+def test_a_record_of_the_preset_seed_is_one_of_legacy(tmp_path: Path) -> None:
+    record, path = made.record(small=True), tmp_path / "record.json"
+    path.write_text(files.dumps(record).replace('"preset": "legacy"', '"preset": "seed"'))
+    assert files.read(path) == record
+    assert run(["bench", "compare", str(path), str(path)]) == 0
+    assert run(["bench", "report", str(path), "--html", str(tmp_path / "page.html")]) == 0
+    assert "preset legacy" in (tmp_path / "page.html").read_text()
 
 
 def test_the_text_is_canonical() -> None:
@@ -48,7 +58,7 @@ def damaged() -> dict[str, tuple[bytes, str]]:
         "twice": (good.replace('"version": 1', '"version": 1, "version": 1').encode(), "stands twice"),
         "nan": (good.replace('"mean": ', '"mean": NaN, "was": ', 1).encode(), "NaN is no JSON number"),
         "deep": (b"[" * 100, "it is no benchmark record"),
-        "profile": (b'{"schema_version": 1}', "it is no benchmark record; .*goes after --seed"),
+        "profile": (b'{"schema_version": 1}', "it is no benchmark record; .*goes after --claims"),
         "list": (b"[]", "it is no benchmark record"),
         "version": (json.dumps(older).encode(), "says version '1', not a number"),
         "newer": (json.dumps(newer).encode(), "has version 2 .* reads up to 1"),

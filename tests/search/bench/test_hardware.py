@@ -46,7 +46,7 @@ def test_the_documented_table_is_this_one() -> None:
 
 
 @pytest.mark.parametrize("row", hardware.TABLE, ids=lambda row: row.name)
-def test_no_device_exceeds_the_figures_that_floors_are_drawn_with(row: hardware.Row) -> None:
+def test_no_device_exceeds_the_figures_that_floors_are_drawn_with(row: hardware.GpuModel) -> None:
     bits, pin, processors, operations, clock, cache, each = MADE_OF[row.name]
     bandwidth, flops = bits / 8 * pin * 1e9, processors * operations * clock * 1e9
     assert row.bandwidth * 0.95 < bandwidth <= row.bandwidth * BANDWIDTH_HEADROOM
@@ -82,7 +82,7 @@ def test_names_as_tools_give_them(name: str, found: str) -> None:
 
 
 @pytest.mark.parametrize("row", hardware.TABLE, ids=lambda row: row.name)
-def test_a_row_is_found_by_its_own_name(row: hardware.Row) -> None:
+def test_a_row_is_found_by_its_own_name(row: hardware.GpuModel) -> None:
     found = hardware.find(row.name)
     assert found is not None
     assert found.name == row.name

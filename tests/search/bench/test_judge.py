@@ -1,4 +1,4 @@
-"""Which figures of a record, and of the seed's report, are flagged, and with which reason."""
+"""Which figures of a record, and of the adapter's report, are flagged, and with which reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtuner_search.bench import seed_report
+from kvtuner_search.bench import claims
 from kvtuner_search.bench.floors import floor_of
 from kvtuner_search.bench.hardware import parse
 from kvtuner_search.bench.judge import CAUSES, judge, split_causes
@@ -19,7 +19,7 @@ from kvtuner_search.bench.record import Cell, Shape, Violation
 from kvtuner_search.errors import DataError
 from tests.search.bench.ideal_server import BF16, H200, RTX_4090, cell, record, setup
 
-SEED = Path(__file__).parent / "seed_report.json"
+CLAIMS = Path(__file__).parent / "adapter_report.json"
 ASKED = Shape(requests=32, concurrency=8, input_tokens=200, output_tokens=20)
 
 
@@ -176,21 +176,21 @@ def test_a_cache_larger_than_the_devices_is_flagged() -> None:
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    return json.loads(SEED.read_text()) | changes
+    return json.loads(CLAIMS.read_text()) | changes
 
 
-def verdict(**changes: Any) -> seed_report.Verdict:
-    parsed = seed_report.parse(report(**changes), "seed")
-    return seed_report.judge(parsed, seed_report.setup_of(parsed))
+def verdict(**changes: Any) -> claims.Verdict:
+    parsed = claims.parse(report(**changes), "mine")
+    return claims.judge(parsed, claims.setup_of(parsed))
 
 
 @pytest.fixture(scope="module")
-def seeds() -> list[Violation]:
+def impossible() -> list[Violation]:
     return verdict().violations
 
 
-def test_every_time_to_first_token_of_the_seed_is_impossible(seeds: list[Violation]) -> None:
-    found = {violation.where: violation for violation in seeds if violation.where.startswith("ttft of")}
+def test_every_time_to_first_token_of_the_claims_is_impossible(impossible: list[Violation]) -> None:
+    found = {violation.where: violation for violation in impossible if violation.where.startswith("ttft of")}
     assert list(found) == [f"ttft of {n} tokens" for n in (10, 50, 100, 500, 1000)]
     assert found["ttft of 10 tokens"].figure == "ttft mean 2.55, min 1.35, max 3.78 ms"
     assert "at least 6.56 ms is needed (reading 14.1 GB of weights" in found["ttft of 10 tokens"].reason
@@ -199,22 +199,22 @@ def test_every_time_to_first_token_of_the_seed_is_impossible(seeds: list[Violati
     assert all("ranks above 0 answer 404" in violation.reason for violation in found.values())
 
 
-def test_every_cell_of_the_seeds_long_grid_is_impossible_twice(seeds: list[Violation]) -> None:
+def test_every_cell_of_the_claimed_long_grid_is_impossible_twice(impossible: list[Violation]) -> None:
     for row in report()["long_sequence"]:
         where = f"long sequence, {row['input']} in, {row['output']} out"
-        latency, rate = (violation for violation in seeds if violation.where == where)
+        latency, rate = (violation for violation in impossible if violation.where == where)
         assert latency.figure == f"latency {row['latency_ms']:g} ms"
         assert rate.figure == f"{row['tok_per_s']:,} tokens/s"
         assert f"it is the {row['output']} tokens that were asked for over {row['latency_ms']:g} ms" in rate.reason
-    [best] = [violation for violation in seeds if violation.figure == "231,321 tokens/s"]
+    [best] = [violation for violation in impossible if violation.figure == "231,321 tokens/s"]
     assert (
         "at most 152 tokens/s are possible (500 tokens take 3,281 ms or more); this is 1,518 times as many"
         in best.reason
     )
 
 
-def test_rates_of_the_seed_are_impossible_by_themselves_or_by_their_requests(seeds: list[Violation]) -> None:
-    rules = {violation.figure: violation.rule for violation in seeds if violation.figure.endswith("requests/s")}
+def test_claimed_rates_are_impossible_by_themselves_or_by_their_requests(impossible: list[Violation]) -> None:
+    rules = {violation.figure: violation.rule for violation in impossible if violation.figure.endswith("requests/s")}
     assert rules == {
         "332.75 requests/s": "below-floor",
         "543.94 requests/s": "below-floor",
@@ -227,8 +227,8 @@ def test_rates_of_the_seed_are_impossible_by_themselves_or_by_their_requests(see
     }
 
 
-def test_the_rest_of_the_seed(seeds: list[Violation]) -> None:
-    found = {(violation.where, violation.figure): violation.rule for violation in seeds}
+def test_the_rest_of_the_claims(impossible: list[Violation]) -> None:
+    found = {(violation.where, violation.figure): violation.rule for violation in impossible}
     assert found["memory stress", "latency 2.55 ms"] == "below-floor"
     assert found["monitoring targets", "ttft below 5 ms"] == "unreachable"
     assert found["single node against distributed, TP=2", "ttft 3 ms"] == "below-floor"
@@ -240,16 +240,16 @@ def test_the_rest_of_the_seed(seeds: list[Violation]) -> None:
     assert [where for where, _ in found if found[where, _] == "flat-latency"] == [
         f"long sequence, {n} in" for n in (100, 500, 1000, 2000, 4000)
     ]
-    assert len(seeds) == len(found) == 64
+    assert len(impossible) == len(found) == 64
 
 
-def test_what_is_possible_in_the_seed_is_not_flagged(seeds: list[Violation]) -> None:
+def test_what_is_possible_in_the_claims_is_not_flagged(impossible: list[Violation]) -> None:
     """16 answers of one token in 36 ms, 7.88 ms each, could be: it is not claimed that they cannot."""
-    assert not [violation for violation in seeds if violation.where == "batch of 16"]
-    assert not [violation for violation in seeds if violation.where == "batch of 8, total"]
+    assert not [violation for violation in impossible if violation.where == "batch of 16"]
+    assert not [violation for violation in impossible if violation.where == "batch of 8, total"]
 
 
-def test_what_the_seed_cannot_show_is_said() -> None:
+def test_what_the_claims_cannot_show_is_said() -> None:
     said = " ".join(verdict().remarks)
     for part in (
         "21610 of 24564 MiB: 0.880",
@@ -260,8 +260,8 @@ def test_what_the_seed_cannot_show_is_said() -> None:
         assert part in said
 
 
-def test_the_seeds_figures_made_slower_are_believed() -> None:
-    """Nothing is flagged because it is the seed's: figures that this hardware can reach pass."""
+def test_the_claimed_figures_made_slower_are_believed() -> None:
+    """Nothing is flagged because it is the adapter's: figures that this hardware can reach pass."""
     slow = report()
     ttft = [row | {"mean": 40.0, "min": 30.0, "max": 60.0} for row in slow["ttft_ms"]]
     grid = [
@@ -282,13 +282,13 @@ def test_the_seeds_figures_made_slower_are_believed() -> None:
 
 
 def test_shape_and_hardware_of_a_report_can_be_given() -> None:
-    parsed = seed_report.parse(report(model="another", hardware={"gpus": 4, "gpu": "unheard of"}), "seed")
+    parsed = claims.parse(report(model="another", hardware={"gpus": 4, "gpu": "unheard of"}), "mine")
     with pytest.raises(DataError, match=r"no shape is known for 'another': name its .* with --model"):
-        seed_report.setup_of(parsed)
+        claims.setup_of(parsed)
     with pytest.raises(DataError, match="no bandwidth and rate are known for 'unheard of'"):
-        seed_report.setup_of(parsed, config=seed_report.CONFIGS["Qwen2.5-7B"])
-    found = seed_report.setup_of(parsed, parse("RTX 4090"), seed_report.CONFIGS["Qwen2.5-7B"])
-    usual = seed_report.setup_of(seed_report.parse(report(), "seed"))
+        claims.setup_of(parsed, config=claims.CONFIGS["Qwen2.5-7B"])
+    found = claims.setup_of(parsed, parse("RTX 4090"), claims.CONFIGS["Qwen2.5-7B"])
+    usual = claims.setup_of(claims.parse(report(), "mine"))
     assert found == replace(usual, model=usual.model.model_copy(update={"name": "another"}))
 
 
@@ -302,5 +302,5 @@ def test_shape_and_hardware_of_a_report_can_be_given() -> None:
     ],
 )
 def test_a_damaged_report_is_refused_with_the_field(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=f"seed: .*{said}"):
-        seed_report.parse(report(**changes), "seed")
+    with pytest.raises(DataError, match=f"mine: .*{said}"):
+        claims.parse(report(**changes), "mine")

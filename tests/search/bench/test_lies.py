@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent))  # for lying_server
 import lying_server
 
 from kvtuner_search.bench import load
-from kvtuner_search.bench.client import FAILURES, Result
+from kvtuner_search.bench.client import FAILURES, RequestResult
 from kvtuner_search.bench.prompts import draw
 from kvtuner_search.bench.record import Cell, Shape, Violation
 from kvtuner_search.bench.sender import GIVE_UP
@@ -52,7 +52,7 @@ DOUBTED = {
 }  # answers that are whole, and not believed
 
 
-def ask(lie: str, **more: float) -> tuple[list[Result], Cell, list[Violation]]:
+def ask(lie: str, **more: float) -> tuple[list[RequestResult], Cell, list[Violation]]:
     with lying_server.lying(lie) as (url, _):
         prompts = draw(lie, SHAPE.input_tokens, SHAPE.requests, 1000)
         results = load.run_cell(url, prompts, SHAPE, concurrency=3, **{"timeout": 20, "stall": 20, **more})

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parent))  # for lying_server
 import lying_server as server
 
 from kvtuner_search.bench import load, summary
-from kvtuner_search.bench.client import Result
+from kvtuner_search.bench.client import RequestResult
 from kvtuner_search.bench.prompts import draw
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.errors import DataError, KVTunerError, UsageError
@@ -32,7 +32,7 @@ def shape(requests: int, concurrency: int = 1, output: int = 4) -> Shape:
     return Shape(requests=requests, concurrency=concurrency, input_tokens=5, output_tokens=output)
 
 
-def result(index: int, sent: float = 0.0, **more: Any) -> Result:
+def result(index: int, sent: float = 0.0, **more: Any) -> RequestResult:
     """A whole answer of four tokens: the first after 10 ms, then 5 ms each."""
     arrivals = ((10.0, 1), (15.0, 1), (20.0, 1), (25.0, 1))
     fields = {
@@ -44,7 +44,7 @@ def result(index: int, sent: float = 0.0, **more: Any) -> Result:
         "counted_prompt": 5,
         "status": 200,
     }
-    return Result(
+    return RequestResult(
         **(fields | {"claimed": 4, "tokens": (index, 2, 3, 4), "arrivals": arrivals, "finish": "length"} | more)
     )
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_sent_is_refused(change: dict[str, Any], message: str) ->
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_ends_the_cell_with_its_own_error(workers: int) -> None:
-    def journal(_: Result) -> None:
+    def journal(_: RequestResult) -> None:
         raise OSError(28, "No space left on device")
 
     with server.lying() as (url, _), pytest.raises(OSError, match="No space left"):
@@ -150,7 +150,7 @@ def test_a_full_disk_ends_the_cell_with_its_own_error(workers: int) -> None:
 def test_a_process_that_dies_is_named() -> None:
     seen: list[int] = []
 
-    def kill(_: Result) -> None:
+    def kill(_: RequestResult) -> None:
         if not seen:
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             victims = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
@@ -189,7 +189,7 @@ def test_ctrl_c_keeps_what_was_there(workers: int, tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
         rest = process.communicate(timeout=30)[0].splitlines()
     assert process.returncode == 130
-    kept = [Result.from_json(json.loads(line)) for line in (first, *rest)]
+    kept = [RequestResult.from_json(json.loads(line)) for line in (first, *rest)]
     assert 1 <= len(kept) < 400
     assert all(one.whole for one in kept)
 

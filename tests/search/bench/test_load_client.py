@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtuner_search.bench import client
-from kvtuner_search.bench.client import FAILURES, Request, Result
-from kvtuner_search.bench.pulse import Pulse
+from kvtuner_search.bench.client import FAILURES, RequestResult, TimedRequest
+from kvtuner_search.bench.pulse import EventLoopLag
 from kvtuner_search.errors import DataError
 
-WHOLE = Result(
+WHOLE = RequestResult(
     index=3, round=1, sent=1.7e9, asked=5, prompt_tokens=4, status=200, finish="length", counted_prompt=4, claimed=5, cached_tokens=1,
     tokens=(7, 7, 8, 9, 7), arrivals=((10.0, 1), (12.5, 1), (20.0, 1), (20.0, 2)), lag=0.25, busy=0.125,
 )  # fmt: skip
@@ -44,7 +44,7 @@ def lines(tokens: list[int], *, incremental: bool, pieces: list[int], ahead: int
 
 def read(stream: bytes, cuts: list[int], asked: int) -> client._Answer:
     """Feed a stream cut at these places, a millisecond a piece."""
-    answer = client._Answer(Request.of(0, "it", [1, 2, 3, 4], asked))
+    answer = client._Answer(TimedRequest.of(0, "it", [1, 2, 3, 4], asked))
     edges = [0, *sorted({cut % (len(stream) + 1) for cut in cuts}), len(stream)]
     for at, (first, last) in enumerate(itertools.pairwise(edges)):
         answer.take(stream[first:last], float(at))
@@ -131,14 +131,14 @@ def test_times_of_a_result() -> None:
     assert (WHOLE.ttft, WHOLE.latency, WHOLE.per_token) == (10.0, 20.0, 2.5)
     assert WHOLE.gaps == [2.5, 2.5, 2.5, 2.5]  # three came together after 7.5 ms
     assert math.isclose(sum(WHOLE.gaps), WHOLE.latency - WHOLE.ttft)
-    one = Result(index=-1, round=0, sent=0.0, asked=1, prompt_tokens=1, tokens=(3,), arrivals=((4.0, 1),))
+    one = RequestResult(index=-1, round=0, sent=0.0, asked=1, prompt_tokens=1, tokens=(3,), arrivals=((4.0, 1),))
     assert (one.per_token, one.gaps, one.warmup, one.whole) == (None, [], True, True)
 
 
 def test_a_result_survives_its_json() -> None:
-    failed = Result(index=0, round=0, sent=1.5, asked=2, prompt_tokens=1, failure="refused", detail="no")
+    failed = RequestResult(index=0, round=0, sent=1.5, asked=2, prompt_tokens=1, failure="refused", detail="no")
     for result in (WHOLE, failed):
-        assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+        assert RequestResult.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
 @pytest.mark.parametrize(
@@ -146,11 +146,11 @@ def test_a_result_survives_its_json() -> None:
 )
 def test_a_foreign_result_is_an_error_with_a_remedy(content: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"no result of a request .+: delete the file and run again"):
-        Result.from_json(content)
+        RequestResult.from_json(content)
 
 
 def test_the_request_asks_for_exactly_its_tokens() -> None:
-    request = Request.of(-2, "name", (5, 6), 7)
+    request = TimedRequest.of(-2, "name", (5, 6), 7)
     assert json.loads(request.body) == {
         "rid": "name", "input_ids": [5, 6], "stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 7, "ignore_eos": True},
     }  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_blocked_loop_shows_in_its_pulse() -> None:
     """The loop is kept from running for 0.2 s of processor time, so its tick must be late, and its thread must have been busy."""
 
     async def work() -> tuple[float, float]:
-        async with Pulse() as pulse:
+        async with EventLoopLag() as pulse:
             start = time.perf_counter()
             await asyncio.sleep(0.02)
             used = time.thread_time()

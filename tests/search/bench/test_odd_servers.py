@@ -18,7 +18,7 @@ from small_runs import PROFILE, STEPS, Start, measure, rules
 from kvtuner_search.bench import load, presets
 from kvtuner_search.bench.client import FAILURES
 from kvtuner_search.bench.cross_check import _environment
-from kvtuner_search.bench.presets import Step
+from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.cli.main import run
 from kvtuner_search.errors import UsageError
@@ -100,7 +100,7 @@ def odd() -> Iterator[Callable[..., Any]]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A preset of one tiny cell."""
     shape = Shape(requests=2, concurrency=2, input_tokens=20, output_tokens=4)
-    monkeypatch.setitem(presets.PRESETS, "quick", [Step("throughput", shape)])
+    monkeypatch.setitem(presets.PRESETS, "quick", [CellPlan("throughput", shape)])
 
 
 def bench(*arguments: str) -> int:

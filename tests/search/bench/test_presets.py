@@ -12,37 +12,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtuner_search.bench.client import Result
+from kvtuner_search.bench.client import RequestResult
 from kvtuner_search.bench.cross_check import cross_check
 from kvtuner_search.bench.journal import cell_key
-from kvtuner_search.bench.presets import PRESETS, Step
+from kvtuner_search.bench.presets import PRESETS, CellPlan
 from kvtuner_search.bench.prompts import draw
 from kvtuner_search.bench.record import SECTIONS, Cell, Shape
 from kvtuner_search.bench.summary import summarise
 from kvtuner_search.errors import DataError, KVTunerError, UsageError
 from kvtuner_search.models.reference_model import reference_model_path
 
-SEED = json.loads(Path(__file__).with_name("seed_report.json").read_text())
+CLAIMS = json.loads(Path(__file__).with_name("adapter_report.json").read_text())
 
 
-def table(preset: str, section: str) -> list[Step]:
+def table(preset: str, section: str) -> list[CellPlan]:
     return [step for step in PRESETS[preset] if step.section == section]
 
 
-def test_the_seed_preset_is_the_seeds_grid() -> None:
-    assert [step.shape.input_tokens for step in table("seed", "ttft")] == [
-        row["prompt_tokens"] for row in SEED["ttft_ms"]
+def test_the_legacy_preset_is_the_grid_of_the_adapters_report() -> None:
+    assert [step.shape.input_tokens for step in table("legacy", "ttft")] == [
+        row["prompt_tokens"] for row in CLAIMS["ttft_ms"]
     ]
-    assert [step.shape.concurrency for step in table("seed", "throughput")] == [
-        row["concurrency"] for row in SEED["throughput"]
+    assert [step.shape.concurrency for step in table("legacy", "throughput")] == [
+        row["concurrency"] for row in CLAIMS["throughput"]
     ]
-    long = [(step.shape.input_tokens, step.shape.output_tokens) for step in table("seed", "long")]
-    assert long == [(row["input"], row["output"]) for row in SEED["long_sequence"]]
-    batches = table("seed", "batch")
-    assert [step.shape.concurrency for step in batches] == [row["batch"] for row in SEED["batch"]]
+    long = [(step.shape.input_tokens, step.shape.output_tokens) for step in table("legacy", "long")]
+    assert long == [(row["input"], row["output"]) for row in CLAIMS["long_sequence"]]
+    batches = table("legacy", "batch")
+    assert [step.shape.concurrency for step in batches] == [row["batch"] for row in CLAIMS["batch"]]
     assert all(step.shape.requests == step.rounds * step.shape.concurrency for step in batches)
-    (memory,) = table("seed", "memory")
-    assert memory.rounds == SEED["memory_stress"]["rounds"]
+    (memory,) = table("legacy", "memory")
+    assert memory.rounds == CLAIMS["memory_stress"]["rounds"]
 
 
 def test_the_full_preset_covers_what_it_promises() -> None:
@@ -66,7 +66,7 @@ def test_a_preset_can_be_run(preset: str) -> None:
         assert step.shape.requests // step.rounds >= step.shape.concurrency  # or that many are never in flight
 
 
-@pytest.mark.parametrize("preset", ["seed", "full"])
+@pytest.mark.parametrize("preset", ["legacy", "full"])
 def test_short_requests_are_enough_for_a_99th_percentile(preset: str) -> None:
     assert all(step.shape.requests >= 100 for section in ("ttft", "throughput") for step in table(preset, section))
     assert all(step.shape.requests >= 10 for step in PRESETS[preset])
@@ -107,7 +107,7 @@ def cell() -> tuple[Cell, list[list[int]]]:
     """Four requests, two at a time: 20 ms to the first of three tokens, then 5 ms each."""
     shape = Shape(requests=4, concurrency=2, input_tokens=6, output_tokens=3)
     results = [
-        Result(
+        RequestResult(
             index=index, round=0, sent=float(index // 2) * 0.03, asked=3, prompt_tokens=6, status=200, finish="length", counted_prompt=6,
             claimed=3, tokens=(1, 2, index), arrivals=((20.0, 1), (25.0, 1), (30.0, 1)),
         )

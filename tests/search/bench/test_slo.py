@@ -24,7 +24,11 @@ def with_cells(*cells: Cell, **changes: Any) -> Record:
 
 def test_the_issues_example() -> None:
     found = slo.parse("ttft_p99=200, success=0.999,memory=0.9")
-    assert found == [slo.Objective("ttft_p99", 200), slo.Objective("success", 0.999), slo.Objective("memory", 0.9)]
+    assert found == [
+        slo.ServiceObjective("ttft_p99", 200),
+        slo.ServiceObjective("success", 0.999),
+        slo.ServiceObjective("memory", 0.9),
+    ]
     assert [one.relation for one in found] == ["at most", "at least", "at most"]
     assert all(g.passed for g in slo.judge(found, made.record()))
 

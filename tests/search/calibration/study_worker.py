@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from test_space import CLASSES, make_space
 
 from kvtuner_search.calibration.anchors import anchors, uniform_pairs
-from kvtuner_search.calibration.objective import Outcome
+from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.space import Choices
 from kvtuner_search.calibration.study import Study, open_storage
 
@@ -20,14 +20,14 @@ def main(storage: str, trials: int, seconds: float) -> None:
     space = make_space(4)
     budget = space.nbytes([len(v.pairs) // 2 for v in space.variables])
 
-    def objective(choices: Choices, outcomes: Sequence[Outcome], screen: bool) -> Outcome:
+    def objective(choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool) -> TrialOutcome:
         time.sleep(seconds)
         noise = int(hashlib.sha256(repr(choices).encode()).hexdigest()[:6], 16) / 2**24
         loss = float(space.features(choices).sum()) * (1 + noise)
-        return Outcome(space.cost(choices), (loss, loss), True)
+        return TrialOutcome(space.cost(choices), (loss, loss), True)
 
     study = Study(open_storage(storage), "test", "tpe", 7)
-    study.bury()
+    study.fail_abandoned()
     study.enqueue(space, anchors(space, uniform_pairs(CLASSES), [], [budget]))
     study.run(space, objective, trials, [budget])
 

@@ -70,10 +70,10 @@ def test_the_first_trials_are_what_gradients_alone_say_in_bands(finished: Path) 
             assert len(bands) == 8
             assert bands == sorted(bands, reverse=True)
             assert bands == pytest.approx([sum(head[band] for head in heads) for band in range(8)])
-            assert {"b12", "b20", "b32"} <= set(layer[side])
-            assert layer[side]["b12"][1] > layer[side]["b32"][1] > 0
+            assert {"1.5-bands", "2.5-bands", "4-bands"} <= set(layer[side])
+            assert layer[side]["1.5-bands"][1] > layer[side]["4-bands"][1] > 0
             measured = {row[0]: row[1:] for row in layer["errors"]}
-            for name in ("b12", "b20", "b32"):
+            for name in ("1.5-bands", "2.5-bands", "4-bands"):
                 spec = layer[side][name][0]
                 assert measured[f"{spec}/16" if side == "keys" else f"16/{spec}"][3] > 0
 
@@ -274,7 +274,7 @@ def test_sensitivity_lists_every_pair(tiny_model: Path, tmp_path: Path, capsys: 
     centred = min(e[3] for name, e in outlier.items() if name.startswith("2-g16-asym-c") and name.endswith("/16"))
     assert centred < plain  # the tiny model has a key outlier
     out = capsys.readouterr().out
-    assert "4a16" in out
+    assert "4-g16-" in out
     assert "layer" in out
 
 

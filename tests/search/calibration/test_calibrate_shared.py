@@ -68,7 +68,7 @@ def test_a_worker_that_is_told_to_end_says_so(number: int, tiny_model: Path, tmp
     workers = {name: value for name, value in study.study.user_attrs.items() if name.startswith("worker:")}
     assert len(workers) == 1
     assert set(workers.values()) == {None}
-    study.bury()  # at the most a trial that was just being taken
+    study.fail_abandoned()  # at the most a trial that was just being taken
     assert not study.study.get_trials(states=(TrialState.RUNNING,))
 
 
@@ -144,9 +144,9 @@ def test_a_storage_that_locks_in_the_middle_is_one_line(
 ) -> None:
     import sqlite3
 
-    from kvtuner_search.calibration.objective import Objective
+    from kvtuner_search.calibration.objective import TrialObjective
 
-    real, holders = Objective.__call__, []
+    real, holders = TrialObjective.__call__, []
 
     def lock(*given: Any) -> Any:
         holder = sqlite3.connect(tmp_path / "study.db")
@@ -156,7 +156,7 @@ def test_a_storage_that_locks_in_the_middle_is_one_line(
 
     storage = ("--trials", "4", "--storage", f"sqlite:///{tmp_path}/study.db?timeout=0.01")
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "__call__", lock)
+        patch.setattr(TrialObjective, "__call__", lock)
         assert run(arguments(tiny_model, tmp_path / "out", *storage)) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "database is locked: another program keeps it locked; what was finished is kept: go on with --resume" in line

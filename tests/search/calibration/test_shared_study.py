@@ -16,7 +16,7 @@ from test_space import CLASSES, make_space
 
 from kvtuner_search.calibration import agreement, workers
 from kvtuner_search.calibration.anchors import anchors, uniform_pairs
-from kvtuner_search.calibration.objective import Outcome
+from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.options import CalibrationOptions, fingerprint
 from kvtuner_search.calibration.space import Choices
 from kvtuner_search.calibration.study import Anchor, Study, open_storage
@@ -30,10 +30,10 @@ BUDGET = SPACE.nbytes([len(v.pairs) // 2 for v in SPACE.variables])
 ANCHORS = anchors(SPACE, uniform_pairs(CLASSES), [], [BUDGET])
 
 
-def score(choices: Choices, *_: object) -> Outcome:
+def score(choices: Choices, *_: object) -> TrialOutcome:
     noise = int(hashlib.sha256(repr(choices).encode()).hexdigest()[:6], 16) / 2**24
     loss = float(SPACE.features(choices).sum()) * (1 + noise)
-    return Outcome(SPACE.cost(choices), (loss, loss), True)
+    return TrialOutcome(SPACE.cost(choices), (loss, loss), True)
 
 
 def storages(tmp_path: Path) -> list[str]:
@@ -42,7 +42,7 @@ def storages(tmp_path: Path) -> list[str]:
 
 def join(storage: str, sampler: str = "tpe") -> Study:
     study = Study(open_storage(storage), "test", sampler, 7)
-    study.bury()
+    study.fail_abandoned()
     return study
 
 
@@ -101,6 +101,15 @@ def test_a_study_is_of_one_model_data_and_program(facts: dict[str, object], says
     assert "\n" not in str(raised.value)
 
 
+def test_a_study_with_the_former_names_of_storage_classes_is_refused(tmp_path: Path) -> None:
+    former = {name: value for name, value in FACTS.items() if name != "names of storage classes"}
+    join(storages(tmp_path)[0]).claim(former)
+    with pytest.raises(
+        UsageError, match=r"\(names of storage classes None, here 4-g64-asym\): use .* another --output"
+    ):
+        join(storages(tmp_path)[0]).claim(FACTS)
+
+
 def test_dtype_auto_is_what_it_comes_to(tiny_model: Path) -> None:
     from kvtuner_search.calibration.pipeline import prepare
     from kvtuner_search.progress import Reporter
@@ -125,11 +134,11 @@ def test_no_choices_are_scored_by_two_workers(kind: int, tmp_path: Path, monkeyp
             second.enqueue(SPACE, [anchor])
     scored: list[Choices] = []
 
-    def inner(choices: Choices, *_: object) -> Outcome:
+    def inner(choices: Choices, *_: object) -> TrialOutcome:
         scored.append(choices)
         return score(choices)
 
-    def outer(choices: Choices, outcomes: Sequence[Outcome], screen: bool) -> Outcome:
+    def outer(choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool) -> TrialOutcome:
         scored.append(choices)
         second.run(SPACE, inner, len(outcomes) + 1, [BUDGET])
         return score(choices)
@@ -143,7 +152,7 @@ def test_no_choices_are_scored_by_two_workers(kind: int, tmp_path: Path, monkeyp
 def test_two_random_searches_draw_different_settings(tmp_path: Path) -> None:
     first, second = (join(storages(tmp_path)[0], "random") for _ in range(2))
 
-    def outer(choices: Choices, outcomes: Sequence[Outcome], screen: bool) -> Outcome:
+    def outer(choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool) -> TrialOutcome:
         second.run(SPACE, score, len(outcomes) + 1, [BUDGET])
         return score(choices)
 
@@ -175,7 +184,7 @@ def test_a_live_trial_is_left_alone_and_a_dead_one_is_done_again(
             time.sleep(0.05)
         if where == "container":  # of the same host name, with process ids of its own
             monkeypatch.setattr(workers, "_namespace", lambda: "pid:[1]")
-        assert me.bury() == 0
+        assert me.fail_abandoned() == 0
         me.enqueue(SPACE, ANCHORS)
         me.run(SPACE, score, 3, [BUDGET])
         assert running() == [0]
@@ -195,16 +204,16 @@ def test_a_trial_that_is_not_signed_yet_is_left_to_whoever_may_be_alive(tmp_path
     me, other = (join(storages(tmp_path)[0]) for _ in range(2))
     me.enqueue(SPACE, ANCHORS[:1])
     other.study.ask()  # and before it signs, it is stopped for as long as you like
-    assert me.bury() == 0
+    assert me.fail_abandoned() == 0
     other.close()
-    assert me.bury() == 1
+    assert me.fail_abandoned() == 1
 
 
 def test_a_trial_that_somebody_failed_counts_all_the_same(tmp_path: Path) -> None:
     me = join(storages(tmp_path)[0])
     me.enqueue(SPACE, ANCHORS)
 
-    def failed(choices: Choices, outcomes: Sequence[Outcome], screen: bool) -> Outcome:
+    def failed(choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool) -> TrialOutcome:
         (trial,) = me.study.get_trials(states=(TrialState.RUNNING,))
         me.study.tell(trial.number, state=TrialState.FAIL)
         return score(choices)
@@ -218,7 +227,7 @@ def test_a_trial_that_ends_in_an_error_is_free_again(error: type[BaseException],
     me = join(storages(tmp_path)[0])
     me.enqueue(SPACE, ANCHORS[:1])
 
-    def fail(*_: object) -> Outcome:
+    def fail(*_: object) -> TrialOutcome:
         raise error
 
     with pytest.raises(error):

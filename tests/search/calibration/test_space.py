@@ -48,13 +48,22 @@ def make_space(layers: int = 3, banded: bool = False, **changes: object) -> Spac
 
 
 def test_classes_have_names_that_read_back() -> None:
-    assert [str(c) for c in storage_classes((16, 4), (0, 32), 64)] == ["16", "4a32", "4s32", "4a64", "4s64"]
+    assert [str(c) for c in storage_classes((16, 4), (0, 32), 64)] == [
+        "16",
+        "4-g32-asym",
+        "4-g32-sym",
+        "4-g64-asym",
+        "4-g64-sym",
+    ]
     assert [StorageClass.parse(str(c)) for c in CLASSES] == CLASSES
-    assert parse_pair("16/2s64") == (RAW_CLASS, StorageClass(2, True, 64))
-    assert str(StorageClass(0, total=28)) == "b28"
-    assert parse_pair("b28/b4") == (StorageClass(0, total=28), StorageClass(0, total=4))
+    assert parse_pair("16/2-g64-sym") == (RAW_CLASS, StorageClass(2, True, 64))
+    assert str(StorageClass(0, total=28)) == "3.5-bands"
+    assert parse_pair("3.5-bands/0.5-bands") == (StorageClass(0, total=28), StorageClass(0, total=4))
     assert [StorageClass.parse(str(c)) for c in BANDED] == BANDED
-    for text in ("5a64/16", "4x64/16", "4a/16", "4a64/", "4a64", "b/b4", "b65/b4", "b0/b4", "b04/b4", "b65443322/b4"):
+    for text in (
+        *("4a64/16", "5-g64-asym/16", "4-g64/16", "4-g64-asym-c/16", "4-g64-asym/", "4-g64-asym", "b28/b4"),
+        *("-bands/16", "8.125-bands/16", "0-bands/16", "3.50-bands/16", "3.4-bands/16", "b65443322/4-bands"),
+    ):
         with pytest.raises(UsageError, match="write"):
             parse_pair(text)
     with pytest.raises(UsageError, match="groups of 128"):
@@ -180,8 +189,8 @@ def test_the_correction_learns_which_layer_hurts_more_than_alone() -> None:
 
 def test_anchors_are_distinct_affordable_and_cover_uniform_settings() -> None:
     space = make_space(4)
-    budget = space.nbytes(space.choices_of([parse_pair("4a64/4a64")] * 4) or ())
-    found = anchors(space, uniform_pairs(CLASSES), [[parse_pair("8a64/4a64")] * 4], [budget])
+    budget = space.nbytes(space.choices_of([parse_pair("4-g64-asym/4-g64-asym")] * 4) or ())
+    found = anchors(space, uniform_pairs(CLASSES), [[parse_pair("8-g64-asym/4-g64-asym")] * 4], [budget])
     assert len({a.choices for a in found}) == len(found)
     assert all(space.nbytes(a.choices) <= budget for a in found if a.origin == "proxy")
     uniform = [a for a in found if a.origin == "uniform"]
@@ -194,8 +203,8 @@ def test_anchors_are_distinct_affordable_and_cover_uniform_settings() -> None:
         assert banded.nbytes(anchor.choices) <= limit
         assert banded.nbytes(anchor.choices) > limit - 64  # a word more would not fit
     alike = {pair for a in found if a.origin == "uniform" and (pair := banded.uniform_pair(a.choices)) is not None}
-    assert {(c, c) for c in banded_classes() if c.total in (16, 24, 32)} <= alike  # 4.25 bits, as 4s64
-    assert preset_pairs([per_token(4, 2, DIM)] * 2, CLASSES) == [parse_pair("4a64/2a64")] * 2
+    assert {(c, c) for c in banded_classes() if c.total in (16, 24, 32)} <= alike  # 4.25 bits, as 4-g64-sym
+    assert preset_pairs([per_token(4, 2, DIM)] * 2, CLASSES) == [parse_pair("4-g64-asym/2-g64-asym")] * 2
     assert preset_pairs([space.setting(uniform[0].choices)[0]], [RAW_CLASS]) is None
 
 

@@ -9,19 +9,19 @@ import pytest
 from study_worker import main as work
 from test_space import make_space
 
-from kvtuner_search.calibration.objective import Outcome
-from kvtuner_search.calibration.study import Anchor, Finished, Study, hypervolume, open_storage, pareto
+from kvtuner_search.calibration.objective import TrialOutcome
+from kvtuner_search.calibration.study import Anchor, FinishedTrial, Study, hypervolume, open_storage, pareto
 from kvtuner_search.errors import DataError, UsageError
 
 WORKER = Path(__file__).with_name("study_worker.py")
 TRIALS = 120
 
 
-def finished(storage: Path) -> list[Finished]:
+def finished(storage: Path) -> list[FinishedTrial]:
     return Study(open_storage(str(storage)), "test", "tpe", 7).finished()
 
 
-def strip(trials: list[Finished]) -> list[tuple[object, ...]]:
+def strip(trials: list[FinishedTrial]) -> list[tuple[object, ...]]:
     """What must not depend on kills: everything but numbers and times."""
     return [(t.origin, t.choices, t.outcome, t.duplicate) for t in trials]
 
@@ -102,8 +102,8 @@ def test_anchors_are_queued_once(tmp_path: Path) -> None:
     assert len(study.study.get_trials()) == 2
 
 
-def make_trial(number: int, cost: int, loss: float, complete: bool = True, duplicate: bool = False) -> Finished:
-    return Finished(number, "tpe", (number,), Outcome(cost, (loss,), complete), 0.0, duplicate)
+def make_trial(number: int, cost: int, loss: float, complete: bool = True, duplicate: bool = False) -> FinishedTrial:
+    return FinishedTrial(number, "tpe", (number,), TrialOutcome(cost, (loss,), complete), 0.0, duplicate)
 
 
 def test_front_and_hypervolume() -> None:
@@ -117,6 +117,6 @@ def test_front_and_hypervolume() -> None:
     assert [t.number for t in pareto(trials)] == [0, 1]
     outcomes = [t.outcome for t in trials if t.outcome.complete]
     assert hypervolume(outcomes, 1.0, (40, 1.0)) == pytest.approx((40 - 10) * 1 + (40 - 20) * 1)  # a decade each
-    early = [Outcome(10, (0.05,), False)]
+    early = [TrialOutcome(10, (0.05,), False)]
     assert hypervolume(early, 2.0, (40, 1.0)) == pytest.approx(30)
-    assert hypervolume([Outcome(50, (0.1,), True)], 1.0, (40, 1.0)) == 0
+    assert hypervolume([TrialOutcome(50, (0.1,), True)], 1.0, (40, 1.0)) == 0

@@ -13,7 +13,7 @@ import pytest
 
 from kvtuner_search.profile import report as formats
 from kvtuner_search.profile.compare import Budgets, compare
-from kvtuner_search.profile.report import Report, capacity, to_github, to_json, to_junit, to_markdown
+from kvtuner_search.profile.report import DiffReport, capacity, to_github, to_json, to_junit, to_markdown
 from kvtuner_search.profile.rules import RULES
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.settings import Settings
@@ -27,11 +27,11 @@ HOSTILE = "\x1b[31m<script>alert(1)</script> | `x` @user [a](b) &amp; %0A::error
 
 def report(
     old: Profile, new: Profile, budgets: Budgets | None = None, name: str = "new.json", **settings: Any
-) -> Report:
+) -> DiffReport:
     comparison = compare(old, new, budgets)
     chosen = Settings(**settings)
     findings, ignored = chosen.apply(comparison.findings)
-    return Report(comparison, findings, ignored, chosen, "old.json", name)
+    return DiffReport(comparison, findings, ignored, chosen, "old.json", name)
 
 
 @pytest.fixture(autouse=True)

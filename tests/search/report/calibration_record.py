@@ -10,12 +10,12 @@ from kvtuner_kernels.layout import LayerSpec, TensorSpec, bytes_per_token, effec
 HEADS, HEAD_DIM = 2, 64
 CLASSES = {
     "16": "16",
-    "8a64": "8-g64-asym-c-r",
-    "8s64": "8-g64-sym-c-r",
-    "4a64": "4-g64-asym-c-r-x0.95",
-    "4s64": "4-g64-sym-c-r-x0.95",
-    "2a64": "2-g64-asym-c-r-x0.75",
-    "2s64": "2-g64-sym-c-r-x0.65",
+    "8-g64-asym": "8-g64-asym-c-r",
+    "8-g64-sym": "8-g64-sym-c-r",
+    "4-g64-asym": "4-g64-asym-c-r-x0.95",
+    "4-g64-sym": "4-g64-sym-c-r-x0.95",
+    "2-g64-asym": "2-g64-asym-c-r-x0.75",
+    "2-g64-sym": "2-g64-sym-c-r-x0.65",
 }
 Json = dict[str, Any]
 
@@ -110,9 +110,9 @@ def trial(number: int, origin: str, layers: list[str], loss: float, **more: Any)
 
 def record(layers: int = 4, targets: tuple[float, ...] = (4.0,), max_loss: float | None = None) -> Json:
     """A record; with ``max_loss`` it has one target, without bits."""
-    mixed = setting(layers, ("4a64", "2s64"), ("2a64", "4s64"))
-    other = setting(layers, ("2a64", "4s64"), ("4a64", "2s64"))  # as large as mixed
-    low, wide = (setting(layers, (c, c)) for c in ("2s64", "8a64"))
+    mixed = setting(layers, ("4-g64-asym", "2-g64-sym"), ("2-g64-asym", "4-g64-sym"))
+    other = setting(layers, ("2-g64-asym", "4-g64-sym"), ("4-g64-asym", "2-g64-sym"))  # as large as mixed
+    low, wide = (setting(layers, (c, c)) for c in ("2-g64-sym", "8-g64-asym"))
     plain = ["4-g64-asym/2-g64-asym"] * layers
     goals = [("loss 0.05", None)] if max_loss is not None else [(f"{bits:g} bits", bits) for bits in targets]
     return {
@@ -138,7 +138,8 @@ def record(layers: int = 4, targets: tuple[float, ...] = (4.0,), max_loss: float
         "sensitivity": [layer_record(layer) for layer in range(layers)],
         "space": {
             "variables": [
-                {"name": f"layer {i}", "layers": [i], "pairs": ["2s64/2s64", "4s64/4s64"]} for i in range(layers)
+                {"name": f"layer {i}", "layers": [i], "pairs": ["2-g64-sym/2-g64-sym", "4-g64-sym/4-g64-sym"]}
+                for i in range(layers)
             ],
             "grouping_quality": None,
             "rejected_quality": 0.3125,
@@ -160,10 +161,10 @@ def record(layers: int = 4, targets: tuple[float, ...] = (4.0,), max_loss: float
                 "chosen": row("trial 3", "refined", mixed, 0.0217, (0.0, 0.0, 0.0)),
                 "rivals": [
                     row("trial 0", "proxy", mixed, 0.0434, (-0.0217, -0.031, -0.0113)),
-                    row("uniform 2s64/2s64", "uniform", low, 0.651, (-0.6293, -0.71, -0.52)),
+                    row("2-g64-sym/2-g64-sym", "uniform", low, 0.651, (-0.6293, -0.71, -0.52)),
                     row("trial 1", "random", other, 0.0229, (-0.0012, -0.0054, 0.0039)),
                     row("plain K4V2", "plain", plain, 0.873, (-0.8513, -0.99, -0.73)),
-                    row("uniform 8a64/8a64", "uniform", wide, 0.0004, (0.0213, 0.0149, 0.0278)),
+                    row("8-g64-asym/8-g64-asym", "uniform", wide, 0.0004, (0.0213, 0.0149, 0.0278)),
                 ],
             }
             for label, bits in goals
@@ -200,7 +201,7 @@ def banded(layers: int = 4, targets: tuple[float, ...] = (4.0,)) -> Json:
         layer["worth"] = {side: [sum(column) for column in zip(*rows, strict=True)] for side, rows in heads.items()}
         for side in ("keys", "values"):
             layer[side]["bands"] = [BANDS[index % 4], 0.001 * (1 + index)]
-    texts = [f"{BANDS[i % 4]}/{BANDS[(i + 1) % 4] if i != 1 else CLASSES['4a64']}" for i in range(layers)]
+    texts = [f"{BANDS[i % 4]}/{BANDS[(i + 1) % 4] if i != 1 else CLASSES['4-g64-asym']}" for i in range(layers)]
     for target in made["targets"]:
         old = target["chosen"]
         target["chosen"] = row(old["name"], old["origin"], texts, old["loss"], (0.0, 0.0, 0.0))
@@ -218,14 +219,18 @@ def variants() -> dict[str, Json]:
     zero["targets"][0]["rivals"][0]["loss"] = -2e-9
     zero["trials"][0]["loss"] = 0.0
     zero["trials"][3]["loss"] = -1e-9
-    zero["sensitivity"][0]["keys"]["2s64"][1] = -1e-9
+    zero["sensitivity"][0]["keys"]["2-g64-sym"][1] = -1e-9
     for each in [*none_done["trials"], *none_done["random_trials"]]:
         each["complete"] = False
     raw["targets"][0]["chosen"] = row("trial 3", "uniform", ["16/16"] * 4, 0.0, (0.0, 0.0, 0.0))
     extra["something_new"] = {"a": [1]}
     extra["targets"][0]["chosen"]["new"] = None
     some, no_heads, worthless = banded(), banded(), banded()
-    del some["sensitivity"][1]["worth"], some["sensitivity"][1]["worth_by_head"], some["sensitivity"][2]["keys"]["2s64"]
+    del (
+        some["sensitivity"][1]["worth"],
+        some["sensitivity"][1]["worth_by_head"],
+        some["sensitivity"][2]["keys"]["2-g64-sym"],
+    )
     some["sensitivity"][0]["worth"]["values"] = None
     for layer in no_heads["sensitivity"]:
         del layer["worth_by_head"]

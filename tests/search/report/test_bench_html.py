@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from kvtuner_search.bench import files
+from kvtuner_search.bench.claims import AdapterReport, parse
 from kvtuner_search.bench.record import Gate, Record, Violation
-from kvtuner_search.bench.seed_report import SeedReport, parse
 from kvtuner_search.cli.main import run
 from kvtuner_search.report.bench_html import report
 from kvtuner_search.report.bench_tables import runs, share
@@ -23,8 +23,8 @@ from tests.search.report.html_page import Page
 EVIL = "<script>alert('x')</script>&\"\x1b[31m"
 
 
-def seed() -> SeedReport:
-    """A small report of the seed's form: 2 ms for a thousand tokens and 231,321 tokens/s cannot be, the last batch can."""
+def adapter() -> AdapterReport:
+    """A small report of the adapter's form: 2 ms for a thousand tokens and 231,321 tokens/s cannot be, the last batch can."""
     return parse(
         {
             "model": "Qwen2.5-7B",
@@ -88,7 +88,7 @@ def everything() -> list[Record]:
     ]
 
 
-def variants() -> dict[str, tuple[list[Record], SeedReport | None]]:
+def variants() -> dict[str, tuple[list[Record], AdapterReport | None]]:
     bare = made.record(small=True, scrapes=[], cross_check={})
     no_floor = made.record(
         small=True,
@@ -97,11 +97,11 @@ def variants() -> dict[str, tuple[list[Record], SeedReport | None]]:
     )
     return {
         "one": ([made.record()], None),
-        "small": ([bare], seed()),
-        "all": (everything(), seed()),
+        "small": ([bare], adapter()),
+        "all": (everything(), adapter()),
         "no floors": ([no_floor], None),
         "no cells": ([made.record(cells=[])], None),
-        "red": ([made.record(correct=False)], seed()),
+        "red": ([made.record(correct=False)], adapter()),
         "lost": ([made.record(cells=[made.cell("ttft", 10, 1, failed=16)])], None),
     }
 
@@ -129,7 +129,7 @@ def test_page_is_well_formed_and_fetches_nothing(name: str) -> None:
 
 
 def test_ids_of_patterns_are_unique_among_drawings() -> None:
-    content = report(everything(), seed())
+    content = report(everything(), adapter())
     names = re.findall(r'<pattern[^>]* id="([^"]+)"', content)
     drawn = [name for name in names if not name.startswith("key-")]
     assert len(drawn) == len(set(drawn))
@@ -190,26 +190,26 @@ def test_ceilings_forbid_what_is_above() -> None:
     assert edge < top
 
 
-def test_the_seeds_impossible_figures_are_ringed_and_the_possible_ones_are_not() -> None:
-    content = report([made.record(small=True)], seed())
+def test_impossible_claims_are_ringed_and_the_possible_ones_are_not() -> None:
+    content = report([made.record(small=True)], adapter())
     ttft = drawing(content, "Time to the first token")
     titles = [t.text or "" for t in ttft.iter("title")]
-    claims = {t.split(";")[0]: "impossible" in t for t in titles if t.startswith("seed: ")}
-    assert claims == {"seed: 2.55 ms": True, "seed: 40 ms": False}
+    claims = {t.split(";")[0]: "impossible" in t for t in titles if t.startswith("claimed: ")}
+    assert claims == {"claimed: 2.55 ms": True, "claimed: 40 ms": False}
     assert len(of_class(ttft, "ring", "circle")) == 1
-    (line,) = of_class(ttft, "seedfloor")
+    (line,) = of_class(ttft, "claimedfloor")
     (ring,) = of_class(ttft, "ring", "circle")
     assert float(ring.attrib["cy"]) > heights(line)[0][1], "it lies inside the forbidden zone, below the line"
     assert len(of_class(drawing(content, "100 prompt tokens"), "ring", "circle")) == 1
     assert not of_class(drawing(content, "Requests by batch size"), "ring", "circle")
 
 
-def test_the_seeds_floor_is_that_of_its_own_hardware_and_prompt_length() -> None:
-    content = report([made.record(small=True)], seed())
+def test_the_claims_floor_is_that_of_its_own_hardware_and_prompt_length() -> None:
+    content = report([made.record(small=True)], adapter())
     drawn = drawing(content, "Time to the first token")
-    (line,) = of_class(drawn, "seedfloor")
+    (line,) = of_class(drawn, "claimedfloor")
     start = next(i for i, row in enumerate(Page(content).rows) if "greatest" in row)
-    rows = [row for row in Page(content).rows[start : start + 4] if row[1] == "seed"]
+    rows = [row for row in Page(content).rows[start : start + 4] if row[1] == "claimed"]
     floors = [float(row[8]) for row in rows]
     assert floors[0] < floors[1], "a thousand tokens are more work than ten"
     y = scale(drawn)
@@ -235,12 +235,12 @@ def test_how_far_a_figure_is_from_its_floor(value: float, floor: float | None, a
     assert share(value, floor, above) == text
 
 
-def test_the_seeds_tables_stand_beside_ours() -> None:
+def test_the_claimed_tables_stand_beside_ours() -> None:
     record = made.record()
-    rows = Page(report([record, made.record(made.KV4, seed=1)], seed())).rows
+    rows = Page(report([record, made.record(made.KV4, seed=1)], adapter())).rows
     at = next(i for i, row in enumerate(rows) if row[:2] == ["10", "16-bit"])
     ours, kv4, theirs = rows[at : at + 3]
-    assert (kv4[1], theirs[1]) == ("qwen2.5-7b-kv4", "seed")
+    assert (kv4[1], theirs[1]) == ("qwen2.5-7b-kv4", "claimed")
     first = record.cells[0].speed
     assert first is not None
     assert first.ttft is not None
@@ -248,15 +248,15 @@ def test_the_seeds_tables_stand_beside_ours() -> None:
     assert ours[7] == "16 of 16"
     assert theirs[2:7] == ["2.55", "1.35", "–", "–", "3.78"]
     assert re.fullmatch(r"1/[\d.]+, impossible", theirs[9])
-    long = next(row for row in rows if row[2:3] == ["seed"] and "231,321" in row)
+    long = next(row for row in rows if row[2:3] == ["claimed"] and "231,321" in row)
     assert sum("impossible" in cell for cell in long) == 2
-    stress = next(row for row in rows if row[0] == "seed" and "20" in row)
+    stress = next(row for row in rows if row[0] == "claimed" and "20" in row)
     assert "2.55, impossible" in stress
     assert any(row[0] == "mean TTFT by prompt length, ms" and "2.1 to 2.9, impossible" in row for row in rows)
-    assert any(row[0] == "seed, GPU 0" and "88.0%" in row for row in rows)
+    assert any(row[0] == "claimed, GPU 0" and "88.0%" in row for row in rows)
     assert any(row[:2] == ["16-bit", "ttft_mean"] and "at most 5 ms" in row for row in rows)
-    text = " ".join(Page(report([record], seed())).text)
-    assert "What the seed claims and cannot be" in text
+    text = " ".join(Page(report([record], adapter())).text)
+    assert "What the adapter's report claims and cannot be" in text
     assert "Usual causes" in text
 
 
@@ -278,11 +278,11 @@ def test_our_own_impossible_figure_is_ringed_too() -> None:
     assert len(of_class(drawn, "ring", "circle")) == 1
 
 
-def test_another_model_than_the_seeds_is_said() -> None:
+def test_another_model_than_the_adapters_is_said() -> None:
     record = made.record(small=True)
     other = record.model_copy(update={"model": record.model.model_copy(update={"name": "reference"})})
-    assert "of another model" in report([other], seed())
-    assert "of another model" not in report([record], seed())
+    assert "of another model" in report([other], adapter())
+    assert "of another model" not in report([record], adapter())
 
 
 def test_command_environment_and_metrics_are_shown() -> None:
@@ -311,27 +311,33 @@ def test_the_command_writes_a_page_and_prints_tables(
     for index, record in enumerate(everything()):
         paths.append(str(tmp_path / f"{index}.json"))
         files.write(record, Path(paths[-1]))
-    claims = tmp_path / "seed.json"
-    claims.write_text(seed().model_dump_json())
+    claims = tmp_path / "claims.json"
+    claims.write_text(adapter().model_dump_json())
     page = tmp_path / "pages" / "report.html"
-    assert run(["bench", "report", *paths, "--html", str(page), "--seed", str(claims)]) == 0
+    assert run(["bench", "report", *paths, "--html", str(page), "--claims", str(claims)]) == 0
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"wrote {page}\n")
-    assert page.read_text() == report(everything(), seed())
-    assert run(["bench", "report", *paths, "--seed", str(claims)]) == 0
+    assert page.read_text() == report(everything(), adapter())
+    assert run(["bench", "report", *paths, "--claims", str(claims)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for said in ("no result", "misses ttft_p99, memory", "231,321", "of the seed's figures cannot be", "verdict: pass"):
+    for said in (
+        "no result",
+        "misses ttft_p99, memory",
+        "231,321",
+        "of the adapter's figures cannot be",
+        "verdict: pass",
+    ):
         assert said in out
     assert run(["bench", "report", str(tmp_path / "none.json")]) == 3
     assert run(["bench", "report"]) == 2
     assert run(["bench", "report", paths[0], "--html", str(claims / "page.html")]) == 2
 
 
-def test_the_whole_report_of_the_seed_is_marked() -> None:
+def test_the_whole_report_of_the_adapter_is_marked() -> None:
     """Every time to the first token, every rate of the throughput table, and every long sequence that it claims."""
-    path = Path(__file__).parents[1] / "bench" / "seed_report.json"
-    content = report([made.record()], parse(json.loads(path.read_text()), "seed"))
+    path = Path(__file__).parents[1] / "bench" / "adapter_report.json"
+    content = report([made.record()], parse(json.loads(path.read_text()), "claimed"))
     for name, count in (("Time to the first token", 5), ("Requests: requests/s", 4)):
         assert len(of_class(drawing(content, name), "ring", "circle")) == count
     for prompt in ("100", "500", "1,000", "2,000", "4,000"):

@@ -68,10 +68,10 @@ def test_every_layer_and_target_is_drawn(layers: int, targets: tuple[float, ...]
 def test_heat_map_has_the_records_figures_and_marks_the_choice() -> None:
     record = made.record(4)
     heat = titles(drawing(render(record), "Layer-alone KL"))
-    cell = next(t for t in heat if t.startswith("layer 2 keys as 4a64 "))
-    assert f"KL {made.alone(2, '4a64', 0):#.3g} nats" in cell
+    cell = next(t for t in heat if t.startswith("layer 2 keys as 4-g64-asym "))
+    assert f"KL {made.alone(2, '4-g64-asym', 0):#.3g} nats" in cell
     assert cell.endswith("; chosen for 4 bits")
-    assert "chosen" not in next(t for t in heat if t.startswith("layer 1 keys as 4a64 "))
+    assert "chosen" not in next(t for t in heat if t.startswith("layer 1 keys as 4-g64-asym "))
 
 
 def test_bars_of_bands_have_the_mean_bits() -> None:
@@ -151,8 +151,8 @@ def test_a_record_without_bands_says_nothing_of_them() -> None:
 
 def test_a_class_that_a_layer_lacks_leaves_its_place_empty() -> None:
     heat = titles(drawing(render(made.variants()["worth of some layers"]), "Layer-alone KL"))
-    assert [t for t in heat if " keys as 2s64 " in t and t.startswith("layer 2")] == []
-    assert len([t for t in heat if " keys as 2s64 " in t]) == 3
+    assert [t for t in heat if " keys as 2-g64-sym " in t and t.startswith("layer 2")] == []
+    assert len([t for t in heat if " keys as 2-g64-sym " in t]) == 3
 
 
 def test_comparison_table_has_the_records_figures() -> None:
@@ -222,15 +222,15 @@ def test_grouping_in_use_is_reported() -> None:
     record = made.record(4)
     record["space"] = {
         "variables": [
-            {"name": "layer 0,1,3", "layers": [0, 1, 3], "pairs": ["2s64/2s64"]},
-            {"name": "layer 2", "layers": [2], "pairs": ["2s64/2s64", "4s64/4s64"]},
+            {"name": "layer 0,1,3", "layers": [0, 1, 3], "pairs": ["2-g64-sym/2-g64-sym"]},
+            {"name": "layer 2", "layers": [2], "pairs": ["2-g64-sym/2-g64-sym", "4-g64-sym/4-g64-sym"]},
         ],
         "grouping_quality": 0.625,
         "rejected_quality": None,
     }
     page = Page(render(record))
     assert "4 layers share 2 variables; the silhouette of the groups is 0.62." in " ".join(page.text)
-    assert ["layer 0,1,3", "0-1, 3", "1", "2s64/2s64"] in page.rows
+    assert ["layer 0,1,3", "0-1, 3", "1", "2-g64-sym/2-g64-sym"] in page.rows
 
 
 def test_text_is_escaped() -> None:

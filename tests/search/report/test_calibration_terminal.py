@@ -73,7 +73,9 @@ def test_sentences_say_whether_the_search_paid() -> None:
         "It beats the proxy's optimum (trial 0) by 50 %: KL 0.0217 against 0.0434 at equal effective bits (3.375)."
         in text
     )
-    assert "It beats the best uniform setting (uniform 2s64/2s64) by 97 %" in text, "one of 8.5 bits does not fit in 4"
+    assert "It beats the best uniform setting (2-g64-sym/2-g64-sym) by 97 %" in text, (
+        "one of 8.5 bits does not fit in 4"
+    )
     assert "It is not shown to differ from the random search (trial 1)" in text
 
 
@@ -120,7 +122,7 @@ def test_other_bands_are_not_uniform(layers: list[str], uniform: bool) -> None:
 
 def test_with_a_loss_as_goal_sizes_are_compared() -> None:
     text = " ".join(printed(made.record(8, max_loss=0.05)).split())
-    assert "It takes 60.3 % fewer bytes than the best uniform setting (uniform 8a64/8a64)" in text
+    assert "It takes 60.3 % fewer bytes than the best uniform setting (8-g64-asym/8-g64-asym)" in text
     assert "It takes as many bytes as the proxy's optimum (trial 0)" in text
 
 

@@ -1,4 +1,4 @@
-"""The seed's flags: what they mean, what they become, and what is refused."""
+"""The adapter's flags: what they mean, what they become, and what is refused."""
 
 from __future__ import annotations
 

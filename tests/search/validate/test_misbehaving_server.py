@@ -17,14 +17,14 @@ from fake_sglang import Fake
 from misbehaving import FAULTS, misbehaving
 
 from kvtuner_search.addresses import check_key, check_url
-from kvtuner_search.bench.client import Request as Streamed
+from kvtuner_search.bench.client import TimedRequest as Streamed
 from kvtuner_search.bench.load import run_cell
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.bench.watch import Watch
 from kvtuner_search.errors import UsageError
 from kvtuner_search.servers.client import Answer, Client, Request, ServerError
 from kvtuner_search.servers.facts import Facts
-from kvtuner_search.servers.info import Info
+from kvtuner_search.servers.info import ServerInfo
 
 ROOT = Path(__file__).parents[3]
 PROMPT = tuple(range(5, 15))
@@ -254,7 +254,7 @@ def test_server_info_is_checked_at_the_door(name: str, value: Any) -> None:
     with pytest.raises(
         ServerError, match=rf"^http://h:1/server_info says {name}[\w.]*=.+; is it SGLang 0\.5\?$|has no {name}"
     ) as caught:
-        Info.of({**Fake().info, name: value}, "http://h:1")
+        ServerInfo.of({**Fake().info, name: value}, "http://h:1")
     assert len(str(caught.value)) < 500
     assert "\x1b" not in str(caught.value)
 

@@ -12,9 +12,9 @@ from kvtuner_search.data import Sample, Split
 from kvtuner_search.profile.validation import Capacity, Semantics
 from kvtuner_search.servers.facts import Facts
 from kvtuner_search.validate import figures
-from kvtuner_search.validate.explained import Explained, Side, notes_on_rounding
+from kvtuner_search.validate.explained import Explained, ExplainedSide, notes_on_rounding
 from kvtuner_search.validate.judge import judge
-from kvtuner_search.validate.measure import Outcome
+from kvtuner_search.validate.measure import ServerAnswers
 from kvtuner_search.validate.options import Limits
 from kvtuner_search.validate.prompts import TaskPrompt
 from kvtuner_search.validate.twice import Twice
@@ -114,15 +114,15 @@ def token_logs(*rows: float) -> list[np.ndarray]:
     return [np.array(rows) for _ in range(2)]
 
 
-def side(server: float, second: float) -> Side:
+def side(server: float, second: float) -> ExplainedSide:
     """Two samples and two prompts: the server is ``server`` nats above the offline evaluation at every token, the second offline
     computation ``second``; decode and extend differ by ``server`` too."""
     twice = [np.array([[-1.0] * 4, [-1.0 + second] * 4]) for _ in range(2)]
     same = [np.array([[True, True, True, False], [True] * 4]) for _ in range(2)]
-    outcome = Outcome(
+    outcome = ServerAnswers(
         token_logs(*[-1.0 + server] * 4), [], [(1, 2, 3, 4)] * 2, token_logs(*[-1.0 + server] * 4), token_logs(*[-1.0] * 4), []
     )  # fmt: skip
-    return Side(outcome, Twice(twice, twice, twice, same))
+    return ExplainedSide(outcome, Twice(twice, twice, twice, same))
 
 
 def checks(
@@ -240,11 +240,11 @@ def with_effect(share: float, noise: float) -> Explained:
     steps = [rng.choice([-1.0, 1.0], 40) for _ in range(50)]
     rest = side(0.0, 0.4)
 
-    def one(server: float, offline: float) -> Side:
+    def one(server: float, offline: float) -> ExplainedSide:
         drawn = [rng.normal(0, noise, (3, 40)) for _ in steps]
         scored = [server * x + d[0] for x, d in zip(steps, drawn, strict=True)]
         twice = [offline * x + d[1:] for x, d in zip(steps, drawn, strict=True)]
-        return Side(replace(rest.outcome, scored=scored), replace(rest.twice, scored=twice))
+        return ExplainedSide(replace(rest.outcome, scored=scored), replace(rest.twice, scored=twice))
 
     return Explained(one(share, 1.0), one(0.0, 0.0))
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from kvtuner_search.errors import UsageError
-from kvtuner_search.servers.folder import Folder
+from kvtuner_search.servers.folder import RunFolder
 
 SETTINGS = {"profile": "a", "prompts": "b"}
 
 
-def open_folder(path: Path, resume: bool = False, overwrite: bool = False, **settings: str) -> Folder:
-    return Folder(path, SETTINGS | settings, resume=resume, overwrite=overwrite)
+def open_folder(path: Path, resume: bool = False, overwrite: bool = False, **settings: str) -> RunFolder:
+    return RunFolder(path, SETTINGS | settings, resume=resume, overwrite=overwrite)
 
 
 def test_answers_are_there_again(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.validation import Capacity, Check, Semantics
 from kvtuner_search.validate import figures
-from kvtuner_search.validate.explained import Explained, Side, notes_on_rounding
+from kvtuner_search.validate.explained import Explained, ExplainedSide, notes_on_rounding
 from kvtuner_search.validate.judge import judge
-from kvtuner_search.validate.measure import Outcome
+from kvtuner_search.validate.measure import ServerAnswers
 from kvtuner_search.validate.options import Limits
 from kvtuner_search.validate.twice import compute, rounded_anew
 
@@ -49,7 +49,7 @@ class Lab:
         profile, centres = open_profile(PROFILES / f"{name}.json")
         return stored_cache(tuple(profile.layer_specs()), centres)
 
-    def side(self, tap: Tap | None) -> Side:
+    def side(self, tap: Tap | None) -> ExplainedSide:
         """A correct server whose attention reads what ``tap`` returns, and both offline computations of what it was asked."""
         with rounded_anew(self.runner, 1):
             tokens = torch.tensor(self.prompts)
@@ -58,10 +58,10 @@ class Lab:
                 tokens = torch.cat((tokens, self.runner.log_probabilities(state).argmax(-1, keepdim=True)), 1)
         chosen = [tuple(row[PROMPT:].tolist()) for row in tokens]
         twice = compute(self.runner, tap, self.split, self.prompts, chosen, batch_tokens=2048)
-        outcome = Outcome([], [], chosen, [], [], [])
-        return Side(replace(outcome, **self.answers(outcome, extend=tap, decode=tap)), twice)
+        outcome = ServerAnswers([], [], chosen, [], [], [])
+        return ExplainedSide(replace(outcome, **self.answers(outcome, extend=tap, decode=tap)), twice)
 
-    def answers(self, asked: Outcome, *, extend: Tap | None, decode: Tap | None) -> dict[str, Any]:
+    def answers(self, asked: ServerAnswers, *, extend: Tap | None, decode: Tap | None) -> dict[str, Any]:
         """What a server answers to the same questions whose attention reads what these return, in prompts and in decode."""
         chosen = [
             Sample("chosen", (*prompt, *more), ((PROMPT, PROMPT + NEW),), is_task=False)

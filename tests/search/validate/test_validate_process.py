@@ -14,7 +14,7 @@ import pytest
 
 from kvtuner_search.secrets import remember
 from kvtuner_search.servers.client import ServerError
-from kvtuner_search.servers.process import last_words, serving
+from kvtuner_search.servers.process import failure_line, started_server
 
 ARGUMENTS = ["--model-path", "m"]
 
@@ -40,7 +40,7 @@ def wait_until_gone(pid: int) -> bool:
 
 
 def test_a_server_and_its_children_end_with_the_block(server_python: str, tmp_path: Path) -> None:
-    with serving(server_python, ARGUMENTS, tmp_path / "log") as server:
+    with started_server(server_python, ARGUMENTS, tmp_path / "log") as server:
         asyncio.run(server.wait_until_ready(30))
         pid = server.process.pid
         assert len(group(pid)) == 2
@@ -48,7 +48,7 @@ def test_a_server_and_its_children_end_with_the_block(server_python: str, tmp_pa
 
 
 def test_they_end_when_the_block_fails(server_python: str, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), serving(server_python, ARGUMENTS, tmp_path / "log") as server:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), started_server(server_python, ARGUMENTS, tmp_path / "log") as server:  # noqa: PT012
         pid = server.process.pid
         raise KeyboardInterrupt
     assert wait_until_gone(pid)
@@ -60,7 +60,7 @@ def test_a_server_that_cannot_start_says_why(
     monkeypatch.setenv("FAKE_DIE", "1")
     with (
         pytest.raises(ServerError, match="ended with 1: ValueError: this server cannot start"),
-        serving(server_python, ARGUMENTS, tmp_path / "log") as server,
+        started_server(server_python, ARGUMENTS, tmp_path / "log") as server,
     ):
         asyncio.run(server.wait_until_ready(30))
 
@@ -71,7 +71,7 @@ def test_a_server_that_never_listens_is_given_up(tmp_path: Path) -> None:
     python.chmod(0o755)
     with (
         pytest.raises(ServerError, match=r"not ready after 0\.3 s"),
-        serving(str(python), ARGUMENTS, tmp_path / "log") as server,
+        started_server(str(python), ARGUMENTS, tmp_path / "log") as server,
     ):
         asyncio.run(server.wait_until_ready(0.3))
 
@@ -83,7 +83,7 @@ def test_a_serving_configuration_of_the_environment_does_not_reach_the_server(
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nenv\n")
     python.chmod(0o755)
-    with serving(str(python), ARGUMENTS, tmp_path / "log") as server:
+    with started_server(str(python), ARGUMENTS, tmp_path / "log") as server:
         server.process.wait(10)
     log = (tmp_path / "log").read_text()
     assert "PATH=" in log
@@ -94,8 +94,8 @@ def test_a_serving_configuration_of_the_environment_does_not_reach_the_server(
 def test_a_server_dies_with_a_parent_that_was_killed(server_python: str, tmp_path: Path) -> None:
     code = (
         "import asyncio, pathlib, sys\n"
-        "from kvtuner_search.servers.process import serving\n"
-        f"with serving({server_python!r}, {ARGUMENTS!r}, pathlib.Path({str(tmp_path / 'log')!r})) as server:\n"
+        "from kvtuner_search.servers.process import started_server\n"
+        f"with started_server({server_python!r}, {ARGUMENTS!r}, pathlib.Path({str(tmp_path / 'log')!r})) as server:\n"
         "    asyncio.run(server.wait_until_ready(30))\n"
         "    print(server.process.pid, flush=True)\n"
         "    input()\n"
@@ -120,11 +120,11 @@ def test_a_server_dies_with_a_parent_that_was_killed(server_python: str, tmp_pat
 def test_the_reason_is_the_last_line_that_looks_like_an_error(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text('Traceback (most recent call last):\n  File "error.py"\nValueError: \x1bbad\n[info] cleaning up\n')
-    assert last_words(log) == "ValueError: �bad"
+    assert failure_line(log) == "ValueError: �bad"
     log.write_text("one\ntwo\n")
-    assert last_words(log) == "two"
+    assert failure_line(log) == "two"
     log.write_text("")
-    assert last_words(log) == "it said nothing"
+    assert failure_line(log) == "it said nothing"
 
 
 def test_the_log_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_the_log_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     remember("topsecret-key")
     with (
         pytest.raises(ServerError, match=r"ended with 3: the key: \*\*\*"),
-        serving(str(python), ["--model-path", "m", "--api-key", "topsecret-key"], tmp_path / "log") as server,
+        started_server(str(python), ["--model-path", "m", "--api-key", "topsecret-key"], tmp_path / "log") as server,
     ):
         asyncio.run(server.wait_until_ready(30))
     first, *rest = (tmp_path / "log").read_bytes().splitlines()

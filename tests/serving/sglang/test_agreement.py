@@ -10,19 +10,19 @@ import pytest
 from torch.distributed import HashStore
 
 from kvtuner_search.errors import ServingError
-from kvtuner_search.serving.sglang.agreement import Report, check, exchange
+from kvtuner_search.serving.sglang.agreement import RankReport, check, exchange
 
 LAYERS, HEADS = 6, 4
 
 
-def report(rank: int, layers: tuple[int, int] = (0, LAYERS), heads: tuple[int, int] = (0, HEADS)) -> Report:
+def report(rank: int, layers: tuple[int, int] = (0, LAYERS), heads: tuple[int, int] = (0, HEADS)) -> RankReport:
     per_token = 100 * (layers[1] - layers[0]) * (heads[1] - heads[0])
-    return Report(
+    return RankReport(
         rank, "sha256:1", 1, False, "kvtuner-search 0.1.0", "0.5.14", layers, heads, per_token, 50, 51 * per_token
     )
 
 
-def world(tp: int, pp: int) -> list[Report]:
+def world(tp: int, pp: int) -> list[RankReport]:
     """All ranks of a server: stage by stage, then by heads; heads are repeated where there are more ranks."""
     found = []
     for stage in range(pp):
@@ -53,7 +53,7 @@ def test_every_arrangement_that_stores_all_agrees(tp: int, pp: int) -> None:
         (lambda r: replace(r, heads=(0, 2)), "layer 3 is not stored whole"),
     ],
 )
-def test_a_rank_that_differs_stops_all(change: Callable[[Report], Report], text: str) -> None:
+def test_a_rank_that_differs_stops_all(change: Callable[[RankReport], RankReport], text: str) -> None:
     reports = world(2, 2)
     with pytest.raises(ServingError, match=text):
         check([*reports[:3], change(reports[3])], LAYERS, HEADS)
@@ -66,7 +66,7 @@ def test_a_missing_stage_is_noticed() -> None:
 
 def test_reports_are_exchanged_and_a_silent_rank_is_named() -> None:
     store, reports = HashStore(), world(2, 2)
-    found: dict[int, list[Report]] = {}
+    found: dict[int, list[RankReport]] = {}
 
     def run(rank: int) -> None:
         found[rank] = exchange(reports[rank], len(reports), store, timeout=30)

@@ -18,7 +18,7 @@ from kvtuner_search.errors import ExitCode
 from kvtuner_search.serving.capacity import basis_bytes
 from kvtuner_search.serving.sglang import launcher
 from kvtuner_search.serving.sglang.pool import PackedPool, local_heads
-from kvtuner_search.serving.sglang.rank import Place, pool_class
+from kvtuner_search.serving.sglang.rank import RankPlace, pool_factory
 
 HEADS, DIM, SIZE, PAGE = 4, 64, 40, 8
 SPECS = [
@@ -227,10 +227,10 @@ def test_a_basis_that_cannot_be_used_ends_the_rank_before_it_serves(
 ) -> None:
     broken = centres()
     change(broken[4].value)
-    place = Place(2, 6, len(SPECS), HEADS, DIM, DIM, 1, 2, torch.bfloat16, torch.bfloat16, "cpu", True)
+    place = RankPlace(2, 6, len(SPECS), HEADS, DIM, DIM, 1, 2, torch.bfloat16, torch.bfloat16, "cpu", True)
     which: Any = SimpleNamespace(layers=SPECS, centres=broken)
     with pytest.raises(SystemExit) as ended, launcher.refusing():
-        pool_class(place, which)(
+        pool_factory(place, which)(
             SIZE, page_size=PAGE, dtype=torch.bfloat16, head_num=2, head_dim=DIM, layer_num=4, device="cpu",
             enable_memory_saver=False, start_layer=2, end_layer=6,
         )  # fmt: skip
@@ -266,9 +266,9 @@ def test_capacity_is_bytes_over_bytes(page: int, available: int, monkeypatch: py
     monkeypatch.setattr(pool_configurator, "get_attention_tp_size", lambda: 1)
     monkeypatch.setattr(v0_5_14, "_place", lambda runner: None)
     monkeypatch.setattr(hooks, "_active", [None])
-    monkeypatch.setattr(rank, "served", lambda configuration: None)
-    monkeypatch.setattr(rank, "measure", lambda place, which: packed)
-    monkeypatch.setattr(rank, "reserve", lambda place, which: bases)
+    monkeypatch.setattr(rank, "served_profile", lambda configuration: None)
+    monkeypatch.setattr(rank, "rank_bytes_per_token", lambda place, which: packed)
+    monkeypatch.setattr(rank, "rank_basis_bytes", lambda place, which: bases)
     for draft_layers in (0, 1):
         runner = SimpleNamespace(
             mambaish_config=None,

@@ -14,8 +14,8 @@ from servers import COMMON, environment, running
 
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.servers.client import Client
-from kvtuner_search.servers.folder import Journal
-from kvtuner_search.validate.measure import Method, Outcome, Plan, ask, outcome
+from kvtuner_search.servers.folder import AnswerJournal
+from kvtuner_search.validate.measure import MeasurementPlan, Method, ServerAnswers, ask, outcome
 from kvtuner_search.validate.prompts import build
 
 FLAGS = [flag for flag in COMMON if flag not in ("--host", "127.0.0.1")]
@@ -75,9 +75,9 @@ def test_token_by_token_scores_what_as_stored_extend_scores(mixed_profile: Path,
         greedy_prompts=2, seed=0,
     )  # fmt: skip
 
-    async def measure(url: str, method: Method) -> Outcome:
-        plan = Plan(prompts, method, greedy_tokens=4, concurrency=1)
-        journal = Journal(tmp_path / f"{method}.jsonl")
+    async def measure(url: str, method: Method) -> ServerAnswers:
+        plan = MeasurementPlan(prompts, method, greedy_tokens=4, concurrency=1)
+        journal = AnswerJournal(tmp_path / f"{method}.jsonl")
         async with Client(url, 120) as client:
             await ask(client, plan, journal, lambda *_: None)
         return outcome(plan, journal)

@@ -1,4 +1,4 @@
-"""The seed's test report: its figures as data, and which of them cannot be. No torch.
+"""The adapter's test report: its figures as data, and which of them cannot be. No torch.
 
 The report names hardware, layout and model, but no prompts or answers for its throughput, batch and memory tables. There the floor is that of
 one token in answer to one, so whatever is flagged is impossible for every longer request too.
@@ -122,7 +122,7 @@ class Stress(_Part):
     fluctuation_mib: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
-class Comparison(_Part):
+class LayoutComparison(_Part):
     """A row of single node against distributed: a number, or a range such as 2.3-3.0."""
 
     metric: str
@@ -138,7 +138,7 @@ class Targets(_Part):
     gpu_memory_below: Fraction | None = None
 
 
-class SeedReport(_Part):
+class AdapterReport(_Part):
     """The report. Tables that are missing are empty; what is not listed here is not judged."""
 
     model: str
@@ -151,7 +151,7 @@ class SeedReport(_Part):
     batch: list[Batch] = []
     gpu_memory_mib: list[Used] = []
     memory_stress: Stress | None = None
-    single_node_vs_distributed: list[Comparison] = []
+    single_node_vs_distributed: list[LayoutComparison] = []
     memory_estimates_gb: dict[str, Time] = {}
     monitoring_targets: Targets | None = None
 
@@ -165,25 +165,25 @@ class Verdict:
 
 
 def recognise(content: object) -> bool:
-    """Whether parsed JSON looks like the seed's report."""
+    """Whether parsed JSON looks like the adapter's report."""
     return isinstance(content, dict) and "format" not in content and {"hardware", "parallel", "model"} <= content.keys()
 
 
-def parse(content: object, source: str) -> SeedReport:
+def parse(content: object, source: str) -> AdapterReport:
     """The report in parsed JSON; ``source`` is what errors call it.
 
     Raises:
         DataError: if a field is missing or of another kind.
     """
     try:
-        return SeedReport.model_validate(content)
+        return AdapterReport.model_validate(content)
     except ValidationError as error:
         raise DataError(
             f"{source}: {first_error(error, 'report')}: it is no test report of this form; restore it"
         ) from error
 
 
-def setup_of(report: SeedReport, given: Hardware | None = None, config: dict[str, Any] | None = None) -> Setup:
+def setup_of(report: AdapterReport, given: Hardware | None = None, config: dict[str, Any] | None = None) -> Setup:
     """Model, layout and hardware that the report names.
 
     Args:
@@ -211,7 +211,7 @@ def setup_of(report: SeedReport, given: Hardware | None = None, config: dict[str
     )
 
 
-def judge(report: SeedReport, setup: Setup) -> Verdict:
+def judge(report: AdapterReport, setup: Setup) -> Verdict:
     """Every figure that cannot be, and what the others do not show."""
     violations = [
         *_ttft(report.ttft_ms, setup),
@@ -325,7 +325,7 @@ def _long(rows: Sequence[Long], setup: Setup) -> Iterator[Violation]:
             )
 
 
-def _comparison(report: SeedReport, least: float, why: str) -> Iterator[Violation]:
+def _comparison(report: AdapterReport, least: float, why: str) -> Iterator[Violation]:
     """Single node against distributed. A stage less does not shorten a token's path, so one floor holds for both columns."""
     peaks = [row.req_per_s for row in report.throughput]
     for row in report.single_node_vs_distributed:
@@ -355,7 +355,7 @@ def _estimates(estimates: dict[str, float]) -> Iterator[Violation]:
         )
 
 
-def _remarks(report: SeedReport) -> Iterator[str]:
+def _remarks(report: AdapterReport) -> Iterator[str]:
     used = {(gpu.used, gpu.total) for gpu in report.gpu_memory_mib}
     for amount, total in sorted(used):
         yield (
