@@ -52,6 +52,20 @@ def refuse_unusual(path: Path) -> None:
         raise UsageError(f"{path} is {kind}: name a file")
 
 
+def check_writable(*paths: Path | None) -> None:
+    """Find out before the work whether its results can be written; None is passed over.
+
+    Raises:
+        UsageError, DataError: as ``write_atomic``; what is there is untouched.
+    """
+    for path in paths:
+        if path is not None:
+            refuse_unusual(path)
+            probe = path.with_name(".writable")
+            write_atomic(probe, "")
+            probe.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write ``content`` (text as UTF-8) to a temporary name beside ``path``, then rename it.
 

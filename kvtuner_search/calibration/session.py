@@ -28,7 +28,7 @@ from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.calibration.workers import at_work
 from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.evaluation.stored import Setting, centres_file
-from kvtuner_search.files import refuse_unusual, write_atomic
+from kvtuner_search.files import check_writable, refuse_unusual, write_atomic
 from kvtuner_search.profile.canonical import save, seal
 from kvtuner_search.progress import Reporter
 
@@ -129,8 +129,7 @@ def _claimed_folder(session: Session) -> Iterator[int | None]:
     if session.join:
         yield None
         return
-    write_atomic(session.output / ".writable", "")
-    (session.output / ".writable").unlink(missing_ok=True)
+    check_writable(session.output / "record.json")
     if session.storage is not None:
         yield None
         return

@@ -1,6 +1,7 @@
 """Pipes, devices, sockets and folders where a file should be: one line, nothing hangs, and what is there stays."""
 
 import os
+import resource
 import signal
 import socket
 import stat
@@ -11,7 +12,7 @@ import pytest
 
 from kvtuner_search.calibration.storage import open_storage
 from kvtuner_search.cli.main import run
-from kvtuner_search.errors import UsageError
+from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.files import unusual, write_atomic
 from kvtuner_search.serving.validate.folder import Folder, whole_lines
 
@@ -76,6 +77,18 @@ def test_files_links_to_files_and_nothing_are_not_unusual(tmp_path: Path) -> Non
     assert (tmp_path / "link").read_text() == "text"
 
 
+def test_a_limit_on_the_size_of_files_is_no_matter_of_usage(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*out: File too large: raise the limit .*ulimit -f"):
+            write_atomic(tmp_path / "out", "x" * 101)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -103,6 +116,29 @@ def test_commands_name_a_pipe_and_end(
     assert "pipe" in line
     pipes = [path for path in tmp_path.rglob("*") if stat.S_ISFIFO(path.stat().st_mode)]
     assert sorted(path.name for path in pipes) == ["pipe", "study.journal", "study.lock"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sensitivity", "--model", "nowhere", "--output"],
+        ["bench", "ablate", "--model", "nowhere", "--output"],
+        ["bench", "--url", "http://127.0.0.1:1", "--output"],
+        ["bench", "--url", "http://127.0.0.1:1", "--report"],
+        ["validate", "--profile", "nowhere.json", "--output"],
+    ],
+)
+def test_where_the_result_goes_is_looked_at_before_the_work(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("file").touch()
+    for output, says in (("pipe", "pipe is a pipe: name a file"), ("file/out", "cannot write file/")):
+        assert run([*arguments, output]) == 2
+        assert f"kvtuner-search: {says}" in capsys.readouterr().err
+    assert run([*arguments, "folder/out"]) != 2  # what is wrong beside it is said, and no probe is left
+    assert not list(Path("folder").iterdir())
 
 
 def test_a_step_summary_that_nobody_reads_is_named(
