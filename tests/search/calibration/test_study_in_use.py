@@ -10,8 +10,10 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -162,19 +164,17 @@ def test_a_line_is_written_whole_where_the_system_takes_a_part_at_a_time(
     real = journal.CheckedJournal._writing
 
     class Slow:
-        def __init__(self, stream: object) -> None:
+        def __init__(self, stream: Any) -> None:
             self.stream = stream
 
-        def __getattr__(self, name: str) -> object:
+        def __getattr__(self, name: str) -> Any:
             return getattr(self.stream, name)
 
         def write(self, data: bytes) -> int:
-            return int(self.stream.write(data[:7]))  # type: ignore[attr-defined]
-
-    from contextlib import contextmanager
+            return int(self.stream.write(data[:7]))
 
     @contextmanager
-    def slow(self: journal.CheckedJournal):  # type: ignore[no-untyped-def]
+    def slow(self: journal.CheckedJournal) -> Iterator[Any]:
         with real(self) as stream:
             yield Slow(stream)
 
@@ -242,12 +242,8 @@ def test_a_foreign_exclusive_lock_in_the_middle_loses_nothing(tmp_path: Path) ->
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-
-    def locked() -> None:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-
-    locked()
+    assert holder.stdout is not None
+    holder.stdout.readline()
     with pytest.raises(DataError, match=r"database is locked: another program keeps it locked; .*go on with --resume"):
         run(me, 2)
     holder.communicate("")
