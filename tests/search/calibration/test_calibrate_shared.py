@@ -75,7 +75,9 @@ def test_a_helper_that_is_stopped_does_not_hold_up_the_end(
     real, started = subprocess.Popen, []
 
     def start(*given: Any, **named: Any) -> Any:
-        started.append(real([sys.executable, "-c", "import time; time.sleep(300)"], **named))
+        code = "import signal, time; signal.signal(signal.SIGTERM, print); print(flush=True); time.sleep(300)"
+        started.append(real([sys.executable, "-c", code], **named | {"stdout": subprocess.PIPE}))
+        started[-1].stdout.readline()  # from here on it hears SIGTERM only when it goes on, as a helper does
         started[-1].send_signal(signal.SIGSTOP)
         return started[-1]
 
