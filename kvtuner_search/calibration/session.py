@@ -9,10 +9,9 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,14 +24,16 @@ from kvtuner_search.calibration.options import CalibrationOptions
 from kvtuner_search.calibration.outputs import profile_content, record, without_interval
 from kvtuner_search.calibration.pipeline import CalibrationRun, analyse, make_space, prepare, search
 from kvtuner_search.calibration.study import Study, open_storage
-from kvtuner_search.errors import DataError, ExitCode, UsageError
+from kvtuner_search.calibration.workers import at_work
+from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.evaluation.stored import Setting
-from kvtuner_search.files import write_atomic
+from kvtuner_search.files import check_writable, refuse_unusual, write_atomic
 from kvtuner_search.profile.canonical import save, seal
 from kvtuner_search.progress import Reporter
 from kvtuner_search.transforms import centres_file
 
 WAIT: Final = 5.0  # seconds for the helpers of a run that was killed to end
+PATIENCE: Final = 30.0  # seconds for a helper that was told to end; one that is stopped does not hear it
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ class CalibrationSession:
     study_name: str
     workers: int
     join: bool  # a helper process: trials only
-    parent: int | None  # a pipe whose other end the process holds that a helper works for
     quiet: bool
     arguments: tuple[str, ...]  # of the command, for the helpers
 
@@ -68,8 +68,6 @@ def calibrate(
     Raises:
         UsageError, DataError: if something cannot be used; nothing that was finished is lost.
     """
-    if session.parent is not None:
-        exit_with_parent(session.parent)
     reporter = Reporter(session.quiet)
     with ExitStack() as stack:
         lock = stack.enter_context(_claimed_folder(session))
@@ -140,16 +138,26 @@ def _claimed_folder(session: CalibrationSession) -> Iterator[int | None]:
     if session.join:
         yield None
         return
-    write_atomic(session.output / ".writable", "")
-    (session.output / ".writable").unlink(missing_ok=True)
+    check_writable(session.output / "record.json")
     if session.storage is not None:
         yield None
         return
-    lock = os.open(session.output / "study.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    for name in ("study.lock", "study.journal"):
+        refuse_unusual(session.output / name)
+    try:
+        lock = os.open(session.output / "study.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {session.output / 'study.lock'}: {error.strerror}: choose a folder that can be written to"
+        ) from error
     try:
         alone = _lock(lock, session.output)
         if session.journal.exists():
             if session.overwrite:
+                if at_work(session.journal):
+                    raise UsageError(
+                        f"another calibration is at work on {session.journal}: wait for it, or choose another --output"
+                    )
                 session.journal.unlink()
             elif not session.resume:
                 raise UsageError(
@@ -221,21 +229,13 @@ def _helpers(session: CalibrationSession, reporter: Reporter, lock: int | None) 
             if process.poll() is None:
                 process.terminate()
         for process in processes:
-            process.wait()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         os.close(watched)
         os.close(held)
-
-
-def exit_with_parent(pipe: int) -> None:
-    """End this process as soon as nobody holds the other end of a pipe any more, even if its holder was killed."""
-
-    def watch() -> None:
-        with suppress(OSError):
-            while os.read(pipe, 1):
-                pass
-        os._exit(ExitCode.INTERRUPTED)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _profile_name(run: CalibrationRun, session: CalibrationSession, target: TargetResult) -> str:

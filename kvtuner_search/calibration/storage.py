@@ -19,15 +19,17 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from kvtuner_search.calibration.journal import CheckedJournal
+from kvtuner_search.calibration.journal import LOST, CheckedJournal
 from kvtuner_search.errors import DataError, KVTunerError, UsageError
-from kvtuner_search.files import FULL
+from kvtuner_search.files import FULL, make_room, unusual
 
 # What a driver's module is installed as, where the names differ.
 PACKAGES: Final = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary", "pymysql": "PyMySQL"}
 TABLES: Final = frozenset({"studies", "trials", "version_info"})  # some of those that Optuna makes
 TRIES: Final = 4  # at opening a database in which another worker makes the tables at this moment
 WHAT_IS_KEPT: Final = "what was finished is kept: go on with --resume"
+# What databases say of a file, tables or rows that somebody damaged, emptied or took away.
+DAMAGE: Final = ("no such table", "malformed", "not a database", "no such column")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Store:
     where: str
     backend: BaseStorage
     file: Path | None
+    inode: tuple[int, int] | None = None  # of the file, as it was opened
 
     @property
     def name(self) -> str:
@@ -57,13 +60,37 @@ class Store:
             DataError: with the reason, and how to go on.
         """
         try:
+            self._check_file()
             yield
+            self._check_file()  # what was written to a file that nobody can open any more is lost
         except KVTunerError:
             raise
         except (OSError, SQLAlchemyError, optuna.exceptions.OptunaError, *_ODD) as error:
+            self._check_file()
             raise DataError(
                 f"cannot use the study {self.name}: {_reason(error, self.where)}: {_remedy(error, WHAT_IS_KEPT)}"
             ) from error
+
+    def _check_file(self) -> None:
+        """A file that was deleted or replaced stays open, and takes what nobody will read.
+
+        Raises:
+            DataError: if the file is not the one that was opened.
+        """
+        if self.file is None or self.inode is None:
+            return
+        try:
+            status = self.file.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(
+                f"cannot use the study {self.name}: it was deleted or moved while this run was at work: {LOST}"
+            ) from error
+        except OSError:
+            return  # what is done with it next says why
+        if (status.st_dev, status.st_ino) != self.inode:
+            raise DataError(f"cannot use the study {self.name}: it was replaced while it was in use: {LOST}")
+        if status.st_size == 0 and "://" in self.where:  # a journal may begin empty, and looks itself
+            raise DataError(f"cannot use the study {self.name}: it was emptied while it was in use: {LOST}")
 
 
 # What Optuna raises about content that it did not write, a schema of another version, or a lock that is gone.
@@ -94,12 +121,15 @@ def open_storage(where: str) -> Store:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         if "://" in where:
-            return Store(where, _open_database(where), _database_file(where))
+            file = _database_file(where)
+            _refuse_unusual(where, file)
+            return _of_file(where, _open_database(where), file)
         if re.match(r"[A-Za-z][\w+.-]*:.*@", where):
             raise UsageError("--storage is neither a path nor a URL: write SCHEME://USER:PASSWORD@HOST/DATABASE")
         path = Path(where)
+        _refuse_unusual(where, path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return Store(where, JournalStorage(CheckedJournal(path)), path)
+        return _of_file(where, JournalStorage(CheckedJournal(path)), path)
     except OSError as error:
         if error.errno in FULL:
             raise DataError(f"cannot open the study {where}: {_reason(error, where)}: {_remedy(error, '')}") from error
@@ -112,6 +142,17 @@ def open_storage(where: str) -> Store:
             f"cannot open the study {hidden(where)}: {_reason(error, where)}:"
             f" {_remedy(error, 'check the address, or name another --storage')}"
         ) from error
+
+
+def _refuse_unusual(where: str, file: Path | None) -> None:
+    kind = unusual(file) if file is not None else None
+    if kind is not None:
+        raise UsageError(f"cannot open the study {hidden(where)}: it is {kind}: name a file")
+
+
+def _of_file(where: str, backend: BaseStorage, file: Path | None) -> Store:
+    status = file.stat() if file is not None else None
+    return Store(where, backend, file, (status.st_dev, status.st_ino) if status is not None else None)
 
 
 def _open_database(url: str) -> BaseStorage:
@@ -165,9 +206,12 @@ def _database_file(url: str) -> Path | None:
         parsed = make_url(url)
     except ArgumentError:
         return None
-    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
+    name = parsed.database
+    if parsed.get_backend_name() != "sqlite" or not name or parsed.query.get("mode") == "memory":
         return None
-    return None if parsed.database.startswith("file:") else Path(parsed.database)
+    if name.startswith("file:"):
+        name = unquote(re.sub("^file:(//[^/]*)?", "", name))
+    return None if name in ("", ":memory:") else Path(name)
 
 
 def _reason(error: BaseException, where: str) -> str:
@@ -177,6 +221,8 @@ def _reason(error: BaseException, where: str) -> str:
         return f"the database driver {missing} is not installed"
     while isinstance(error, optuna.exceptions.OptunaError) and error.__cause__ is not None:
         error = error.__cause__  # Optuna's own words are of any failed commit
+    if isinstance(error, KeyError):
+        return "what was stored is not there any more"
     kind = type(error).__name__
     original = getattr(error, "orig", None)
     if isinstance(original, BaseException):
@@ -214,9 +260,12 @@ def _remedy(error: BaseException, usual: str) -> str:
     text = _chain(error)
     full = (isinstance(error, OSError) and error.errno in FULL) or "disk is full" in text
     if full:
-        return f"make room on the disk; {usual}" if usual else "make room on the disk"
+        room = make_room(error.errno if isinstance(error, OSError) else None)
+        return f"{room}; {usual}" if usual else room
     if "no longer compatible with the table schema" in text:
         return "name another --storage, or upgrade this one with `optuna storage upgrade`"
+    if usual == WHAT_IS_KEPT and (isinstance(error, KeyError) or any(words in text for words in DAMAGE)):
+        return LOST
     if "is locked" in text:
         return f"another program keeps it locked; {usual}"
     return usual

@@ -19,16 +19,17 @@ from typing import Any, Final
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kvtuner_search.calibration.agreement import agree, agreed, difference, open_study
 from kvtuner_search.calibration.candidates import pair_name
+from kvtuner_search.calibration.membership import Membership
 from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.proxy import correct, proxy_front
 from kvtuner_search.calibration.space import Choices, Space
 from kvtuner_search.calibration.storage import Store, open_storage
-from kvtuner_search.calibration.workers import Worker
 from kvtuner_search.errors import DataError, UsageError
 
 __all__ = ["Anchor", "FinishedTrial", "Study", "hypervolume", "open_storage", "pareto", "rung_ratio"]
@@ -77,15 +78,15 @@ class Study:
 
     def __init__(self, store: Store, name: str, sampler: str, seed: int) -> None:
         self.store, self.name, self.sampler, self.seed = store, name, sampler, seed
-        self.worker = Worker(store.file)
         self._anchors: tuple[Anchor, ...] = ()
         with store.guard():
             self.study = open_study(store, name, seed, 2)
             self._agreed = open_study(store, f"{name}-agreed", seed, 1)
+        self.members = Membership(store, self.study, name)
 
     def agree(self, key: str, content: Any) -> Any:
         """Say what holds for all workers under a key, plain JSON; returns what the first one said."""
-        with self.store.guard():
+        with self.members.guard():
             return agree(self._agreed, key, content)
 
     def claim(self, facts: Mapping[str, Any]) -> None:
@@ -114,7 +115,7 @@ class Study:
 
     def plan(self) -> dict[str, Any] | None:
         """What :meth:`publish` stored."""
-        with self.store.guard():
+        with self.members.guard():
             found: dict[str, Any] | None = agreed(self._agreed, "plan")
         return found
 
@@ -130,11 +131,9 @@ class Study:
             everyone: nobody else can be at work, so all unfinished trials are of workers that have ended.
         """
         with self.store.guard():
-            me = f"worker:{self.worker.id}"
-            if me not in self.study.user_attrs:
-                self.study.set_user_attr(me, self.worker.begin())
-            gone = self._fail_abandoned(everyone)
-            if everyone or not self._others():
+            self.members.register()
+            gone = self.members.fail_abandoned(everyone)
+            if not self.members.others(everyone):
                 # Nobody else is at work: empty the queue, so that enqueue() fills it in the order of an undisturbed run.
                 for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                     self.store.backend.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -142,39 +141,12 @@ class Study:
 
     def close(self) -> None:
         """Leave the study: trials that this worker has not finished are free for others."""
-        with contextlib.suppress(DataError), self.store.guard():
-            me = f"worker:{self.worker.id}"
-            if self.study.user_attrs.get(me) is not None:
-                self.study.set_user_attr(me, None)
-        self.worker.end()
-
-    def _others(self) -> list[Any]:
-        """Workers that may be at work, but this one."""
-        workers = {name: value for name, value in self.study.user_attrs.items() if name.startswith("worker:")}
-        workers.pop(f"worker:{self.worker.id}", None)
-        return [worker for worker in workers.values() if not self.worker.ended(worker)]
-
-    def _fail_abandoned(self, everyone: bool = False) -> int:
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        workers = self.study.user_attrs if running else {}
-        gone = []
-        for trial in running:
-            name = trial.user_attrs.get("worker")
-            # A worker signs a trial right after taking it: without a signature it may be any worker's but this one's.
-            ended = not self._others() if name is None else self._ended(workers, name)
-            if (everyone and name != self.worker.id) or ended:
-                gone.append(trial)
-        for trial in gone:
-            self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        return len(gone)
-
-    def _ended(self, workers: Mapping[str, Any], name: str) -> bool:
-        return f"worker:{name}" in workers and self.worker.ended(workers[f"worker:{name}"])
+        self.members.leave()
 
     def enqueue(self, space: Space, anchors: Sequence[Anchor]) -> None:
         """Queue the anchors that are neither queued, running nor finished."""
         self._anchors = tuple(anchors)
-        with self.store.guard():
+        with self.members.guard():
             self._enqueue(space, anchors)
 
     def _enqueue(self, space: Space, anchors: Sequence[Anchor]) -> None:
@@ -195,7 +167,7 @@ class Study:
 
     def finished(self) -> list[FinishedTrial]:
         """Finished trials, in order of their numbers."""
-        with self.store.guard():
+        with self.members.guard():
             return [_finished(trial) for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
 
     def run(
@@ -221,7 +193,7 @@ class Study:
             distinct = [trial for trial in done if not trial.duplicate]
             if len(distinct) >= trials or len(done) >= DUPLICATES * trials:
                 return
-            with self.store.guard():
+            with self.members.guard():
                 proposal = self._propose(space, done, budgets, attempt)
             if proposal is None:
                 attempt += 1
@@ -236,19 +208,41 @@ class Study:
                     objective(choices, [t.outcome for t in distinct], origin not in TRUSTED) if known is None else known
                 )
             except BaseException:
-                with contextlib.suppress(DataError), self.store.guard():  # what ended the trial is what has to be said
+                with (
+                    contextlib.suppress(DataError),
+                    self.members.guard(),
+                ):  # what ended the trial is what has to be said
                     self.study.tell(trial, state=TrialState.FAIL)
                 raise
             seconds = round(time.monotonic() - started, 3)
-            with self.store.guard():
-                if self.store.backend.get_trial(trial._trial_id).state.is_finished():
-                    trial = self._again(trial)  # somebody failed it meanwhile: what was found counts all the same
-                trial.set_user_attr("outcome", [outcome.cost, list(outcome.rungs), outcome.complete])
-                trial.set_user_attr("seconds", seconds)
-                trial.set_user_attr("duplicate", known is not None)
-                trial.set_constraint("budget", float(outcome.cost - max(budgets)))
-                self.study.tell(trial, [outcome.cost, _comparable(outcome, distinct)])
+            with self.members.guard():
+                if known is None:  # somebody else may have finished the same meanwhile: then that counts
+                    known = next((t.outcome for t in self.finished() if t.choices == choices and not t.duplicate), None)
+                    outcome = outcome if known is None else known
+                excess = float(outcome.cost - max(budgets))
+                attributes = {
+                    "outcome": [outcome.cost, list(outcome.rungs), outcome.complete],
+                    "seconds": seconds,
+                    "duplicate": known is not None,
+                }
+                trial = self._tell(trial, attributes, excess, [outcome.cost, _comparable(outcome, distinct)])
             advance(FinishedTrial(trial.number, origin, choices, outcome, seconds, known is not None))
+
+    def _tell(
+        self, trial: optuna.Trial, attributes: Mapping[str, Any], excess: float, values: Sequence[float]
+    ) -> optuna.Trial:
+        """Finish a trial; if somebody failed it meanwhile, another in its place, as what was found counts all the same."""
+        while True:
+            try:
+                for name, value in attributes.items():
+                    trial.set_user_attr(name, value)
+                trial.set_constraint("budget", excess)
+                self.study.tell(trial, values)
+                return trial
+            except (UpdateFinishedTrialError, ValueError):
+                if not self.store.backend.get_trial(trial._trial_id).state.is_finished():
+                    raise
+                trial = self._again(trial)
 
     def _again(self, trial: optuna.Trial) -> optuna.Trial:
         """A new running trial of the same choices."""
@@ -269,7 +263,7 @@ class Study:
         """
         count = len(done)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and self._fail_abandoned():
+        if not waiting and self.members.fail_abandoned():
             self._enqueue(space, self._anchors)  # a worker ended while it tried one
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and (self.sampler == "random" or attempt):
@@ -284,7 +278,7 @@ class Study:
         trial = self.study.ask(
             {v.name: CategoricalDistribution([pair_name(pair) for pair in v.pairs]) for v in space.variables}
         )
-        trial.set_user_attr("worker", self.worker.id)
+        trial.set_user_attr("worker", self.members.worker.id)
         if "choices" not in trial.user_attrs:
             names = [[pair_name(pair) for pair in v.pairs] for v in space.variables]
             trial.set_user_attr("origin", self.sampler)

@@ -101,7 +101,7 @@ def command(**options: Any) -> int:
     from kvtuner_search.bench.ablate.table import print_ablation
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.errors import ExitCode, UsageError
-    from kvtuner_search.files import write_atomic
+    from kvtuner_search.files import check_writable, write_atomic
     from kvtuner_search.profile.canonical import canonical_json
     from kvtuner_search.progress import Reporter
     from kvtuner_search.servers.host import public_command
@@ -115,6 +115,7 @@ def command(**options: Any) -> int:
         raise UsageError("SGLang's options are given and no server: name its Python with --server-python")
     server = None if python is None else AblationServerOptions(python, arguments, **shape)
     as_json, output, reporter = options.pop("as_json"), options.pop("output"), Reporter(options.pop("quiet"))
+    check_writable(output)
     model = loading(options)
     options["sources"] = options["sources"] or DEFAULT_SOURCES
     options["centring"] = options["centring"] or DEFAULT_SOURCES

@@ -120,7 +120,7 @@ def command(**options: Any) -> int:
     from kvtuner_search.bench.run import BenchRun, folder_of
     from kvtuner_search.bench.steps import choose
     from kvtuner_search.errors import ExitCode, UsageError
-    from kvtuner_search.files import write_atomic
+    from kvtuner_search.files import check_writable, write_atomic
     from kvtuner_search.progress import Reporter
     from kvtuner_search.servers.host import public_command
 
@@ -137,6 +137,7 @@ def command(**options: Any) -> int:
     options["hardware"] = None if given is None else hardware.parse(given)
     options["objectives"] = [] if objectives is None else slo.parse(objectives)
     options["folder"] = options["folder"] or folder_of(options["profile"], options["model"], options["preset"])
+    check_writable(output, report)
     with kill_as_interrupt():
         record = BenchRun(BenchOptions(command=public_command(sys.argv[1:]), **options), reporter).measure()
     text = files.dumps(record)

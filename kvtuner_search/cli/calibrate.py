@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kvtuner_search import threads
-from kvtuner_search.cli.interrupts import kill_as_interrupt
+from kvtuner_search.cli.interrupts import end_with, kill_as_interrupt
 from kvtuner_search.cli.options import quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options, space_options
 from kvtuner_search.errors import UsageError
@@ -93,7 +93,10 @@ def command(**options: Any) -> None:
     The quantized cache is scored by teacher forcing in which attention reads every key and value as stored. What is chosen was picked on one
     held-out split and is measured once on another.
     """
-    threads.limit_threads()  # before torch is imported
+    # Both before torch is imported; that may take longer than somebody waits who resumes a run that was killed.
+    if (pipe := options.pop("parent")) is not None:
+        end_with(pipe)
+    threads.limit_threads()
     from kvtuner_search.calibration.options import CalibrationOptions
     from kvtuner_search.calibration.session import CalibrationSession, calibrate
     from kvtuner_search.data import DEFAULT_SOURCES
@@ -111,7 +114,6 @@ def command(**options: Any) -> None:
         study_name=options.pop("study_name"),
         workers=options.pop("workers"),
         join=options.pop("join"),
-        parent=options.pop("parent"),
         quiet=options.pop("quiet"),
         arguments=tuple(sys.argv[1:]),
     )

@@ -41,9 +41,10 @@ def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -
     from kvtuner_search.calibration.options import CalibrationOptions
     from kvtuner_search.calibration.pipeline import analyse, prepare
     from kvtuner_search.data import DEFAULT_SOURCES
-    from kvtuner_search.files import write_atomic
+    from kvtuner_search.files import check_writable, write_atomic
     from kvtuner_search.progress import Reporter
 
+    check_writable(output)
     options["sources"] = options["sources"] or DEFAULT_SOURCES
     reporter = Reporter(quiet)
     run = prepare(CalibrationOptions(model=loading(options), target_bits=(), **options), reporter)
@@ -58,11 +59,11 @@ def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -
                     losses[pair_name(pair)] = alone.loss(index, layer_options.spec(pair))
                     advance()
                 layers[index]["pair_losses"] = losses
+    _print(layers, run.loaded.info.id)  # first: it is left if the disk is full by now
     if output is not None:
         content = {"model": run.loaded.info.model_dump(mode="json"), "layers": layers}
         write_atomic(output, json.dumps(content, indent=1, sort_keys=True) + "\n")
         reporter.say(f"wrote {output}")
-    _print(layers, run.loaded.info.id)
 
 
 def _print(layers: list[dict[str, Any]], model: str) -> None:

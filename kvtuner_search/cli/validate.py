@@ -168,6 +168,7 @@ def command(**options: Any) -> int:
     """  # fmt: skip
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.errors import ExitCode, UsageError
+    from kvtuner_search.files import check_writable, write_atomic
     from kvtuner_search.profile.canonical import canonical_json
     from kvtuner_search.progress import Reporter
     from kvtuner_search.servers.host import public_command
@@ -181,13 +182,12 @@ def command(**options: Any) -> int:
     options["sources"] = options["sources"] or DEFAULT_SOURCES
     options["folder"] = options["folder"] or Path("kvtuner-validation") / options["profile"].stem
     limits = Limits(**{name: options.pop(name) for name in Limits.__dataclass_fields__})
+    check_writable(output, options["profile"] if write else None)
     with kill_as_interrupt():
         run = ValidationRun(ValidationOptions(limits=limits, command=public_command(sys.argv[1:]), **options), reporter)
         block = run.validate()
     text = canonical_json(block.model_dump(mode="json"))
     if output is not None:
-        from kvtuner_search.files import write_atomic
-
         write_atomic(output, text)
         reporter.say(f"wrote {output}")
     if write:

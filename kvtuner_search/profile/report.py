@@ -296,7 +296,9 @@ def _append_summary(path: Path, text: str) -> None:
             note = b"\n\n*The rest did not fit into GitHub's limit; see `--format json`.*\n"
             data = data[: max(0, room - len(note))].decode(errors="ignore").encode() + note
             data = data if len(data) <= room else b""
-        with path.open("ab") as stream:
+        # O_NONBLOCK: opening a pipe that nobody reads must not wait.
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        with os.fdopen(handle, "ab") as stream:
             stream.write(data)
     except OSError as error:
         raise UsageError(f"cannot write GITHUB_STEP_SUMMARY={path}: {error.strerror}: unset it") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvtuner_search.errors import UsageError
-from kvtuner_search.files import write_atomic
+from kvtuner_search.files import refuse_unusual, write_atomic
 
 BLOCK: Final = "validation.json"
 _SETTINGS: Final = "kvtuner-run.json"
@@ -89,6 +89,7 @@ class RunFolder:
             return
         if not source.exists():
             raise UsageError(f"{other} has no answers of the {name} server: name a run that is complete")
+        refuse_unusual(source)
         write_atomic(target, source.read_bytes())
 
     def journal(self, name: str) -> AnswerJournal:
@@ -97,6 +98,7 @@ class RunFolder:
 
 
 def _parse(file: Path) -> dict[str, Any]:
+    refuse_unusual(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -154,6 +156,7 @@ def whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Each line that is whole, with the offset of its end; what follows the first broken one is ignored."""
     if not path.exists():
         return
+    refuse_unusual(path)
     end = 0
     with path.open("rb") as stream:
         for raw in stream:

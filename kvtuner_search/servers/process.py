@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
+from kvtuner_search.files import refuse_unusual
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, mask_arguments
 from kvtuner_search.servers.transport import ServerError, Transport
@@ -75,6 +76,7 @@ def started_server(python: str, arguments: Sequence[str], log: Path) -> Iterator
     # The flags alone decide what is served.
     environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, *_KEYS)}
     log.parent.mkdir(parents=True, exist_ok=True)
+    refuse_unusual(log)
     log.write_text(" ".join(mask_arguments(command)) + "\n", encoding="utf-8", errors="surrogateescape")
     process = subprocess.Popen(
         tied,

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 
 from kvtuner_search.data.load import Encoder
 from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.files import refuse_unusual
 
 PREFIX: Final = "gsm8k:"
 MARKED: Final = re.compile(r"#### *\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
@@ -126,6 +127,7 @@ def _chat(tokenizer: Any, shots: list[dict[str, str]], row: dict[str, str]) -> s
 
 
 def _rows(path: Path, count: int) -> list[dict[str, str]]:
+    refuse_unusual(path)
     try:
         with path.open(encoding="utf-8") as stream:
             rows = [json.loads(line) for line in itertools.islice(stream, count)]

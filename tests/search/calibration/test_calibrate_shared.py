@@ -53,6 +53,43 @@ def test_helpers_end_with_their_parent_even_if_it_is_killed(tiny_model: Path, tm
     assert not (output / "study.journal.workers").exists()
 
 
+def test_a_helper_ends_with_its_parent_before_it_has_loaded_anything(tmp_path: Path) -> None:
+    """Else whoever resumes a run that was killed early would find its folder taken, for as long as importing torch takes."""
+    watched, held = os.pipe()
+    os.close(held)
+    code = (
+        "import time; from kvtuner_search import threads; threads.settle = lambda: time.sleep(300);"
+        f" from kvtuner_search.cli.calibrate import command; command(['--join', '--parent', '{watched}'])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, pass_fds=(watched,), cwd=tmp_path)
+    os.close(watched)
+    assert process.wait(240) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_helper_that_is_stopped_does_not_hold_up_the_end(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "PATIENCE", 0.2)
+    real, started = subprocess.Popen, []
+
+    def start(*given: Any, **named: Any) -> Any:
+        code = "import signal, time; signal.signal(signal.SIGTERM, print); print(flush=True); time.sleep(300)"
+        started.append(real([sys.executable, "-c", code], **named | {"stdout": subprocess.PIPE}))
+        started[-1].stdout.readline()  # from here on it hears SIGTERM only when it goes on, as a helper does
+        started[-1].send_signal(signal.SIGSTOP)
+        return started[-1]
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.subprocess, "Popen", start)
+    monkeypatch.setattr(session, "search", fail)
+    assert run(arguments(tiny_model, tmp_path, "--workers", "2")) == 130
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_that_is_told_to_end_says_so(number: int, tiny_model: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
@@ -163,6 +200,50 @@ def test_a_storage_that_locks_in_the_middle_is_one_line(
     for holder in holders:
         holder.close()
     assert run(arguments(tiny_model, tmp_path / "out", *storage, "--resume")) == 0
+
+
+@pytest.mark.parametrize("where", ["journal", "database"])
+def test_an_output_folder_that_is_deleted_in_the_middle(
+    where: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvtuner_search.calibration.objective import TrialObjective
+
+    real, output = TrialObjective.__call__, tmp_path / "out"
+
+    def delete(*given: Any) -> Any:
+        if output.exists():
+            output.rename(tmp_path / "elsewhere")
+        return real(*given)
+
+    storage = ("--storage", f"sqlite:///{tmp_path}/study.db") if where == "database" else ()
+    monkeypatch.setattr(TrialObjective, "__call__", delete)
+    code = run(arguments(tiny_model, output, "--trials", "4", *storage))
+    if where == "database":  # the trials are elsewhere, and the folder is made again
+        assert code == 0
+        assert (output / "tiny-qwen2-4.00bit.json").exists()
+        return
+    assert code == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "it was deleted or moved while this run was at work: put it back as it was and go on with --resume" in line
+    assert not output.exists()
+    monkeypatch.undo()
+    (tmp_path / "elsewhere").rename(output)
+    assert run(arguments(tiny_model, output, "--trials", "4", "--resume")) == 0
+
+
+def test_a_study_on_which_somebody_works_from_elsewhere_is_not_overwritten(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = tmp_path / "study.journal"
+    other = Study(open_storage(str(journal)), "kvtuner", "tpe", 0)  # calibrate --storage PATH, which has another folder
+    other.fail_abandoned()
+    before = journal.read_bytes()
+    assert run(arguments(tiny_model, tmp_path, "--overwrite")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"another calibration is at work on {journal}" in line
+    assert journal.read_bytes() == before
+    other.close()
+    assert run(arguments(tiny_model, tmp_path, "--overwrite", "--trials", "4")) == 0
 
 
 def test_a_password_is_never_said(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 from test_space import CLASSES, make_space
 
-from kvtuner_search.calibration import agreement, workers
+from kvtuner_search.calibration import agreement, membership, workers
 from kvtuner_search.calibration.anchors import anchors, uniform_pairs
 from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.options import CalibrationOptions, fingerprint
@@ -207,6 +208,78 @@ def test_a_trial_that_is_not_signed_yet_is_left_to_whoever_may_be_alive(tmp_path
     assert me.fail_abandoned() == 0
     other.close()
     assert me.fail_abandoned() == 1
+
+
+def test_a_trial_that_is_not_signed_is_of_nobody_who_has_one(tmp_path: Path) -> None:
+    me, other, killed = (join(storages(tmp_path)[0]) for _ in range(3))
+    me.enqueue(SPACE, ANCHORS[:2])
+    killed.study.ask()
+    killed.close()
+
+    def outer(choices: Choices, outcomes: Sequence[TrialOutcome], screen: bool) -> TrialOutcome:
+        assert choices == ANCHORS[1].choices
+        assert me.fail_abandoned() == 1  # the other is alive, but at work on this one
+        return score(choices)
+
+    other.run(SPACE, outer, 1, [BUDGET])
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_the_trial_of_a_worker_that_is_silent_is_done_again_and_counts_once(
+    kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker on another machine falls silent in the middle of a trial; when it is given up, it comes back after all."""
+    monkeypatch.setattr(membership, "BEAT", 0.05)
+    monkeypatch.setattr(workers, "BEAT", 0.05)
+    monkeypatch.setattr(workers, "SILENCE", 0.5)
+    storage = storages(tmp_path)[kind]
+    other = join(storage)
+    other.enqueue(SPACE, ANCHORS)
+    me = Study(open_storage(storage), "test", "tpe", 7)
+    me.members.worker.locks = None  # as on a database server, and
+    monkeypatch.setattr(workers, "_namespace", lambda: f"pid:[{threading.get_ident()}]")  # each of them elsewhere
+
+    def outer(choices: Choices, *_: object) -> TrialOutcome:
+        if not outcomes:
+            me.fail_abandoned()
+            time.sleep(1)  # twice what it takes to be given up, but its signs of life are heard
+            assert me.fail_abandoned() == 0
+            other.members.leaving.set()
+            deadline = time.monotonic() + 60
+            while me.fail_abandoned() == 0:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            me.enqueue(SPACE, ANCHORS)
+            me.run(SPACE, score, len(ANCHORS), [BUDGET])
+            outcomes.extend(me.finished())
+        return score(choices)
+
+    outcomes: list[object] = []
+    other.run(SPACE, outer, len(ANCHORS), [BUDGET])
+    done = me.finished()
+    assert len(done) == len(ANCHORS) + 1
+    assert sorted(t.choices for t in done if not t.duplicate) == sorted({a.choices for a in ANCHORS})
+    assert [t.choices for t in done if t.duplicate] == [ANCHORS[0].choices]
+    assert not me.study.get_trials(states=(TrialState.RUNNING,))
+
+
+def test_whoever_has_the_folder_leaves_a_worker_alone_that_is_seen_at_work(tmp_path: Path) -> None:
+    """It joined through --storage, which takes no lock on the folder."""
+    storage = storages(tmp_path)[0]
+    other = join(storage)
+    other.enqueue(SPACE, ANCHORS)
+
+    def outer(choices: Choices, *_: object) -> TrialOutcome:
+        me = Study(open_storage(storage), "test", "tpe", 7)
+        assert me.fail_abandoned(everyone=True) == 0
+        assert [t.state for t in me.study.get_trials()].count(TrialState.WAITING) == len(ANCHORS) - 1
+        me.close()
+        return score(choices)
+
+    other.run(SPACE, outer, 1, [BUDGET])
+    assert workers.at_work(Path(storage))
+    other.close()
+    assert not workers.at_work(Path(storage))
 
 
 def test_a_trial_that_somebody_failed_counts_all_the_same(tmp_path: Path) -> None:

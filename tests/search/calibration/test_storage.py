@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import sqlite3
 import sys
 from pathlib import Path
@@ -133,34 +132,6 @@ def test_a_database_that_is_locked_says_how_to_go_on(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
     holder.close()
     assert study.finished() == []
-
-
-@pytest.mark.parametrize("name", ["study.journal", "sqlite:///study.db"])
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_a_storage_that_goes_away_is_one_line(
-    name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    monkeypatch.chdir(tmp_path)
-    study = open_study(name.replace("study.", "runs/study."))
-    path = folder / f"study.{name[-2:] if 'db' in name else 'journal'}"
-    path.unlink()
-    if what == "folder":
-        shutil.rmtree(folder)
-    with pytest.raises(DataError, match=r"cannot use the study.*--resume") as raised:
-        study.enqueue(make_space(2), [Anchor("proxy", (1, 1))])
-    assert "\n" not in str(raised.value)
-    if "journal" in name:
-        assert not path.exists()  # an empty one in its place would look like a study that lost everything
-
-
-def test_a_journal_that_is_replaced_is_noticed(tmp_path: Path) -> None:
-    study = open_study(str(tmp_path / "study.journal"))
-    (tmp_path / "study.journal").rename(tmp_path / "moved.journal")
-    open_study(str(tmp_path / "study.journal"))
-    with pytest.raises(DataError, match="replaced while it was in use"):
-        study.finished()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,84 @@ def test_what_is_no_worker_of_ours_counts_as_alive(record: object) -> None:
     assert not Worker(None).ended(record)
 
 
+def hear(me: Worker, other: dict[str, Any], beats: list[int], step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listen to another worker once every ``step`` seconds of a clock that nobody has to wait for."""
+    for beat in beats:
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now + step)
+        me.listen([other | {"beat": beat}, None, {}, 7, {"id": [], "beat": "x"}])
+
+
+LOOKS = int(workers.SILENCE / workers.BEAT)  # one more ends the last of as many intervals
+
+
+@pytest.mark.parametrize("where", ["container", "machine"])
+def test_a_worker_that_cannot_be_seen_is_heard(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, me = Worker(None).begin(), Worker(None)
+    elsewhere(monkeypatch, where)
+    hear(me, other, [5] * LOOKS, workers.BEAT + 1, monkeypatch)
+    assert not me.ended(other)
+    hear(me, other, [5], workers.BEAT + 1, monkeypatch)
+    assert me.ended(other)
+    hear(me, other, [6], workers.BEAT, monkeypatch)  # it had been stopped
+    assert not me.ended(other)
+    hear(me, other, [*range(7, 7 + 2 * LOOKS)], workers.BEAT, monkeypatch)
+    assert not me.ended(other)
+
+
+def test_time_in_which_nobody_looked_is_not_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    other, me = Worker(None).begin(), Worker(None)
+    elsewhere(monkeypatch, "machine")
+    hear(me, other, [5] * LOOKS, 3600.0, monkeypatch)  # this one slept, or the storage could not be reached
+    assert not me.ended(other)
+
+
+def test_silence_tells_nothing_of_a_worker_that_can_be_seen(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_local", lambda _: True)
+    for file in (tmp_path / "study.db", None):
+        process, other = start(file)
+        process.send_signal(signal.SIGSTOP)
+        me = Worker(file)
+        with monkeypatch.context() as patch:
+            hear(me, other, [0] * 2 * LOOKS, workers.BEAT + 1, patch)
+            assert not me.ended(other)
+            if file is not None:
+                elsewhere(patch, "container")
+                assert not me.ended(other)
+                assert me.holds(other)
+
+
+def test_a_sign_of_life_is_another_one_each_time() -> None:
+    me = Worker(None)
+    first = me.begin()
+    assert [me.beat()["beat"] - first["beat"] for _ in range(3)] == [1, 2, 3]
+    assert me.beat() | {"beat": 0} == first
+
+
+def test_whoever_writes_the_study_does_not_say_which_files_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / "study.db.workers").mkdir()
+    (tmp_path / "precious").touch()
+    me = Worker(tmp_path / "study.db")
+    for name in ("../precious", str(tmp_path / "precious"), "..", ""):
+        other = me.begin() | {"id": name, "host": "another"}
+        assert not me.ended(other)
+        assert not me.holds(other)
+    assert (tmp_path / "precious").exists()
+
+
+def test_links_to_a_study_lead_to_the_same_locks(tmp_path: Path) -> None:
+    (tmp_path / "study.db").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link.db").symlink_to("../study.db")
+    me, other = Worker(tmp_path / "study.db"), Worker(tmp_path / "folder" / "link.db")
+    assert me.holds(other.begin())
+    assert workers.at_work(tmp_path / "folder" / "link.db")
+    other.end()
+    assert not workers.at_work(tmp_path / "study.db")
+
+
 def test_who_said_so_has_ended_and_a_worker_is_never_gone_for_itself() -> None:
     me = Worker(None)
     assert me.ended(None)
