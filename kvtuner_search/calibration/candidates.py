@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, LayoutError, TensorSpec
+from kvtuner_kernels.layout import BANDS, CODE_BITS, MAX_BAND_BITS, LayoutError, TensorSpec
 from kvtuner_search.errors import UsageError
 
-CLIPS: Final = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 2: (0.95, 0.85, 0.75, 0.65, 0.55)}
+_CLIPS: Final = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 2: (0.95, 0.85, 0.75, 0.65, 0.55)}
 GRAIN: Final = 4  # bits by which the totals of banded classes differ
 TRANSFORMS: Final = ("plain", "centred", "rotated")  # rotated implies centred
 Transform = Literal["plain", "centred", "rotated"]
@@ -53,7 +53,7 @@ class StorageClass:
         banded = re.fullmatch(r"b([1-9]\d?)", text, re.ASCII)
         if banded is not None and int(banded[1]) <= BANDS * MAX_BAND_BITS:
             return cls(0, total=int(banded[1]))
-        match = re.fullmatch(r"([248])([as])([1-9]\d{1,3})", text, re.ASCII)
+        match = re.fullmatch(rf"({'|'.join(map(str, CODE_BITS))})([as])([1-9]\d{{1,3}})", text, re.ASCII)
         if match is None:
             raise UsageError(
                 f"{text!r} is no storage class: write 16, or bits, a or s, and group size, e.g. 4a128, or b and the bits of {BANDS} bands,"
@@ -99,6 +99,11 @@ def parse_pair(text: str) -> Pair:
     return StorageClass.parse(key), StorageClass.parse(value)
 
 
+def clips(bits: int) -> tuple[float, ...]:
+    """Clips that are tried at a width; a width without its own has those of the next narrower one, or else of the narrowest."""
+    return _CLIPS[max((width for width in _CLIPS if width <= bits), default=min(_CLIPS))]
+
+
 def banded_classes() -> list[StorageClass]:
     """Every banded class, dearest first."""
     return [StorageClass(0, total=total) for total in range(BANDS * MAX_BAND_BITS, 0, -GRAIN)]
@@ -110,7 +115,7 @@ def storage_classes(
     """Every class that the search may choose, dearest first, those with bands last.
 
     Args:
-        bits: subset of 2, 4, 8, 16.
+        bits: subset of BITS.
         group_sizes: channels a group; 0 stands for the whole head.
         head_dim: channels of a head.
         symmetric: whether classes without a stored minimum are included.
