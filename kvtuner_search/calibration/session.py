@@ -24,6 +24,7 @@ from kvtuner_search.calibration.choosing import Target, choose
 from kvtuner_search.calibration.options import CalibrationOptions
 from kvtuner_search.calibration.outputs import profile_content, record, without_interval
 from kvtuner_search.calibration.pipeline import Run, analyse, make_space, prepare, search
+from kvtuner_search.calibration.samplers import RANDOM
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.errors import DataError, ExitCode, UsageError
 from kvtuner_search.evaluation.stored import Setting
@@ -83,10 +84,10 @@ def calibrate(
         study = Study(store, session.study_name, options.sampler, options.seed)
         stack.callback(study.close)
         rival = None
-        if options.random_baseline:
-            rival = Study(store, f"{session.study_name}-random", "random", options.seed)
+        if options.random_baseline and options.sampler != RANDOM:  # it would be compared with itself
+            rival = Study(store, f"{session.study_name}-random", RANDOM, options.seed)
             stack.callback(rival.close)
-            rival.claim({**run.facts, "sampler": "random"})
+            rival.claim({**run.facts, "sampler": RANDOM})
         plan = analyse(run, study)
         if lock is not None:  # the folder is this process's alone: whoever worked on its study before is gone
             for each in (study, rival):
