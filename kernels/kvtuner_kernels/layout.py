@@ -257,7 +257,7 @@ def place_bands(digit: int, *sides: tuple[int, ...]) -> tuple[tuple[tuple[Place,
 
     Example:
         >>> place_bands(1, (8, 7, 4, 0))
-        (((Place(word=0, start=0, bits=8), Place(word=0, start=8, bits=7), Place(word=1, start=0, bits=4), Place(word=0, start=0, bits=0)),), 2)
+        (((Place(word=1, start=0, bits=8), Place(word=1, start=8, bits=7), Place(word=0, start=0, bits=4), Place(word=0, start=0, bits=0)),), 2)
     """
     words, room, used = 1, WORD_BITS - digit, 0  # runs in use, and what the last has left and where
     placed = []
@@ -331,7 +331,13 @@ def _planes(way: tuple[tuple[int, ...], ...]) -> int:
 
 @dataclass(frozen=True, order=True)
 class LayerSpec:
-    """How one layer stores its keys and its values."""
+    """How one layer stores its keys and its values.
+
+    Example:
+        >>> spec = LayerSpec.parse("8-g64-asym/4-g64-asym")
+        >>> spec.name, spec.bytes_per_token(kv_heads=2, head_dim=64), spec.effective_bits(2, 64)
+        ('K8V4', 208, 6.5)
+    """
 
     key: TensorSpec = RAW
     value: TensorSpec = RAW

@@ -60,11 +60,14 @@ class Session:
 
 def calibrate(
     options: CalibrationOptions, session: Session, publish: Callable[[dict[str, Any], Path], Sequence[Path]]
-) -> None:
+) -> list[Path]:
     """Run a calibration and write ``NAME-BITS.json``, ``.safetensors`` and ``record.json``.
 
     Args:
         publish: gets the record and the output folder when all is decided, shows what was found, and returns the files that it wrote.
+
+    Returns:
+        the profiles' files, in the order of the targets; none for a helper process.
 
     Raises:
         UsageError, DataError: if something cannot be used; nothing that was finished is lost.
@@ -97,7 +100,7 @@ def calibrate(
         with _helpers(session, reporter, lock) as wait:
             search(run, plan, space, study, rival)
             if session.join:
-                return
+                return []
             wait()
         found, random = study.settled(options.trials), rival.settled(options.trials) if rival is not None else []
         targets, test = choose(run, plan, space, found, random)
@@ -119,6 +122,7 @@ def calibrate(
             write_atomic(written, json.dumps(content, sort_keys=True, allow_nan=False) + "\n")
             for path in [*paths, *publish(content, session.output), written]:
                 reporter.say(f"wrote {path}")
+        return paths
 
 
 @contextmanager
