@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from kvtuner_kernels.layout import BITS, CODE_BITS
 from kvtuner_search.calibration.samplers import SAMPLERS
+from kvtuner_search.errors import UsageError
+from kvtuner_search.serving.engine import Engine, engine
+from kvtuner_search.serving.sglang.plugin import ADAPTERS
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = {0, *BITS}
@@ -31,6 +38,20 @@ def numbers(node: ast.AST) -> set[object]:
     elements = getattr(node, "elts", [])
     found = {each.value for each in elements if isinstance(each, ast.Constant) and type(each.value) is int}
     return found if len(found) == len(elements) else set()
+
+
+def test_the_guide_names_files_that_exist() -> None:
+    """And each kind has a section; a file that moved must be found in the guide."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    named = re.findall(
+        r"`((?:kernels|kvtuner_search|tests|scripts|docs|profiles|requirements)/[^`\s]*|pyproject\.toml)`", text
+    )
+    assert len(set(named)) > 60
+    missing = {path for path in named if "X_Y_Z" not in path and not (ROOT / path).exists()}
+    assert not missing
+    code = "\n".join(path.read_text() for path in ROOT.glob("k*/**/*.py"))
+    names = re.findall(r"`((?:\w+\.)?[A-Za-z_]\w*)`", text)
+    assert not {name for name in names if not re.search(rf"\b{name.rpartition('.')[2]}\b", code)}
 
 
 def test_no_second_list_of_bit_widths() -> None:
@@ -58,6 +79,41 @@ def test_samplers_are_named_in_their_table_alone() -> None:
 def test_documents_name_the_samplers() -> None:
     *first, last = [f"`{name}`" for name in SAMPLERS]
     assert f"(`--sampler`: {', '.join(first)} or {last})" in (ROOT / "docs" / "calibration.md").read_text()
+
+
+def test_each_adapter_is_found_by_its_file_and_says_the_same_version() -> None:
+    folder = ROOT / "kvtuner_search" / "serving" / "sglang"
+    assert sorted(ADAPTERS.values()) == sorted(path.stem for path in folder.glob("v[0-9]*.py"))
+    for version, module in ADAPTERS.items():
+        tree = ast.parse((folder / f"{module}.py").read_text())
+        assert {"register_flags", "activate"} <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        keywords = [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "version"]
+        assert [ast.literal_eval(keyword.value) for keyword in keywords] == [version]
+
+
+def test_documents_and_locks_name_versions_with_an_adapter() -> None:
+    named = set(re.findall(r"0\.5\.\d+", (ROOT / "docs" / "serving.md").read_text().split("\n## ")[0]))
+    assert named == set(ADAPTERS)
+    for file in ("pyproject.toml", "requirements/serving.in"):
+        assert set(re.findall(r"sglang==([\d.]+)", (ROOT / file).read_text())) <= set(ADAPTERS), file
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, _ in inspect.getmembers(Engine, inspect.isfunction) if not name.startswith("_")]
+)
+def test_an_engine_offers_what_the_door_promises(name: str) -> None:
+    """The same arguments, by name and kind; mypy compares their types."""
+    offered, promised = getattr(engine(), name), getattr(Engine, name)
+    mine, theirs = inspect.signature(offered).parameters, inspect.signature(promised).parameters
+    assert [(p.name, p.kind) for p in mine.values()] == [(p.name, p.kind) for p in theirs.values() if p.name != "self"]
+
+
+def test_an_engine_has_its_texts_and_options() -> None:
+    found = engine()
+    assert (found.NAME, found.TITLE) == ("sglang", "SGLang")
+    assert {found.PROFILE, found.AS_STORED} <= {flag.name for flag in found.FLAGS}
+    with pytest.raises(UsageError, match=r"^'vllm' is no engine: choose from sglang$"):
+        engine("vllm")
 
 
 def test_documents_name_the_bit_widths() -> None:
