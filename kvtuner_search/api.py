@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import PrivateAttr
 
@@ -50,7 +50,7 @@ class Profile(schema.Profile):
         return self._path
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> Profile:
         """Read and check a profile file, of this schema version or an older one.
 
         Raises:
@@ -157,7 +157,7 @@ def calibrate(
     _at_least(8, length=length)
     _at_least(0, seed=seed)
     for budget in given:
-        if not 1 <= budget <= 16:
+        if not isinstance(budget, int | float) or not 1 <= budget <= 16:
             raise UsageError(f"target_bits={budget!r} is no budget: give effective bits from 1 to 16")
     _one_of("sampler", [sampler], SAMPLERS)
     _one_of("grouping", [grouping], _GROUPING)
@@ -246,27 +246,27 @@ def evaluate(
     _at_least(1, samples=samples, batch_tokens=batch_tokens)
     _at_least(8, length=length)
     _at_least(0, seed=seed)
-    found = Profile.load(profile) if isinstance(profile, str | Path) else profile
-    if isinstance(found, Profile) and found.path is None:
-        raise UsageError(f"the profile {found.name} was not read from a file: read it with Profile.load")
+    path = Path(profile) if isinstance(profile, str | Path) else getattr(profile, "path", None)
+    if path is None and not isinstance(profile, LayerSpec):
+        raise UsageError(f"the profile {profile.name} was not read from a file: read it with Profile.load")
 
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.evaluation import offline
     from kvtuner_search.models.load import load_model
     from kvtuner_search.progress import Reporter
 
-    opened = offline.open_profile(found.path) if isinstance(found, Profile) and found.path is not None else None
+    opened = offline.open_profile(path) if path is not None else None
     loaded = load_model(_model(model, revision, dtype, device, device_map, trust_remote_code), length)
     if opened is not None:
         offline.check_belongs(opened[0], loaded.info)
         setting = (opened[0].name, tuple(opened[0].layer_specs()), opened[1])
     else:
-        assert isinstance(found, LayerSpec)
+        assert isinstance(profile, LayerSpec)
         try:
-            found.row(loaded.info.num_kv_heads, loaded.info.head_dim)
+            profile.row(loaded.info.num_kv_heads, loaded.info.head_dim)
         except LayoutError as error:
             raise UsageError(str(error)) from error
-        setting = (str(found), offline.uniform(found, loaded.info.num_layers), {})
+        setting = (str(profile), offline.uniform(profile, loaded.info.num_layers), {})
     (row,) = offline.evaluate(
         loaded,
         [setting],
@@ -301,7 +301,8 @@ def _at_least(least: int, **given: Any) -> None:
             raise UsageError(f"{name}={value!r} cannot be used: give a whole number of at least {least}")
 
 
-def _one_of(name: str, given: Iterable[object], choices: Iterable[object]) -> None:
-    for value in given:
-        if value not in (known := tuple(choices)):
-            raise UsageError(f"{name}={value!r} cannot be used: choose from {', '.join(map(str, known))}")
+def _one_of(name: str, given: Sequence[object], choices: Iterable[object]) -> None:
+    known = tuple(choices)
+    wrong = next((value for value in given if value not in known), None if given else "nothing")
+    if wrong is not None:
+        raise UsageError(f"{name}={wrong!r} cannot be used: choose from {', '.join(map(str, known))}")

@@ -79,6 +79,9 @@ def test_defaults_are_those_of_the_commands() -> None:
         ({"length": 7}, "length=7 cannot be used: give a whole number of at least 8"),
         ({"sampler": "cmaes"}, "sampler='cmaes' cannot be used: choose from tpe, nsga2, random"),
         ({"bits": [4, 5]}, "bits=5 cannot be used: choose from 2, 4, 8, 16"),
+        ({"bits": []}, "bits='nothing' cannot be used: choose from 2, 4, 8, 16"),
+        ({"target_bits": "4"}, "target_bits='4' is no budget"),
+        ({"max_loss": -1.0}, "--max-loss -1.0 is not positive"),
         ({"group_sizes": [16]}, "group_sizes=16 cannot be used: choose from 0, 32, 64, 128"),
         ({"grouping": "maybe"}, "grouping='maybe' cannot be used: choose from auto, on, off"),
         ({"dtype": "int8"}, "dtype='int8' cannot be used: choose from auto, bfloat16, float16, float32"),
@@ -104,6 +107,8 @@ def test_a_profile_keeps_its_content_and_its_file() -> None:
         evaluate(profile, "reference", data=["list"], samples=1, length=192)
     with pytest.raises(KVTunerError, match=r"was not read from a file: read it with Profile\.load"):
         evaluate(Profile.model_validate(profile.model_dump()))
+    with pytest.raises(KVTunerError, match=r"was not read from a file: read it with Profile\.load"):
+        evaluate(load(QWEN))  # type: ignore[arg-type]
 
 
 def test_specs_that_nothing_fits_are_refused() -> None:
