@@ -248,7 +248,9 @@ def evaluate(
     _at_least(0, seed=seed)
     path = Path(profile) if isinstance(profile, str | Path) else getattr(profile, "path", None)
     if path is None and not isinstance(profile, LayerSpec):
-        raise UsageError(f"the profile {profile.name} was not read from a file: read it with Profile.load")
+        raise UsageError(
+            f"the profile {getattr(profile, 'name', profile)} was not read from a file: read it with Profile.load"
+        )
 
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.evaluation import offline
