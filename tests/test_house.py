@@ -35,6 +35,7 @@ RANK = {
     "bench": 6,
     "calibration": 6,
     "report": 7,
+    "api": 7,
     "cli": 8,
     "__main__": 9,
 }
@@ -58,7 +59,10 @@ def imports() -> dict[str, set[str]]:
             parts = [package, *path.relative_to(folder).with_suffix("").parts]
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             names = found.setdefault(module, set())
-            for node in ast.walk(ast.parse(path.read_text())):
+            tree = ast.parse(path.read_text())
+            if module == "kvtuner_search":  # it names the Python API to type checkers, and imports it when it is used
+                tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+            for node in ast.walk(tree):
                 if isinstance(node, ast.Import):
                     names.update(alias.name for alias in node.names)
                 elif isinstance(node, ast.ImportFrom):
@@ -114,6 +118,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module: graph[module] for module in sorted(graph)}).prepare()  # raises CycleError
 
 
+def test_engines_are_reached_through_their_door_alone() -> None:
+    """A second engine needs a folder beside `serving/sglang` and nothing else: `serving.engine` finds it by its name."""
+    engine = "kvtuner_search.serving.sglang"
+    readers = {module for module, names in imports().items() if any(f"{n}.".startswith(f"{engine}.") for n in names)}
+    assert {module for module in readers if not f"{module}.".startswith(f"{engine}.")} == set()
+
+
 def test_reports_are_made_by_commands_alone() -> None:
     readers = {part_of(module) for module, names in imports().items() if any(part_of(n) == "report" for n in names)}
     assert readers == {"report", "cli"}
@@ -150,6 +161,21 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_the_package_itself_imports_nothing_and_its_profile_nothing_heavy() -> None:
+    """`import kvtuner_search` reads one file; `Profile` and `LayerSpec` need neither torch nor what it brings."""
+    code = (
+        "import sys, kvtuner_search\n"
+        "print(*[name for name in sys.modules if name.startswith('kvtuner')])\n"
+        "assert set(kvtuner_search.__all__) <= set(dir(kvtuner_search)) and not hasattr(kvtuner_search, 'absent')\n"
+        "from kvtuner_search import KVTunerError, LayerSpec, Profile, calibrate, evaluate\n"
+        f"print('heavy:', *[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["kvtuner_search", "heavy:"]
 
 
 @pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", ".ci/run"])

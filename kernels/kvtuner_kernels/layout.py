@@ -33,7 +33,11 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 LAYOUT_VERSION: Final = 2
-BITS: Final = (2, 4, 8, 16)
+BITS: Final = (2, 4, 8, 16)  # rising; every list of bit-widths in the project is made from this one
+CODE_BITS: Final = tuple(bits for bits in BITS if bits != 16)  # widths of quantized codes; 16 is stored raw
+UNIFORM_BITS: Final = tuple(  # (key, value) of the usual uniform settings, dearest first: K8V8, K8V4, K4V4, K4V2, K2V2
+    (key, value) for at, key in enumerate(CODE_BITS[::-1]) for value in CODE_BITS[::-1][at : at + 2]
+)
 GROUP_SIZES: Final = (32, 64, 128)  # channels; a group may also span the whole head
 ROW_ALIGNMENT: Final = 4  # bytes
 METADATA_BYTES: Final = 2  # one fp16 number
@@ -45,7 +49,8 @@ SCALE_BITS: Final = 8  # of a banded side's scale
 
 _BANDED = re.compile(rf"b(?P<bands>[0-{MAX_BAND_BITS}]{{{BANDS}}})", re.ASCII)
 _SPEC = re.compile(
-    r"(?P<bits>[248])-g(?P<group>[1-9]\d{0,3})-(?P<sign>asym|sym)(?P<centred>-c)?(?P<rotated>-r)?(-x(?P<clip>0\.\d{1,2}))?",
+    rf"(?P<bits>{'|'.join(map(str, CODE_BITS))})"
+    r"-g(?P<group>[1-9]\d{0,3})-(?P<sign>asym|sym)(?P<centred>-c)?(?P<rotated>-r)?(-x(?P<clip>0\.\d{1,2}))?",
     re.ASCII,
 )
 
@@ -63,7 +68,7 @@ class TensorSpec:
     """
 
     bits: int = (
-        16  # 2, 4 or 8; 16 is the model's own dtype, stored raw, and takes none of the fields below; 0 with bands
+        16  # one of BITS; 16 is the model's own dtype, stored raw, and takes none of the fields below; 0 with bands
     )
     group_size: int = 0  # channels that share one scale; 0 only for 16 bits
     symmetric: bool = False  # the grid is centred on zero and only the scale is stored; else scale and minimum
@@ -252,7 +257,7 @@ def place_bands(digit: int, *sides: tuple[int, ...]) -> tuple[tuple[tuple[Place,
 
     Example:
         >>> place_bands(1, (8, 7, 4, 0))
-        (((Place(word=0, start=0, bits=8), Place(word=0, start=8, bits=7), Place(word=1, start=0, bits=4), Place(word=0, start=0, bits=0)),), 2)
+        (((Place(word=1, start=0, bits=8), Place(word=1, start=8, bits=7), Place(word=0, start=0, bits=4), Place(word=0, start=0, bits=0)),), 2)
     """
     words, room, used = 1, WORD_BITS - digit, 0  # runs in use, and what the last has left and where
     placed = []
@@ -326,7 +331,13 @@ def _planes(way: tuple[tuple[int, ...], ...]) -> int:
 
 @dataclass(frozen=True, order=True)
 class LayerSpec:
-    """How one layer stores its keys and its values."""
+    """How one layer stores its keys and its values.
+
+    Example:
+        >>> spec = LayerSpec.parse("8-g64-asym/4-g64-asym")
+        >>> spec.name, spec.bytes_per_token(kv_heads=2, head_dim=64), spec.effective_bits(2, 64)
+        ('K8V4', 208, 6.5)
+    """
 
     key: TensorSpec = RAW
     value: TensorSpec = RAW

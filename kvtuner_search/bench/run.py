@@ -27,8 +27,7 @@ from kvtuner_search.secrets import mask, mask_arguments
 from kvtuner_search.servers.folder import RunFolder
 from kvtuner_search.servers.host import processor, server_versions, tool
 from kvtuner_search.servers.process import started_server
-from kvtuner_search.serving.sglang.arguments import api_key
-from kvtuner_search.serving.sglang.model import served_model
+from kvtuner_search.serving.engine import engine
 
 RECORD: Final = "record.json"
 LOG: Final = "server.log"
@@ -44,7 +43,7 @@ class BenchRun:
     def __init__(self, options: BenchOptions, reporter: Reporter) -> None:
         self.options, self.reporter = options, reporter
         self.model_path = str(reference_model_path()) if options.model == REFERENCE_NAME else options.model
-        self.key = api_key(options.api_key, options.server_arguments)
+        self.key = engine().api_key(options.api_key, options.server_arguments)
         self.url = None if options.url is None else check_url(options.url, self.key)
         if options.url is None and self.model_path is None:
             raise UsageError("no server and no model: give --url of a running server, or --model-path to start one")
@@ -54,7 +53,7 @@ class BenchRun:
         if options.profile is not None:
             self.profile = load_profile(options.profile)
             if self.model_path is not None:
-                check_model(self.profile, served_model(self.model_path), str(options.model))
+                check_model(self.profile, engine().served_model(self.model_path), str(options.model))
         settings = {
             "tool": tool(),
             "profile": self.profile.digest if self.profile else None,

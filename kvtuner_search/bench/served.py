@@ -16,7 +16,7 @@ from kvtuner_search.secrets import mask_arguments
 from kvtuner_search.servers.client import BadAnswerError
 from kvtuner_search.servers.facts import Facts, resolve_dtype
 from kvtuner_search.servers.info import ServerInfo
-from kvtuner_search.serving.sglang.model import served_config
+from kvtuner_search.serving.engine import engine
 
 STOCK: Final = "16-bit"
 _PATHS: Final = ("/", "~", "./", "../")
@@ -64,7 +64,7 @@ def describe(
     info = ServerInfo.of(content, url)
     facts = Facts.from_info(info)
     try:
-        config = served_config(
+        config = engine().served_config(
             model or facts.model, info.revision, info.json_model_override_args, fetch=model is not None
         )
     except DataError as error:

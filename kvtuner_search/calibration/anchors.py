@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from kvtuner_kernels.layout import BANDS, LayerSpec
+from kvtuner_kernels.layout import BANDS, UNIFORM_BITS, LayerSpec
 from kvtuner_search.calibration.candidates import Pair, StorageClass
 from kvtuner_search.calibration.proxy import ProxyPoint, predicted_front, proxy_front
 from kvtuner_search.calibration.space import Space
 from kvtuner_search.calibration.study import Anchor
 
-UNIFORM_BITS: Final = ((16, 16), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
 UNIFORM_BANDS: Final = (4, 3, 2)  # bits a channel of uniform banded settings
 NEARBY: Final = (0.97, 1.0)  # the proxy's optimum is tried at these fractions of each budget
 
@@ -21,7 +20,7 @@ def uniform_pairs(classes: Sequence[StorageClass]) -> list[Pair]:
     which spread the same bits in each layer as it likes, 4, 3 and 2 bits a channel."""
     found = [
         (key, value)
-        for bits in UNIFORM_BITS
+        for bits in ((16, 16), *UNIFORM_BITS)
         for key in classes
         for value in classes
         if (key.bits, value.bits) == bits and (key.symmetric, key.group_size) == (value.symmetric, value.group_size)

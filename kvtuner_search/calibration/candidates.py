@@ -16,7 +16,7 @@ from typing import Final, Literal
 from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, LayoutError, TensorSpec
 from kvtuner_search.errors import UsageError
 
-CLIPS: Final = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 2: (0.95, 0.85, 0.75, 0.65, 0.55)}
+_CLIPS: Final = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 2: (0.95, 0.85, 0.75, 0.65, 0.55)}
 GRAIN: Final = 4  # bits by which the totals of banded classes differ
 TRANSFORMS: Final = ("plain", "centred", "rotated")  # rotated implies centred
 Transform = Literal["plain", "centred", "rotated"]
@@ -100,6 +100,11 @@ def parse_pair(text: str) -> Pair:
     return StorageClass.parse(key), StorageClass.parse(value)
 
 
+def clips(bits: int) -> tuple[float, ...]:
+    """Clips that are tried at a width; a width without its own has those of the next narrower one, or else of the narrowest."""
+    return _CLIPS[max((width for width in _CLIPS if width <= bits), default=min(_CLIPS))]
+
+
 def banded_classes() -> list[StorageClass]:
     """Every banded class, dearest first."""
     return [StorageClass(0, total=total) for total in range(BANDS * MAX_BAND_BITS, 0, -GRAIN)]
@@ -111,7 +116,7 @@ def storage_classes(
     """Every class that the search may choose, dearest first, those with bands last.
 
     Args:
-        bits: subset of 2, 4, 8, 16.
+        bits: subset of BITS.
         group_sizes: channels a group; 0 stands for the whole head.
         head_dim: channels of a head.
         symmetric: whether classes without a stored minimum are included.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.layout import UNIFORM_BITS, LayerSpec
 from kvtuner_search.calibration.candidates import StorageClass, pair_name
 from kvtuner_search.calibration.finals import Candidate, HeldOutResult, HeldOutScorer, finalists
 from kvtuner_search.calibration.pipeline import CalibrationRun
@@ -16,8 +16,6 @@ from kvtuner_search.calibration.study import FinishedTrial, pareto
 from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.scorer import Scorer
 
-# Uniform per-token settings as others store them: no transform, no clip.
-OTHERS: Final = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
 RIVALS: Final = ("fisher", "uniform", "proxy", "preset", "random")
 
 
@@ -120,7 +118,7 @@ def plain_settings(run: CalibrationRun) -> list[Candidate]:
     """Uniform per-token settings over the whole head, asymmetric, without any transform."""
     heads, head_dim = run.shape
     rows = []
-    for key, value in OTHERS:
+    for key, value in UNIFORM_BITS:
         spec = LayerSpec(StorageClass(key, False, head_dim).spec(), StorageClass(value, False, head_dim).spec())
         setting = (spec,) * run.loaded.info.num_layers
         rows.append(

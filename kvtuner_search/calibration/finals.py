@@ -21,7 +21,7 @@ class Candidate:
     """A setting and where it came from."""
 
     name: str  # for example: trial 31, 4-g64-sym/4-g64-sym
-    origin: str  # tpe, nsga2, refined, fisher, proxy, uniform, preset, random, stored by others
+    origin: str  # the sampler, refined, fisher, proxy, uniform, preset, random, stored by others
     setting: Setting
     cost: int
     search_loss: float | None = None

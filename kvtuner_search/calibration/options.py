@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kvtuner_kernels.layout import LAYOUT_VERSION
+from kvtuner_kernels.layout import BITS, LAYOUT_VERSION
 from kvtuner_search import __version__
 from kvtuner_search.calibration.candidates import StorageClass
+from kvtuner_search.calibration.samplers import DEFAULT
 from kvtuner_search.data import DEFAULT_SOURCES
 from kvtuner_search.data.types import Split
 from kvtuner_search.models.load import ModelOptions
@@ -27,14 +28,14 @@ class CalibrationOptions:
     samples: int = 5  # sequences of each source in the search split; selection and test have as many each
     length: int = 448  # most tokens of a sequence
     seed: int = 0
-    bits: tuple[int, ...] = (2, 4, 8, 16)
+    bits: tuple[int, ...] = BITS
     group_sizes: tuple[int, ...] = (0,)  # channels; 0 is the whole head
     symmetric: bool = True  # whether classes without a stored minimum may be chosen
     bands: bool = True  # whether storage in a fitted basis, in bands, may be chosen
     target_bits: tuple[float, ...] = (4.0,)  # budgets in effective bits, one profile each
     max_loss: float | None = None  # instead of budgets: the cheapest setting whose loss is at most this
     trials: int = 32
-    sampler: str = "tpe"  # tpe or nsga2
+    sampler: str = DEFAULT  # a key of SAMPLERS
     stages: int = 1  # pipeline stages
     grouping: str = "auto"  # auto, on or off
     random_baseline: bool = True  # a random search of the same number of trials, for comparison

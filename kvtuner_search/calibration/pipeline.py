@@ -28,14 +28,6 @@ from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.presets import published
 from kvtuner_search.progress import Reporter
 
-OTHERS: Final = (
-    (8, 8),
-    (8, 4),
-    (4, 4),
-    (4, 2),
-    (2, 2),
-)  # uniform per-token settings as others store them: no transform, no clip
-
 LEAST_ERROR: Final = 0.01  # attention output error under which a layer's lone loss is extrapolated, not run
 
 

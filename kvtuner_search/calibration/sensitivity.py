@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres, as_stored
-from kvtuner_search.calibration.candidates import CLIPS, TRANSFORMS, StorageClass
+from kvtuner_search.calibration.candidates import TRANSFORMS, StorageClass, clips
 from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.stored import first_tokens
 from kvtuner_search.transforms import transform_of
@@ -109,7 +109,7 @@ class Sensitivity:
                 for transform in (
                     TRANSFORMS[1:] if candidate.symmetric else TRANSFORMS
                 ):  # a grid about zero wants a centre
-                    options = [candidate.spec(transform, clip) for clip in CLIPS[candidate.bits]]
+                    options = [candidate.spec(transform, clip) for clip in clips(candidate.bits)]
                     if len(options) > 1:
                         options.sort(
                             key=lambda spec: (_error(x, spec, centre, weight if side == "key" else None), spec)

@@ -23,6 +23,7 @@ from kvtuner_search.calibration.choosing import TargetResult, choose
 from kvtuner_search.calibration.options import CalibrationOptions
 from kvtuner_search.calibration.outputs import profile_content, record, without_interval
 from kvtuner_search.calibration.pipeline import CalibrationRun, analyse, make_space, prepare, search
+from kvtuner_search.calibration.samplers import RANDOM
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.calibration.workers import at_work
 from kvtuner_search.errors import DataError, UsageError
@@ -59,11 +60,14 @@ class CalibrationSession:
 
 def calibrate(
     options: CalibrationOptions, session: CalibrationSession, publish: Callable[[dict[str, Any], Path], Sequence[Path]]
-) -> None:
+) -> list[Path]:
     """Run a calibration and write ``NAME-BITS.json``, ``.safetensors`` and ``record.json``.
 
     Args:
         publish: gets the record and the output folder when all is decided, shows what was found, and returns the files that it wrote.
+
+    Returns:
+        the profiles' files, in the order of the targets; none for a helper process.
 
     Raises:
         UsageError, DataError: if something cannot be used; nothing that was finished is lost.
@@ -81,10 +85,10 @@ def calibrate(
         study = Study(store, session.study_name, options.sampler, options.seed)
         stack.callback(study.close)
         rival = None
-        if options.random_baseline:
-            rival = Study(store, f"{session.study_name}-random", "random", options.seed)
+        if options.random_baseline and options.sampler != RANDOM:  # it would be compared with itself
+            rival = Study(store, f"{session.study_name}-random", RANDOM, options.seed)
             stack.callback(rival.close)
-            rival.claim({**run.facts, "sampler": "random"})
+            rival.claim({**run.facts, "sampler": RANDOM})
         plan = analyse(run, study)
         if lock is not None:  # the folder is this process's alone: whoever worked on its study before is gone
             for each in (study, rival):
@@ -94,7 +98,7 @@ def calibrate(
         with _helpers(session, reporter, lock) as wait:
             search(run, plan, space, study, rival)
             if session.join:
-                return
+                return []
             wait()
         found, random = study.settled(options.trials), rival.settled(options.trials) if rival is not None else []
         targets, test = choose(run, plan, space, found, random)
@@ -116,6 +120,7 @@ def calibrate(
             write_atomic(written, json.dumps(content, sort_keys=True, allow_nan=False) + "\n")
             for path in [*paths, *publish(content, session.output), written]:
                 reporter.say(f"wrote {path}")
+        return paths
 
 
 @contextmanager

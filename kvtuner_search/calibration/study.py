@@ -11,7 +11,6 @@ import json
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,7 +19,6 @@ import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kvtuner_search.calibration.agreement import agree, agreed, difference, open_study
@@ -28,6 +26,7 @@ from kvtuner_search.calibration.candidates import pair_name
 from kvtuner_search.calibration.membership import Membership
 from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.proxy import correct, proxy_front
+from kvtuner_search.calibration.samplers import RANDOM, make
 from kvtuner_search.calibration.space import Choices, Space
 from kvtuner_search.calibration.storage import Store, open_storage
 from kvtuner_search.errors import DataError, UsageError
@@ -37,7 +36,6 @@ __all__ = ["Anchor", "FinishedTrial", "Study", "hypervolume", "open_storage", "p
 SAMPLER_EVERY: Final = 3  # every third proposal is Optuna's sampler's, the others are optima of the corrected proxy
 DRAWS: Final = 8  # weights drawn before a proposal is left to the sampler
 TRUSTED: Final = ("fisher", "proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
-PRIOR_WEIGHT: Final = 0.05  # TPE's: with a weight of 1, 16 variables of 20 choices are drawn almost at random
 PAUSE: Final = 0.1  # seconds before another proposal, for each one in a row that another worker was trying
 LEAST_LOSS: Final = 1e-9  # nats; the 16-bit cache itself has none
 DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at most this many times the trials asked for
@@ -56,7 +54,7 @@ class FinishedTrial:
     """A finished trial."""
 
     number: int
-    origin: str  # fisher, uniform, proxy, preset, refined, tpe, nsga2, random
+    origin: str  # fisher, uniform, proxy, preset, refined, random, or the sampler
     choices: Choices
     outcome: TrialOutcome
     seconds: float
@@ -69,7 +67,7 @@ class Study:
     Args:
         store: where trials live.
         name: study name within the storage.
-        sampler: tpe, nsga2 or random.
+        sampler: a key of SAMPLERS.
         seed: seed of all proposals.
 
     Raises:
@@ -266,7 +264,7 @@ class Study:
         if not waiting and self.members.fail_abandoned():
             self._enqueue(space, self._anchors)  # a worker ended while it tried one
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and (self.sampler == "random" or attempt):
+        if not waiting and (self.sampler == RANDOM or attempt):
             known, budget = self._known(), budgets[count % len(budgets)]
             drawn = (self._random(space, count, budget, attempt + draw) for draw in range(DRAWS))
             choices = next((choices for choices in drawn if choices not in known), None)
@@ -274,7 +272,7 @@ class Study:
                 self._enqueue(space, [Anchor("random", choices)])
         elif not waiting and count % SAMPLER_EVERY and (refined := self._refined(space, done, budgets)) is not None:
             self._enqueue(space, [Anchor("refined", refined)])
-        self.study.sampler = self._sampler(count)
+        self.study.sampler = make(self.sampler, (self.seed * 1_000_003 + count) % 2**32)
         trial = self.study.ask(
             {v.name: CategoricalDistribution([pair_name(pair) for pair in v.pairs]) for v in space.variables}
         )
@@ -318,21 +316,6 @@ class Study:
             picked = int(rng.choice([i for i, choice in enumerate(choices) if choice]))
             choices[picked] -= 1
         return tuple(choices)
-
-    def _sampler(self, count: int) -> BaseSampler:
-        seed = (self.seed * 1_000_003 + count) % 2**32
-        if self.sampler == "nsga2":
-            return NSGAIISampler(population_size=20, seed=seed)
-        with warnings.catch_warnings():
-            # Both settings are deprecated and have no successor yet; pyproject holds Optuna below 6, where they go.
-            warnings.simplefilter("ignore", FutureWarning)
-            return TPESampler(
-                multivariate=True,
-                seed=seed,
-                n_startup_trials=10,
-                gamma=lambda finished: min(math.ceil(finished / 5), 25),
-                prior_weight=PRIOR_WEIGHT,
-            )
 
 
 def hypervolume(outcomes: Sequence[TrialOutcome], scale: float, corner: tuple[float, float]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from kvtuner_search import threads
+from kvtuner_search.calibration import samplers
 from kvtuner_search.cli.interrupts import end_with, kill_as_interrupt
 from kvtuner_search.cli.options import quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options, space_options
@@ -38,7 +39,11 @@ from kvtuner_search.errors import UsageError
 )
 @click.option("--trials", type=click.IntRange(1), default=32, show_envvar=True, help="Distinct settings to score.")
 @click.option(
-    "--sampler", type=click.Choice(["tpe", "nsga2"]), default="tpe", show_envvar=True, help="Optuna's sampler."
+    "--sampler",
+    type=click.Choice(list(samplers.SAMPLERS)),
+    default=samplers.DEFAULT,
+    show_envvar=True,
+    help=f"What proposes settings beside the proxy. {samplers.described()}.",
 )
 @click.option(
     "--pp",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from kvtuner_kernels.layout import BITS, GROUP_SIZES
 
 if TYPE_CHECKING:
     from kvtuner_search.models.load import ModelOptions
@@ -110,7 +112,11 @@ def space_options(function: F) -> F:
     for option in reversed(
         (
             click.option(
-                "--bits", default="2,4,8,16", callback=_numbers, show_envvar=True, help="Bit-widths to choose from."
+                "--bits",
+                default=",".join(map(str, BITS)),
+                callback=_numbers,
+                show_envvar=True,
+                help="Bit-widths to choose from.",
             ),
             click.option(
                 "--group-size",
@@ -118,7 +124,7 @@ def space_options(function: F) -> F:
                 default="head",
                 callback=_groups,
                 show_envvar=True,
-                help="Channels that share a scale: head, 32, 64, 128, or several.",
+                help=f"Channels that share a scale: head, {', '.join(map(str, GROUP_SIZES))}, or several.",
             ),
             click.option("--symmetric/--no-symmetric", default=True, help="Also allow storing no minimum."),
             click.option(
@@ -152,15 +158,19 @@ def label(model: str) -> str:
     return f"{model} (embedded test instrument)" if model == REFERENCE else model
 
 
+def _words(choices: Sequence[object]) -> str:
+    return f"{', '.join(map(str, choices[:-1]))} and {choices[-1]}"
+
+
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     found = tuple(int(part) for part in value.split(",") if part.strip().isdecimal())
-    if len(found) != len(value.split(",")) or not set(found) <= {2, 4, 8, 16}:
-        raise click.BadParameter(f"{value!r} is no list of 2, 4, 8 and 16, as in 2,4,8", ctx, param)
+    if len(found) != len(value.split(",")) or not set(found) <= set(BITS):
+        raise click.BadParameter(f"{value!r} is no list of {_words(BITS)}, as in 2,4,8", ctx, param)
     return found
 
 
 def _groups(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",")]
-    if not all(part == "head" or part in ("32", "64", "128") for part in parts):
-        raise click.BadParameter(f"{value!r} is no list of head, 32, 64 and 128, as in head,32", ctx, param)
+    if not all(part == "head" or part in map(str, GROUP_SIZES) for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of {_words(('head', *GROUP_SIZES))}, as in head,32", ctx, param)
     return tuple(0 if part == "head" else int(part) for part in parts)

@@ -6,17 +6,9 @@ import click
 
 from kvtuner_search.cli.options import json_option, size_callback
 from kvtuner_search.profile.canonical import canonical_json
-from kvtuner_search.serving.sglang.flags import AS_STORED, FLAGS, PROFILE
-from kvtuner_search.serving.sglang.launch import check_installation, prepare, start
-from kvtuner_search.serving.sglang.plan import to_json, to_text
+from kvtuner_search.serving.engine import engine
 
-_SGLANG = (
-    ("--model-path PATH", "The model's folder or hub id; required."),
-    ("--tp-size, --pp-size N", "Tensor- and pipeline-parallel ranks. Stages are balanced by bytes."),
-    ("--nnodes, --node-rank, --dist-init-addr", "Several nodes: the same command on each, with its own rank."),
-    ("--mem-fraction-static F", "Memory for weights and cache; the predicted capacity follows it."),
-    ("--host, --port", "Where to listen.  [default: 127.0.0.1, 30000]"),
-)
+ENGINE = engine()
 
 
 class _Serve(click.Command):
@@ -25,15 +17,15 @@ class _Serve(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         rows = []
-        for flag in FLAGS:
-            if flag.name not in (PROFILE, AS_STORED):  # click lists these
+        for flag in ENGINE.FLAGS:
+            if flag.name not in (ENGINE.PROFILE, ENGINE.AS_STORED):  # click lists these
                 choices = "" if flag.choices is None else "|".join(map(str, flag.choices))
                 value = f"[{choices}]" if choices else f"[{flag.metavar}]" if flag.bare is not None else flag.metavar
                 rows.append((f"{flag.name} {value}".rstrip(), flag.help))
         with formatter.section("Instead of a profile, the same for all layers"):
             formatter.write_dl(rows)
-        with formatter.section("Any option of SGLang, passed on unchanged; for instance"):
-            formatter.write_dl(list(_SGLANG))
+        with formatter.section(f"Any option of {ENGINE.TITLE}, passed on unchanged; for instance"):
+            formatter.write_dl(list(ENGINE.EXAMPLES))
 
 
 @click.command(
@@ -44,9 +36,9 @@ class _Serve(click.Command):
     epilog="Exit codes: before the server starts 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 no usable"
     " SGLang; then SGLang's own, and 128 + N if signal N ended it.",
 )
-@click.option("--profile", PROFILE, metavar="FILE", help="How each layer is stored.", show_envvar=True)
+@click.option("--profile", ENGINE.PROFILE, metavar="FILE", help="How each layer is stored.", show_envvar=True)
 @click.option(
-    AS_STORED, "as_stored", is_flag=True, show_envvar=True,
+    ENGINE.AS_STORED, "as_stored", is_flag=True, show_envvar=True,
     help="Read a prompt's own keys and values as stored too, as decode does: for measuring; slower.",
 )  # fmt: skip
 @click.option(
@@ -71,12 +63,12 @@ def command(
     The profile is checked against the model, and bits per layer, bytes per token and predicted capacity are printed,
     before SGLang starts. SGLang's own help: python -m sglang.launch_server --help.
     """
-    plan, server_arguments = prepare(arguments, profile, as_stored, gpu_memory)
+    plan, server_arguments = ENGINE.prepare(arguments, profile, as_stored, gpu_memory)
     if not dry_run:
-        check_installation(plan.sglang)
+        ENGINE.check_installation(plan)
     if as_json:
-        click.echo(canonical_json(to_json(plan)), nl=False)
+        click.echo(canonical_json(ENGINE.plan_json(plan)), nl=False)
     else:
-        click.echo(to_text(plan), nl=False, err=not dry_run)
+        click.echo(ENGINE.plan_text(plan), nl=False, err=not dry_run)
     if not dry_run:
-        start(plan, server_arguments)
+        ENGINE.start(plan, server_arguments)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import lru_cache
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     Field,
@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from kvtuner_kernels.layout import BANDS, LAYOUT_VERSION, MAX_BAND_BITS, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import BANDS, BITS, LAYOUT_VERSION, MAX_BAND_BITS, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.layout import bytes_per_token as layout_bytes_per_token
 from kvtuner_kernels.layout import effective_bits as layout_effective_bits
 from kvtuner_search.profile.fields import (
@@ -48,6 +48,10 @@ MAX_CONFIG_FIELDS: Final = 64
 MAX_POINTS: Final = 512  # of a front
 MAX_FRONT: Final = 2**15  # specs in all points of a front: 256 points of 128 layers
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+if TYPE_CHECKING:
+    EntryBits = int
+else:
+    EntryBits = Literal[0, *BITS]
 
 
 class ModelInfo(Strict):
@@ -109,7 +113,7 @@ class ModelInfo(Strict):
 class TensorEntry(Strict):
     """How the keys, or the values, of one layer are stored."""
 
-    bits: Literal[0, 2, 4, 8, 16]
+    bits: EntryBits
     """Bits of a code; 16 is the model's own dtype, stored raw; 0 where `bands` has the bits."""
     bands: Annotated[str, Field(pattern=rf"^[0-{MAX_BAND_BITS}]{{{BANDS}}}$")] | None = None
     """Bits of each of eight equal bands of channels in a fitted basis, a digit a band, the worthiest channels first, e.g. 65443322; bits is then 0 and the fields below are unset. Each head has one fp16 scale, and a sequence's first token lies in a row like any other, about a point that the basis has for it."""
@@ -143,7 +147,7 @@ class TensorEntry(Strict):
     def of(cls, spec: TensorSpec) -> TensorEntry:
         """A TensorSpec as a profile entry."""
         return cls(
-            bits=spec.bits,  # type: ignore[arg-type]
+            bits=spec.bits,
             bands="".join(map(str, spec.bands)) or None,
             group_size=spec.group_size,
             symmetric=spec.symmetric,
@@ -213,7 +217,7 @@ class SearchInfo(Strict):
     """How the profile was found."""
 
     sampler: Name
-    """tpe, nsga2 or random."""
+    """Name of the sampler, as `calibrate --sampler` takes it, e.g. tpe."""
     seed: Count
     """Seed of the sampler, the data and the splits."""
     trials: Count

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from kvtuner_kernels.layout import BITS
 from kvtuner_search.profile.text import printable, ranges
 from kvtuner_search.report import reading
 from kvtuner_search.report.band_figures import bits_by_band, head_figure, worth_figure
@@ -122,9 +123,7 @@ def _chosen(record: Json) -> Iterator[str]:
 
 
 def _bits(record: Json) -> Iterator[str]:
-    swatches = [
-        (f'<span class="key b{bits}"></span>', f"{bits}{' (raw)' if bits == 16 else ''}") for bits in (2, 4, 8, 16)
-    ]
+    swatches = [(f'<span class="key b{bits}"></span>', f"{bits}{' (raw)' if bits == 16 else ''}") for bits in BITS]
     banded = any(reading.has_bands(target["chosen"]) for target in record["targets"])
     yield legend("bits of the codes", [*swatches, ('<span class="key bb"></span>', "in bands")] if banded else swatches)
     for target in record["targets"]:

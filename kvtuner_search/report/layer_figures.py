@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_kernels.layout import CODE_BITS, LayerSpec, TensorSpec
 from kvtuner_search.report.reading import (
     Json,
     alone_losses,
@@ -207,9 +207,9 @@ def heat_legend(y: float, scale: Scale, name: str) -> Iterator[str]:
 
 
 def output_error(record: Json) -> str:
-    """e_o by layer of keys at 4 and at 2 bits, values at 16 bits: as they are, centred, and centred and rotated."""
+    """e_o by layer of keys at the narrow widths (4 and 2 bits), values at 16 bits: as they are, centred, and centred and rotated."""
     found = [_key_errors(layer["errors"]) for layer in record["sensitivity"]]
-    widths = sorted({bits for errors in found for bits, _, _ in errors if bits in (2, 4)}, reverse=True)
+    widths = sorted({bits for errors in found for bits, _, _ in errors if bits in CODE_BITS[:-1]}, reverse=True)
     columns, parts, tall = Columns(len(found)), [], 150.0
     values = [error for errors in found for (bits, _, _), error in errors.items() if bits in widths]
     if not values:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
+from kvtuner_kernels.layout import BITS
 from kvtuner_search.report.svg import escaped
 
 STYLE: Final = """
@@ -48,7 +49,7 @@ svg text.strong { fill: var(--ink); font-weight: 650; } svg text.onbar { fill: v
 .rule.predicted { border-color: var(--proxy); border-top-style: dotted; }
 """
 _FILLS: Final = {
-    **{f"b{bits}": f"b{bits}" for bits in (2, 4, 8, 16)},
+    **{f"b{bits}": f"b{bits}" for bits in BITS},
     "bb": "band",
     **{
         f"o-{o}": o
@@ -65,6 +66,17 @@ _COLOURS: Final = "".join(
 )
 
 
+def mixed_colours(style: str) -> str:
+    """CSS for the bit-widths to which a style gives no colour of their own: the mix of their neighbours'."""
+    known = [bits for bits in BITS if f"--b{bits}:" in style]
+    rules = ""
+    for bits in sorted(set(BITS) - set(known)):
+        below = max((width for width in known if width < bits), default=known[0])
+        above = min((width for width in known if width > bits), default=known[-1])
+        rules += f"  --b{bits}: color-mix(in oklab, var(--b{below}), var(--b{above}));\n"
+    return f":root {{\n{rules}}}\n" if rules else ""
+
+
 def page(title: str, header: Sequence[str], sections: Sequence[tuple[str, str, Iterable[str]]], style: str = "") -> str:
     """A document; sections are (id, heading, markup); header, markup and further ``style`` are trusted, the rest is escaped."""
     links = "".join(f'<a href="#{name}">{escaped(heading)}</a> ' for name, heading, _ in sections)
@@ -72,7 +84,7 @@ def page(title: str, header: Sequence[str], sections: Sequence[tuple[str, str, I
     for name, heading, parts in sections:
         body += [f'<section id="{name}"><h2>{escaped(heading)}</h2>', *parts, "</section>"]
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{viewport}<title>{escaped(title)}</title><style>{STYLE}{_COLOURS}{style}</style>'
+    head = f'<meta charset="utf-8">{viewport}<title>{escaped(title)}</title><style>{STYLE}{mixed_colours(STYLE)}{_COLOURS}{style}</style>'
     return (
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body>\n</html>\n"
     )

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from kvtuner_kernels.layout import TensorSpec
+from kvtuner_kernels.layout import BITS, TensorSpec
 from kvtuner_search.profile.report import capacity
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import banded_sides, interval_of, percent, printable, signed, size, specs_by_layer
@@ -19,6 +19,7 @@ from kvtuner_search.profile.validation_text import (
     verdict,
 )
 from kvtuner_search.report.band_figures import bits_by_band
+from kvtuner_search.report.page import mixed_colours
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --dim: #5d6b7c; --line: #d8dee6; --page: #fbfcfd; --card: #fff;
@@ -37,11 +38,12 @@ p { margin: .2rem 0; } .dim, figcaption, th { color: var(--dim); } code { font: 
 th { font-weight: 500; text-align: left; } th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .pairs td:first-child { white-space: nowrap; } td.n, th.n { text-align: right; white-space: nowrap; } figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--dim); font: 11px system-ui, sans-serif; } .axis { stroke: var(--line); }
-.b2 { fill: var(--b2); } .b4 { fill: var(--b4); } .b8 { fill: var(--b8); } .b16 { fill: var(--b16); } .band { fill: var(--band); }
+.band { fill: var(--band); }
 svg text.ink, svg text.strong { fill: var(--ink); } svg text.onheat { fill: var(--page); } svg text.small { font-size: 10px; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin: 0 .3em 0 .9em; }
 .warn { border-left: 4px solid var(--b4); padding: .4rem .8rem; background: var(--card); margin: 1rem 0; }
 """
+_COLOURS = mixed_colours(_STYLE) + " ".join(f".b{bits} {{ fill: var(--b{bits}); }}" for bits in BITS)
 _WIDTH = 960  # SVG units
 
 
@@ -77,7 +79,7 @@ def profile_html(profile: Profile, memory: int | None = None) -> str:
     ]
     title = f"<title>{_text(profile.name)}</title>"
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">{viewport}{title}<style>{_STYLE}</style></head>'
+    head = f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">{viewport}{title}<style>{_STYLE}{_COLOURS}</style></head>'
     return head + "\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
 
 
@@ -117,7 +119,7 @@ def _bits_svg(profile: Profile) -> str:
     bars.append(f'<text x="0" y="{middle - 20}">keys</text><text x="0" y="{middle + 34}">values</text>')
     legend = "".join(
         f'<span class="key" style="background: var(--b{bits})"></span>{bits}{" (raw)" if bits == 16 else ""}'
-        for bits in (2, 4, 8, 16)
+        for bits in BITS
     )
     if banded_sides(layers):
         legend += '<span class="key" style="background: var(--band)"></span>in bands, in the mean'

@@ -166,7 +166,7 @@ def findings(record: Json, target: Json) -> list[str]:
     """Sentences on whether the search paid: who found the chosen setting, and how it stands against each kind of rival."""
     chosen = target["chosen"]
     who = f"{chosen['name']}, {chosen['origin']}"
-    if searched(chosen["origin"]):
+    if searched(chosen["origin"]) or chosen["origin"] == record["options"].get("sampler"):  # `--sampler random`
         said = [f"The search found the chosen setting ({who})."]
     else:
         said = [f"The search did not beat the {RIVALS[chosen['origin']]}: that is the chosen setting ({who})."]

@@ -15,8 +15,9 @@ from kvtuner_search import __version__
 from kvtuner_search.errors import UsageError
 from kvtuner_search.secrets import mask_arguments
 from kvtuner_search.servers.facts import Facts
+from kvtuner_search.serving.engine import engine
 
-PACKAGES: Final = ("kvtuner-search", "sglang", "torch", "transformers", "triton")
+PACKAGES: Final = ("kvtuner-search", engine().NAME, "torch", "transformers", "triton")
 _ASK: Final = """
 import json, sys
 from importlib import metadata
@@ -42,11 +43,11 @@ def server_versions(python: str) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         reason = f"it ended with {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else str(error)
         raise UsageError(
-            f"{python} cannot be run as a Python ({reason}): name the SGLang environment's with --server-python"
+            f"{python} cannot be run as a Python ({reason}): name the {engine().TITLE} environment's with --server-python"
         ) from error
-    if "sglang" not in found:
+    if engine().NAME not in found:
         raise UsageError(
-            f"{python} has no SGLang: install kvtuner-search[serve] there, name another with --server-python, or point at"
+            f"{python} has no {engine().TITLE}: install kvtuner-search[serve] there, name another with --server-python, or point at"
             " running servers with --url and --baseline-url"
         )
     return found

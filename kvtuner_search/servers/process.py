@@ -21,6 +21,7 @@ from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, mask_arguments
 from kvtuner_search.servers.transport import ServerError, Transport
 from kvtuner_search.serving.configuration import ENVIRONMENT
+from kvtuner_search.serving.engine import engine
 
 STOP_SECONDS: Final = 20.0  # between SIGTERM and SIGKILL
 PORTS: Final = range(20000, 32000)
@@ -64,14 +65,14 @@ class Server:
 
 @contextmanager
 def started_server(python: str, arguments: Sequence[str], log: Path) -> Iterator[Server]:
-    """Start ``python -m sglang.launch_server ARGUMENTS --host 127.0.0.1 --port FREE``; it is stopped at the end of the block.
+    """Start the engine's server with ``ARGUMENTS --host 127.0.0.1 --port FREE``; it is stopped at the end of the block.
 
     Args:
         python: interpreter of the environment that has SGLang.
         log: file for its output, which SGLang begins with all its arguments; passwords and keys are masked before they reach the disk.
     """
     port = free_port()
-    command = [python, "-m", "sglang.launch_server", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    command = engine().command(python, [*arguments, "--host", "127.0.0.1", "--port", str(port)])
     tied = [sys.executable, "-m", "kvtuner_search.servers.tied", str(os.getpid()), *command]
     # The flags alone decide what is served.
     environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, *_KEYS)}

@@ -16,7 +16,7 @@ from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.validation import Capacity, Greedy, TaskResult
 from kvtuner_search.servers.facts import Facts, memory_differs
 from kvtuner_search.serving.capacity import heads_per_rank, stage_bytes
-from kvtuner_search.serving.sglang.partition import choose
+from kvtuner_search.serving.engine import engine
 from kvtuner_search.validate.prompts import TaskPrompt
 
 
@@ -109,7 +109,7 @@ def capacity(profile: Profile, ours: Facts, baseline: Facts, environment: Mappin
     heads = heads_per_rank(model.num_kv_heads, ours.tensor_parallel)
     weights = [layer.bytes_per_token(heads, model.head_dim) for layer in layers]
     stored, raw = (
-        stage_bytes(layers, choose(each, ours.pipeline_parallel, environment).counts, heads, model.head_dim)
+        stage_bytes(layers, engine().stage_layers(each, ours.pipeline_parallel, environment), heads, model.head_dim)
         for each in (weights, [1] * len(layers))
     )
     reason = memory_differs(baseline, ours)

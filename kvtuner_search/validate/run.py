@@ -33,8 +33,7 @@ from kvtuner_search.servers.facts import Facts, check_alike, resolve_dtype
 from kvtuner_search.servers.folder import BLOCK, AnswerJournal, RunFolder
 from kvtuner_search.servers.host import hardware, offline_versions, server_versions, tool
 from kvtuner_search.servers.process import Server, started_server
-from kvtuner_search.serving.sglang.arguments import api_key
-from kvtuner_search.serving.sglang.model import served_config, served_model
+from kvtuner_search.serving.engine import engine
 from kvtuner_search.validate import figures
 from kvtuner_search.validate.explained import Explained, ExplainedSide, notes_on_rounding
 from kvtuner_search.validate.judge import judge
@@ -66,14 +65,14 @@ class ValidationRun:
     def __init__(self, options: ValidationOptions, reporter: Reporter) -> None:
         self.options, self.reporter = options, reporter
         self.model_path = str(reference_model_path()) if options.model == REFERENCE_NAME else options.model
-        self.key = api_key(options.api_key, options.server_arguments)
+        self.key = engine().api_key(options.api_key, options.server_arguments)
         self.urls = {
             name: None if url is None else check_url(url, self.key)
             for name, url in (("profile", options.url), ("baseline", options.baseline_url))
         }
         self.profile, self.centres = open_profile(options.profile)
-        check_model(self.profile, served_model(self.model_path), options.model)
-        for note in check_length(served_config(self.model_path), options.length, options.model):
+        check_model(self.profile, engine().served_model(self.model_path), options.model)
+        for note in check_length(engine().served_config(self.model_path), options.length, options.model):
             reporter.say(note)
         self.vocabulary = _vocabulary(self.model_path)
         self.tokenizer, self.config_dtype = _tokenizer(self.model_path)
@@ -324,7 +323,7 @@ def _identify(journal: AnswerJournal, facts: Facts, versions: dict[str, str]) ->
 
 def _vocabulary(model_path: str) -> int | None:
     """Ids of the model's embedding; None where its config.json does not say."""
-    found = text_config(served_config(model_path)).get("vocab_size")
+    found = text_config(engine().served_config(model_path)).get("vocab_size")
     return found if type(found) is int and found > 0 else None
 
 

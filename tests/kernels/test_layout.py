@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from kvtuner_kernels.layout import (
     BANDS,
+    CODE_BITS,
     MAX_BAND_BITS,
     RAW,
     WORD_BITS,
@@ -27,7 +28,7 @@ SPECS = st.one_of(
     BANDED,
     st.builds(
         TensorSpec,
-        bits=st.sampled_from([2, 4, 8]),
+        bits=st.sampled_from(CODE_BITS),
         group_size=st.sampled_from([32, 64, 128, 80, 192]),
         symmetric=st.booleans(),
         centred=st.booleans(),

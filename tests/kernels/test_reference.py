@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import CODE_BITS, RAW, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.reference import (
     Centres,
     QuantizationError,
@@ -29,7 +29,7 @@ from tests.kernels.drawn import HALF_ULP, KINDS, TINY, draw_values
 @settings(deadline=None, max_examples=200)
 @given(
     KINDS,
-    st.sampled_from([2, 4, 8]),
+    st.sampled_from(CODE_BITS),
     st.booleans(),
     st.sampled_from([(64, 32), (64, 64), (96, 96), (128, 128), (80, 80)]),
     st.integers(0, 2**31),
@@ -67,7 +67,7 @@ def test_what_cannot_be_stored_is_refused(bad: float) -> None:
 
 
 @given(
-    st.sampled_from([2, 4, 8]),
+    st.sampled_from(CODE_BITS),
     st.integers(1, 5),
     st.sampled_from([(8, 0), (64, 32), (64, 0), (80, 0), (96, 32), (192, 64)]),
     st.integers(0, 2**31),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvtuner_kernels.compilation import CAPABILITIES, compile_variant, layouts, variants
-from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.layout import BITS, LayerSpec
 from kvtuner_kernels.tuning import shared_memory_of
 
 QWEN = (4, 7, 128)
@@ -67,8 +67,8 @@ def test_codes_taken_out_by_position_lie_as_the_matrix_instruction_holds_them(
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("key", [2, 4, 8, 16])
-@pytest.mark.parametrize("value", [2, 4, 8, 16])
+@pytest.mark.parametrize("key", BITS)
+@pytest.mark.parametrize("value", BITS)
 def test_every_pair(capability: int, dtype: torch.dtype, key: int, value: int) -> None:
     names = ["16" if bits == 16 else f"{bits}-g128-asym" for bits in (key, value)]
     check("/".join(names), QWEN, capability, dtype)

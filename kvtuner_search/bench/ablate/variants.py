@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from kvtuner_kernels.layout import GROUP_SIZES, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import CODE_BITS, GROUP_SIZES, UNIFORM_BITS, LayerSpec, LayoutError, TensorSpec
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.presets import ModelShape, per_token, published
 
@@ -21,6 +21,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     "bits", "symmetric", "group size", "centring", "per-channel keys", "residual window", "published", "profile",
 )  # fmt: skip
 BASELINE: Final = "16 bit"
+NARROW: Final = CODE_BITS[-2::-1]  # all but the widest, which loses too little to tell ways of storing apart
 TOKEN_GROUP: Final = 32  # tokens that share a channel's scale, as in KIVI (Liu et al., ICML 2024)
 WINDOWS: Final = (32, 128)  # newest tokens that are left in 16 bits
 KIVI_WINDOW: Final = 128  # residual length of KIVI
@@ -126,31 +127,31 @@ def _all(model: ModelShape) -> list[StorageVariant]:
 
     rows = [
         StorageVariant(f"K{k}V{v}" if k != v else f"KV{k}", "bits", (per_token(k, v, head),) * layers)
-        for k, v in ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
+        for k, v in UNIFORM_BITS
     ]
-    for bits in (8, 4, 2):
+    for bits in CODE_BITS[::-1]:
         spec = TensorSpec(bits, head, symmetric=True)
         rows.append(uniform(f"KV{bits} symmetric", "symmetric", spec, spec))
-    for bits in (4, 2):
+    for bits in NARROW:
         for size in GROUP_SIZES:
             if size < head and head % size == 0:
                 spec = TensorSpec(bits, size)
                 rows.append(uniform(f"KV{bits} groups of {size}", "group size", spec, spec))
-    for bits in (4, 2):
+    for bits in NARROW:
         rows.append(
             uniform(f"KV{bits} centred keys", "centring", TensorSpec(bits, head, centred=True), TensorSpec(bits, head))
         )
-    for bits in (4, 2):
+    for bits in NARROW:
         spec = TensorSpec(bits, head)
         scheme = Scheme(spec, spec, token_group=TOKEN_GROUP, key_block=TOKEN_GROUP)
         rows.append(StorageVariant(f"KV{bits} per-channel keys", "per-channel keys", scheme=scheme))
-    for bits in (4, 2):
+    for bits in NARROW:
         spec = TensorSpec(bits, head)
         rows += [
             StorageVariant(f"KV{bits} window {window}", "residual window", scheme=Scheme(spec, spec, window=window))
             for window in WINDOWS
         ]
-    for bits in (4, 2):
+    for bits in NARROW:
         spec = TensorSpec(bits, 32 if head % 32 == 0 else head)
         scheme = Scheme(spec, spec, TOKEN_GROUP, KIVI_WINDOW, KIVI_WINDOW)
         rows.append(StorageVariant(f"KIVI-{bits}", "residual window", scheme=scheme))

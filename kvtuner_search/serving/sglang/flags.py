@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kvtuner_kernels.layout import LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import BITS, GROUP_SIZES, LayerSpec, LayoutError, TensorSpec
 from kvtuner_search import __version__
 from kvtuner_search.errors import UsageError
 from kvtuner_search.files import write_atomic
@@ -56,8 +56,8 @@ FLAGS: Final = (
     Flag(PROFILE, "Profile that says how each layer's keys and values are stored.", str, metavar="FILE"),
     Flag(AS_STORED, "Read a prompt's own keys and values as stored too, as decode does; for measuring, slower."),
     Flag(ENABLE, "Store all layers alike, as the options below say, instead of a profile."),
-    Flag("--kvtuner-nbits-key", "Bits of a key.  [default: 4]", int, (2, 4, 8, 16)),
-    Flag("--kvtuner-nbits-value", "Bits of a value.  [default: 4]", int, (2, 4, 8, 16)),
+    Flag("--kvtuner-nbits-key", "Bits of a key.  [default: 4]", int, BITS),
+    Flag("--kvtuner-nbits-value", "Bits of a value.  [default: 4]", int, BITS),
     Flag("--kvtuner-asym", "Store scale and minimum of a group.  [default: the scale alone, symmetric]", _boolean,
          bare=True, metavar="true|false"),
     Flag("--kvtuner-q-group-size", "Channels that share one scale; -1 for all of a head.  [default: 64]", int, metavar="N"),
@@ -149,7 +149,9 @@ def _uniform(arguments: argparse.Namespace, model: ModelInfo) -> Profile:
         )
     group = 64 if arguments.kvtuner_q_group_size is None else arguments.kvtuner_q_group_size
     if group == 0 or group < -1:
-        raise UsageError(f"--kvtuner-q-group-size {group} is no group: use 32, 64, 128, or -1 for all of a head")
+        raise UsageError(
+            f"--kvtuner-q-group-size {group} is no group: use {', '.join(map(str, GROUP_SIZES))}, or -1 for all of a head"
+        )
     symmetric = not arguments.kvtuner_asym
     key, value = (
         TensorSpec() if bits == 16 else TensorSpec(bits, model.head_dim if group == -1 else group, symmetric)

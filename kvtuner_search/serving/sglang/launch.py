@@ -101,6 +101,11 @@ def check_installation(version: str | None) -> None:
         raise ServingError(f"SGLANG_PLUGINS={','.join(allowed)} keeps the plugin out: add {found[0]}, or unset it")
 
 
+def command(python: str, arguments: Sequence[str]) -> list[str]:
+    """The command that starts SGLang's server with the interpreter ``python``."""
+    return [python, "-m", "sglang.launch_server", *arguments]
+
+
 def start(plan: ServePlan, arguments: Sequence[str]) -> NoReturn:
     """Become the server. Only a failure to do so returns, as an error.
 
@@ -112,9 +117,8 @@ def start(plan: ServePlan, arguments: Sequence[str]) -> NoReturn:
         flags.save_profile(plan.profile, plan.path)
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-m", "sglang.launch_server", *arguments]
     try:
-        os.execve(sys.executable, command, os.environ | plan.environment)
+        os.execve(sys.executable, command(sys.executable, arguments), os.environ | plan.environment)
     except OSError as error:
         raise ServingError(f"cannot start {sys.executable}: {error.strerror or error}") from error
 

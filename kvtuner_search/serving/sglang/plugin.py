@@ -6,15 +6,26 @@ flags are known to a supported SGLang's parser at all times, so that ``--help`` 
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module, metadata
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Final, Protocol, cast
 
 from kvtuner_search.errors import UsageError
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang.launcher import asked, refusing
 
-ADAPTERS: Final = {"0.5.14": "v0_5_14", "0.5.23": "v0_5_23"}  # SGLang's version -> the module that knows it
+
+def _adapters() -> dict[str, str]:
+    """SGLang's version -> the module that knows it, oldest first: every ``vX_Y_Z.py`` in this folder."""
+    found = [module.name for module in iter_modules([str(Path(__file__).parent)])]
+    versions = [tuple(map(int, name[1:].split("_"))) for name in found if re.fullmatch(r"v\d+(_\d+)+", name)]
+    return {".".join(map(str, v)): f"v{'_'.join(map(str, v))}" for v in sorted(versions)}
+
+
+ADAPTERS: Final = _adapters()
 
 
 class Adapter(Protocol):

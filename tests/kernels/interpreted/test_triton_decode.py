@@ -5,7 +5,7 @@ import torch
 
 from kvtuner_kernels import decode as decode_module
 from kvtuner_kernels.decode import decode, decode_workspace, merge_constants
-from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import CODE_BITS, RAW, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.reference import attend, pack_rows
 from kvtuner_kernels.tuning import DecodeLaunch
 from tests.kernels.fitted import made_up
@@ -67,8 +67,8 @@ def check(
         assert error <= TOLERANCE[dtype], f"request {request} of {lengths}: {error:.1e}"
 
 
-@pytest.mark.parametrize("key", [2, 4, 8])
-@pytest.mark.parametrize("value", [2, 4, 8])
+@pytest.mark.parametrize("key", CODE_BITS)
+@pytest.mark.parametrize("value", CODE_BITS)
 def test_every_pair_of_widths(key: int, value: int) -> None:
     check(LayerSpec(TensorSpec(key, 64), TensorSpec(value, 32)), [63, 0, 1, 20])
 

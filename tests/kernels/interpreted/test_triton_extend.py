@@ -7,7 +7,7 @@ import torch
 
 from kvtuner_kernels import extend as extend_module
 from kvtuner_kernels.extend import extend
-from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import CODE_BITS, RAW, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.reference import pack_rows, unpack_rows
 from kvtuner_kernels.tuning import extend_launch
 from tests.kernels.fitted import made_up
@@ -89,8 +89,8 @@ def check(
         assert error <= TOLERANCE[dtype], f"request {request}: {error:.1e}"
 
 
-@pytest.mark.parametrize("key", [2, 4, 8])
-@pytest.mark.parametrize("value", [2, 4, 8])
+@pytest.mark.parametrize("key", CODE_BITS)
+@pytest.mark.parametrize("value", CODE_BITS)
 def test_every_pair_of_widths(key: int, value: int) -> None:
     check(LayerSpec(TensorSpec(key, 64), TensorSpec(value, 32)), [70, 0, 1], [5, 9, 0])
 

@@ -8,7 +8,7 @@ from kvtuner_kernels.band_kernel import store_bands_constants
 from kvtuner_kernels.bands import is_first, join_basis, unpack_bands
 from kvtuner_kernels.basis_kernel import transform_constants
 from kvtuner_kernels.gather import gather, move
-from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import CODE_BITS, RAW, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.quantize import store
 from kvtuner_kernels.reference import Centres, pack_rows, unpack_rows
 from tests.kernels.fitted import made_up
@@ -64,7 +64,7 @@ def test_rows_are_the_reference_bit_for_bit(key: TensorSpec, value: TensorSpec) 
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", CODE_BITS)
 @pytest.mark.parametrize("rotated", [False, True])
 def test_every_head_dim(head_dim: int, bits: int, rotated: bool) -> None:
     whole = TensorSpec(bits, head_dim, rotated=rotated)

@@ -366,7 +366,7 @@ def test_nor_is_its_tokenizer_for_sglangs_own_client(
     fake: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = json.loads((reference_model_path() / "config.json").read_text())
-    monkeypatch.setattr("kvtuner_search.bench.served.served_config", lambda *_, **__: config)
+    monkeypatch.setattr("kvtuner_search.serving.sglang.engine.served_config", lambda *_, **__: config)
     server = fake(model_path="evil/model")
     with pytest.raises(
         UsageError, match=r"would fetch the tokenizer of evil/model, which .* names: name the model with --model-path"

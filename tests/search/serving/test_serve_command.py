@@ -449,8 +449,8 @@ def test_torch_is_not_imported_before_sglang_starts(small: tuple[Path, Path], tm
     (tmp_path / "hub" / "models--example--small" / "refs").mkdir()
     (tmp_path / "hub" / "models--example--small" / "refs" / "main").write_text("0" * 40)
     program = (
-        "import os, sys\nfrom kvtuner_search.cli import serve\nfrom kvtuner_search.cli.main import run\n"
-        "serve.check_installation = lambda version: None\n"
+        "import os, sys\nfrom kvtuner_search.serving.sglang import engine\nfrom kvtuner_search.cli.main import run\n"
+        "engine.check_installation = lambda plan: None\n"
         "def execve(path, arguments, environment):\n"
         "    print([name for name in ('torch', 'sglang', 'triton', 'datasets', 'optuna') if name in sys.modules])\n"
         "    print('KVTUNER_SERVING' in environment, *arguments[1:3])\n"

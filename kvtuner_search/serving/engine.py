@@ -1,0 +1,156 @@
+"""The one door to an engine: what the rest of the program needs of ``serving/<engine>``, whichever engine that is.
+
+Nothing outside an engine's folder imports from it (``tests/test_house.py``). A second engine is a folder beside ``serving/sglang`` whose
+module ``engine`` offers what :class:`Engine` lists. Neither torch nor an engine is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final, NoReturn, Protocol, cast
+
+from kvtuner_search.errors import UsageError
+from kvtuner_search.profile.schema import ModelInfo
+
+DEFAULT: Final = "sglang"
+
+
+class Option(Protocol):
+    """An option of ``serve`` that is the engine's, as its help lists it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def help(self) -> str: ...
+    @property
+    def choices(self) -> tuple[int, ...] | None: ...
+    @property
+    def metavar(self) -> str: ...
+    @property
+    def bare(self) -> bool | None: ...
+
+
+class Engine(Protocol):
+    """What the module ``kvtuner_search.serving.<engine>.engine`` offers."""
+
+    @property
+    def NAME(self) -> str:
+        """Of its package, by which versions are told, e.g. sglang."""
+
+    @property
+    def TITLE(self) -> str:
+        """As texts call it, e.g. SGLang."""
+
+    @property
+    def PROFILE(self) -> str:
+        """Option that names the profile."""
+
+    @property
+    def AS_STORED(self) -> str:
+        """Option by which a prompt's own keys and values are read as stored too."""
+
+    @property
+    def FLAGS(self) -> Sequence[Option]:
+        """All options that say how the cache is stored, those two included."""
+
+    @property
+    def EXAMPLES(self) -> Sequence[tuple[str, str]]:
+        """The engine's own options that users need most, each with its help."""
+
+    def prepare(
+        self, arguments: Sequence[str], profile: str | None, as_stored: bool, gpu_memory: int | None
+    ) -> tuple[Any, list[str]]:
+        """Check a command line and plan the server, before anything is started; returns the plan and the engine's whole argument list.
+
+        Args:
+            arguments: all that ``serve`` did not take for itself.
+            profile: the profile's file, if one is given.
+            as_stored: read a prompt's own keys and values as stored too.
+            gpu_memory: bytes of one GPU's memory, if the user says so.
+
+        Raises:
+            KVTunerError: with the reason and the remedy.
+        """
+
+    def plan_json(self, plan: Any) -> dict[str, Any]:
+        """The plan as plain JSON."""
+
+    def plan_text(self, plan: Any) -> str:
+        """The plan as lines for a terminal."""
+
+    def check_installation(self, plan: Any) -> None:
+        """Refuse an engine that is missing, or of a version that cannot serve a profile.
+
+        Raises:
+            ServingError: with what to install or unset.
+        """
+
+    def start(self, plan: Any, arguments: Sequence[str]) -> NoReturn:
+        """Become the server.
+
+        Raises:
+            ServingError: if that fails.
+        """
+
+    def command(self, python: str, arguments: Sequence[str]) -> list[str]:
+        """The command that starts a server with these arguments in the environment of the interpreter ``python``."""
+
+    def api_key(self, given: str | None, arguments: Sequence[str]) -> str | None:
+        """The key that a server wants: as given, or as one that is started with these arguments gets it.
+
+        Raises:
+            UsageError: if no HTTP header can carry it.
+        """
+
+    def served_model(
+        self, model_path: str, revision: str | None = None, overrides: str | None = None, context: int | None = None
+    ) -> ModelInfo:
+        """The shape of the model that a server loads, from a folder or hub id and what its options change of config.json.
+
+        Raises:
+            DataError, UsageError: if its config.json cannot be read, or it cannot be served with a profile.
+        """
+
+    def served_config(
+        self, model_path: str, revision: str | None = None, overrides: str | None = None, *, fetch: bool = True
+    ) -> dict[str, Any]:
+        """The content of config.json as a server reads it; ``fetch``: whether a hub id may be fetched.
+
+        Raises:
+            DataError, UsageError: if it cannot be read.
+        """
+
+    def stage_layers(
+        self, layer_bytes: Sequence[int], stages: int, environment: Mapping[str, str] = os.environ
+    ) -> tuple[int, ...]:
+        """The number of layers that each pipeline stage gets.
+
+        Args:
+            layer_bytes: bytes a token of each layer, on one rank.
+            stages: pipeline stages.
+            environment: where the user's own choice is looked for.
+
+        Raises:
+            UsageError: if the layers cannot be divided so.
+        """
+
+
+@cache
+def engine(name: str = DEFAULT) -> Engine:
+    """An engine, by the name of its folder.
+
+    Raises:
+        UsageError: if there is no such engine.
+
+    Example:
+        >>> engine().TITLE
+        'SGLang'
+    """
+    found = sorted(path.parent.name for path in Path(__file__).parent.glob("*/engine.py"))
+    if name not in found:
+        raise UsageError(f"{name!r} is no engine: choose from {', '.join(found)}")
+    return cast(Engine, import_module(f"kvtuner_search.serving.{name}.engine"))
