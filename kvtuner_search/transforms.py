@@ -91,7 +91,7 @@ def check_transforms(profile: Profile, folder: Path) -> bytes | None:
     from safetensors import SafetensorError, deserialize
 
     try:
-        tensors = dict(deserialize(data))
+        tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ProfileError(f"{path} is no safetensors file: {first_line(error)}; restore it") from error
     if sorted(tensors) != sorted(shapes):
