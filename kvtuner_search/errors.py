@@ -10,6 +10,11 @@ from enum import IntEnum
 from kvtuner_search.secrets import mask
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as far as one line goes: the first that is not blank, or else the error's type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class ExitCode(IntEnum):
     """What a command returns to the shell."""
 

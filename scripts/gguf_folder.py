@@ -29,7 +29,7 @@ from typing import Any, Final
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from kvtuner_search.errors import DataError, ExitCode, KVTunerError, UsageError  # noqa: E402
+from kvtuner_search.errors import DataError, ExitCode, KVTunerError, UsageError, first_line  # noqa: E402
 
 NOTE: Final = "kvtuner-gguf.json"  # in the folder: which GGUF file it was made of
 GGUF_PACKAGE: Final = "gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd"  # code, so by its digest
@@ -208,7 +208,7 @@ def convert(file: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
         tokenizer: Any = AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError, RuntimeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first = first_line(error)
         raise DataError(
             f"{file} cannot be read ({first.rstrip('.')}): give a GGUF file of a model that transformers knows"
         ) from error

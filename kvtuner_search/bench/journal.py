@@ -11,7 +11,6 @@ A line is one of
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +18,7 @@ from typing import Any, Final
 from kvtuner_search.bench.client import RequestResult
 from kvtuner_search.bench.record import Reading, Section, Shape
 from kvtuner_search.errors import DataError
-from kvtuner_search.servers.folder import whole_lines
+from kvtuner_search.json_lines import JsonLines, whole_lines
 
 REQUESTS: Final = "requests.jsonl"
 
@@ -96,8 +95,7 @@ class RequestJournal:
 
     def __init__(self, path: Path) -> None:
         self.contents = open_contents(path)
-        self._stream = path.open("ab")
-        self._stream.truncate(self.contents.length)
+        self._lines = JsonLines(path, self.contents.length)
 
     @property
     def cells(self) -> dict[str, CellLog]:
@@ -106,40 +104,36 @@ class RequestJournal:
 
     def identify(self, server: dict[str, Any]) -> None:
         """Keep what the server that answers from here on says of itself."""
-        self._write({"server": server})
+        self._lines.write({"server": server})
         self.contents.server = server
 
     def begin(self, key: str, section: Section, shape: Shape) -> CellLog:
         """Start an attempt at a cell."""
-        self._write({"cell": key, "begin": {"section": section, "shape": shape.model_dump()}})
+        self._lines.write({"cell": key, "begin": {"section": section, "shape": shape.model_dump()}})
         self.cells.pop(key, None)
         self.cells[key] = CellLog(section, shape)
         return self.cells[key]
 
     def result(self, key: str, result: RequestResult) -> None:
         """Keep one request."""
-        self._write({"cell": key, "result": result.to_json()})
+        self._lines.write({"cell": key, "result": result.to_json()})
         self.cells[key].results.append(result)
 
     def reading(self, key: str, reading: Reading) -> None:
         """Keep a reading between two rounds."""
-        self._write({"cell": key, "reading": reading.model_dump()})
+        self._lines.write({"cell": key, "reading": reading.model_dump()})
         self.cells[key].readings.append(reading)
 
     def end(self, key: str) -> None:
         """The attempt is finished."""
-        self._write({"cell": key, "end": True})
+        self._lines.write({"cell": key, "end": True})
         self.cells[key].done = True
 
     def session(self, found: dict[str, Any]) -> None:
         """Keep what was known at the end of a session."""
-        self._write({"session": found})
+        self._lines.write({"session": found})
         self.contents.sessions.append(found)
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        self._stream.flush()
+        self._lines.close()

@@ -7,7 +7,7 @@ from typing import Final
 
 from kvtuner_kernels.layout import BANDS, UNIFORM_BITS, LayerSpec
 from kvtuner_search.calibration.candidates import Pair, StorageClass
-from kvtuner_search.calibration.proxy import ProxyPoint, predicted_front, proxy_front
+from kvtuner_search.calibration.proxy import ProxyPoint, affordable_point, predicted_front
 from kvtuner_search.calibration.space import Space
 from kvtuner_search.calibration.study import Anchor
 
@@ -40,23 +40,21 @@ def preset_pairs(layers: Sequence[LayerSpec], classes: Sequence[StorageClass]) -
     return [(by_bits[layer.key.bits], by_bits[layer.value.bits]) for layer in layers]
 
 
-def affordable_point(space: Space, front: Sequence[ProxyPoint], budget: float) -> ProxyPoint | None:
-    """The dearest proxy optimum within the budget."""
-    return next((p for p in reversed(front) if p.nbytes <= budget and space.cost(p.choices) <= budget), None)
-
-
 def anchors(
-    space: Space, uniform: Sequence[Pair], presets: Sequence[Sequence[Pair]], budgets: Sequence[int]
+    space: Space,
+    front: Sequence[ProxyPoint],
+    uniform: Sequence[Pair],
+    presets: Sequence[Sequence[Pair]],
+    budgets: Sequence[int],
 ) -> list[Anchor]:
-    """All first trials, each setting once: optima of what gradients predict, proxy optima at and just below the budgets, uniform
-    settings, presets."""
+    """All first trials, each setting once: optima of what gradients predict, optima of the proxy's ``front`` at and just below the
+    budgets, uniform settings, presets."""
     found: dict[tuple[int, ...], str] = {}
     predicted = predicted_front(space)
     for budget in budgets:
         point = affordable_point(space, predicted, budget)
         if point is not None:
             found.setdefault(point.choices, "fisher")
-    front = proxy_front(space)
     for budget in budgets:
         for fraction in NEARBY:
             point = affordable_point(space, front, budget * fraction)

@@ -66,7 +66,6 @@ def _judge(run: CalibrationRun, plan: SearchPlan, name: str) -> HeldOutScorer:
     split = run.data.selection if name == "selection" else run.data.test
     with run.reporter.stage(f"score the 16-bit cache ({name})", split.tokens) as advance:
         scorer = Scorer(run.scorer.runner, [split.samples], batch_tokens=run.options.batch_tokens, advance=advance)
-    scorer.advance = lambda _: None
     return HeldOutScorer(scorer, plan.centres)
 
 

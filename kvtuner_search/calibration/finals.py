@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kvtuner_kernels.layout import bytes_per_token, effective_bits
 from kvtuner_kernels.reference import Centres
+from kvtuner_search.calibration.record import Compared, Difference
 from kvtuner_search.calibration.space import Space
 from kvtuner_search.calibration.study import FinishedTrial
 from kvtuner_search.evaluation.scorer import Scorer, Scores
@@ -74,31 +76,29 @@ def finalists(
     return list({c.setting: c for c in reversed(picked)}.values())[::-1]
 
 
-def verdict(interval: Interval) -> str:
+def verdict(interval: Interval) -> Literal["same", "better", "worse", "inconclusive"]:
     """What an interval of ``chosen - rival`` says about the chosen setting."""
     if interval.low == interval.high == 0:
         return "same"
     return "better" if interval.high < 0 else "worse" if interval.low > 0 else "inconclusive"
 
 
-def row(
-    result: HeldOutResult, chosen: HeldOutResult, baseline: Scores, kv_heads: int, head_dim: int
-) -> dict[str, object]:
-    """One line of the comparison on the test split, as plain JSON."""
+def row(result: HeldOutResult, chosen: HeldOutResult, baseline: Scores, kv_heads: int, head_dim: int) -> Compared:
+    """One line of the comparison on the test split."""
     interval = paired_loss(chosen.scores, result.scores)
     own = paired_loss(result.scores, baseline)
     setting = result.candidate.setting
-    return {
-        "name": result.candidate.name,
-        "origin": result.candidate.origin,
-        "bytes_per_token": bytes_per_token(setting, kv_heads, head_dim),
-        "effective_bits": effective_bits(setting, kv_heads, head_dim),
-        "layers": [str(layer) for layer in setting],
-        "search_loss": result.candidate.search_loss,
-        "loss": result.scores.loss,
-        "loss_low": own.low,
-        "loss_high": own.high,
-        "measures": [measure.model_dump() for measure in measures(result.scores, baseline, "test")],
-        "chosen_minus_this": {"estimate": interval.estimate, "low": interval.low, "high": interval.high},
-        "verdict": verdict(interval),
-    }
+    return Compared(
+        name=result.candidate.name,
+        origin=result.candidate.origin,
+        bytes_per_token=bytes_per_token(setting, kv_heads, head_dim),
+        effective_bits=effective_bits(setting, kv_heads, head_dim),
+        layers=[str(layer) for layer in setting],
+        search_loss=result.candidate.search_loss,
+        loss=result.scores.loss,
+        loss_low=own.low,
+        loss_high=own.high,
+        measures=measures(result.scores, baseline, "test"),
+        chosen_minus_this=Difference(**interval._asdict()),
+        verdict=verdict(interval),
+    )

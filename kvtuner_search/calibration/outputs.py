@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
 import torch
 
 from kvtuner_search import __version__
-from kvtuner_search.calibration.anchors import affordable_point
 from kvtuner_search.calibration.candidates import pair_name
 from kvtuner_search.calibration.choosing import TargetResult
 from kvtuner_search.calibration.finals import row
+from kvtuner_search.calibration.front import pareto_front
 from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.pipeline import CalibrationRun
 from kvtuner_search.calibration.plan import SearchPlan
-from kvtuner_search.calibration.proxy import proxy_front
+from kvtuner_search.calibration.proxy import ProxyPoint, affordable_point
+from kvtuner_search.calibration.record import (
+    VERSION,
+    CalibrationRecord,
+    OptionsRecord,
+    RunEnvironment,
+    SearchSpace,
+    TargetRecord,
+    Trial,
+    Variable,
+)
 from kvtuner_search.calibration.space import Space
 from kvtuner_search.calibration.study import FinishedTrial, hypervolume, rung_ratio
 from kvtuner_search.data.types import Dataset, Split
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.statistics import measures
-from kvtuner_search.profile.fields import DataInfo
-from kvtuner_search.profile.schema import MAX_FRONT, MAX_POINTS, LayerEntry, SearchInfo, storage_of
+from kvtuner_search.evaluation.stored import Setting
+from kvtuner_search.profile.build import build
+from kvtuner_search.profile.fields import DataInfo, Measure
+from kvtuner_search.profile.schema import MAX_FRONT, MAX_POINTS, ModelInfo, ParetoPoint, Profile, Provenance, SearchInfo
 from kvtuner_search.profile.text import shortened
 
-RECORD_VERSION: Final = 1
 LIBRARIES: Final = ("torch", "transformers", "optuna", "numpy")
 
 
-def data_info(data: Dataset) -> list[dict[str, Any]]:
-    """DataInfo of every source and split."""
+def data_info(data: Dataset) -> list[DataInfo]:
+    """Every source and split."""
     return [
-        DataInfo(
-            name=name, split=split.name, samples=len(part.samples), tokens=part.tokens, digest=part.digest
-        ).model_dump()
+        DataInfo(name=name, split=split.name, samples=len(part.samples), tokens=part.tokens, digest=part.digest)
         for split in data
         for name, part in split.by_source().items()
     ]
@@ -62,32 +72,19 @@ def thinned(front: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def profile_content(
-    run: CalibrationRun,
-    plan: SearchPlan,
-    space: Space,
-    target: TargetResult,
-    test: Scorer,
-    found: Sequence[FinishedTrial],
-    name: str,
+    run: CalibrationRun, space: Space, target: TargetResult, test: Scorer, found: Sequence[FinishedTrial]
 ) -> dict[str, Any]:
-    """A profile's content without its digest and its transforms' digest."""
-    heads, head_dim = run.shape
-    setting = list(target.chosen.candidate.setting)
-    front: list[dict[str, Any]] = []
-    complete = sorted(
-        (t for t in found if t.outcome.complete and not t.duplicate),
-        key=lambda t: (space.nbytes(t.choices), t.outcome.loss, t.number),
-    )
-    for trial in complete:
-        if not front or trial.outcome.loss < front[-1]["loss"]:
-            front.append(
-                {
-                    "bytes_per_token": space.nbytes(trial.choices),
-                    "loss": trial.outcome.loss,
-                    "origin": trial.origin,
-                    "layers": [str(layer) for layer in space.setting(trial.choices)],
-                }
-            )
+    """What all workers must write alike of a profile, as plain JSON; :func:`sealed` makes the profile of it."""
+    complete = sorted((t for t in found if t.outcome.complete and not t.duplicate), key=lambda t: t.number)
+    front = [
+        {
+            "bytes_per_token": space.nbytes(trial.choices),
+            "loss": trial.outcome.loss,
+            "origin": trial.origin,
+            "layers": [str(layer) for layer in space.setting(trial.choices)],
+        }
+        for trial in pareto_front(complete, lambda t: space.nbytes(t.choices), lambda t: t.outcome.loss)
+    ]
     info = SearchInfo(
         sampler=run.options.sampler,
         seed=run.options.seed,
@@ -109,10 +106,7 @@ def profile_content(
             0, "made on the embedded reference model, a 13.9 M-parameter test instrument: of no use for another model"
         )
     return {
-        "name": name,
         "model": run.loaded.info.model_dump(mode="json"),
-        "layers": [LayerEntry.of(spec).model_dump() for spec in setting],
-        "storage": storage_of(setting, heads, head_dim).model_dump(),
         "quality": [m.model_dump() for m in measures(target.chosen.scores, test.baseline_all(), "test")],
         "pareto": thinned(front),
         "provenance": {
@@ -125,22 +119,36 @@ def profile_content(
             "device": torch.cuda.get_device_name(run.loaded.device) if run.loaded.device.type == "cuda" else "cpu",
             "dtype": str(run.loaded.dtype).removeprefix("torch."),
             "search": info.model_dump(),
-            "data": data_info(run.data),
+            "data": [data.model_dump() for data in data_info(run.data)],
             "notes": notes,
         },
     }
+
+
+def sealed(name: str, setting: Setting, content: Mapping[str, Any], transforms: bytes | None) -> Profile:
+    """The profile of a content that the workers agreed on (:func:`profile_content`)."""
+    return build(
+        name,
+        setting,
+        ModelInfo.model_validate(content["model"]),
+        Provenance.model_validate(content["provenance"]),
+        quality=[Measure.model_validate(measure) for measure in content["quality"]],
+        pareto=[ParetoPoint.model_validate(point) for point in content["pareto"]],
+        transforms=transforms,
+    )
 
 
 def record(
     run: CalibrationRun,
     plan: SearchPlan,
     space: Space,
+    front: Sequence[ProxyPoint],
     found: Sequence[FinishedTrial],
     random: Sequence[FinishedTrial],
     targets: Sequence[TargetResult],
     test: Scorer,
-) -> dict[str, Any]:
-    """Everything that the report shows, as plain JSON."""
+) -> CalibrationRecord:
+    """Everything that the report shows."""
     heads, head_dim = run.shape
     reference_loss = max((t.outcome.loss for t in [*found, *random] if t.outcome.complete), default=1.0)
     corner = (16.0, reference_loss)
@@ -152,73 +160,70 @@ def record(
     groups["uniform"] = [t.outcome for t in found if space.uniform_pair(t.choices)]
     for origin in ("fisher", "proxy", "preset"):
         groups[origin] = [t.outcome for t in found if t.origin == origin]
-    return {
-        "record_version": RECORD_VERSION,
-        "tool": f"kvtuner-search {__version__}",
-        "model": run.loaded.info.model_dump(mode="json"),
-        "options": asdict(run.options),
-        "data": data_info(run.data),
-        "sensitivity": plan.to_json(transforms=False)["layers"],
-        "space": {
-            "variables": [
-                {"name": v.name, "layers": list(v.layers), "pairs": [pair_name(p) for p in v.pairs]}
+    at_targets = [affordable_point(space, front, run.total_bytes(t.bits)) for t in targets if t.bits is not None]
+    return CalibrationRecord(
+        record_version=VERSION,
+        tool=f"kvtuner-search {__version__}",
+        model=run.loaded.info,
+        options=OptionsRecord.model_validate_json(json.dumps(asdict(run.options))),
+        data=data_info(run.data),
+        sensitivity=plan.sensitivity(),
+        space=SearchSpace(
+            variables=[
+                Variable(name=v.name, layers=list(v.layers), pairs=[pair_name(p) for p in v.pairs])
                 for v in space.variables
             ],
-            "grouping_quality": space.grouping_quality,
-            "rejected_quality": space.rejected_quality,
-        },
-        "trials": [_trial(t, space) for t in found],
-        "random_trials": [_trial(t, space) for t in random],
-        "proxy_front": [[p.nbytes, p.loss] for p in proxy_front(space)],
-        "proxy_at_target": [
-            point.loss if (point := affordable_point(space, proxy_front(space), run.total_bytes(t.bits))) else None
-            for t in targets
-            if t.bits is not None
-        ],
-        "targets": [
-            {
-                "label": t.label,
-                "target_bits": t.bits,
-                "chosen": row(t.chosen, t.chosen, test.baseline_all(), heads, head_dim),
-                "rivals": [row(r, t.chosen, test.baseline_all(), heads, head_dim) for r in t.rivals],
-            }
+            grouping_quality=space.grouping_quality,
+            rejected_quality=space.rejected_quality,
+        ),
+        trials=[_trial(t, space) for t in found],
+        random_trials=[_trial(t, space) for t in random],
+        proxy_front=[(p.nbytes, p.loss) for p in front],
+        proxy_at_target=[point.loss if point else None for point in at_targets],
+        targets=[
+            TargetRecord(
+                label=t.label,
+                target_bits=t.bits,
+                chosen=row(t.chosen, t.chosen, test.baseline_all(), heads, head_dim),
+                rivals=[row(r, t.chosen, test.baseline_all(), heads, head_dim) for r in t.rivals],
+            )
             for t in targets
         ],
-        "hypervolume": {
+        hypervolume={
             name: hypervolume(outcomes, scale, (corner[0] * per_bit, corner[1])) / per_bit
             for name, outcomes in groups.items()
         },
-        "hypervolume_corner": list(corner),
-        "seconds": run.reporter.seconds,
-        "environment": environment(run),
-    }
+        hypervolume_corner=corner,
+        seconds=run.reporter.seconds,
+        environment=environment(run),
+    )
 
 
-def environment(run: CalibrationRun) -> dict[str, Any]:
+def environment(run: CalibrationRun) -> RunEnvironment:
     """Hardware, versions and peak memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cuda = run.loaded.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(run.loaded.device) if cuda else "cpu",
-        "threads": torch.get_num_threads(),
-        "dtype": str(run.loaded.dtype).removeprefix("torch."),
-        "peak_memory_bytes": peak,
-        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-        "python": platform.python_version(),
+    return RunEnvironment(
+        device=torch.cuda.get_device_name(run.loaded.device) if cuda else "cpu",
+        threads=torch.get_num_threads(),
+        dtype=str(run.loaded.dtype).removeprefix("torch."),
+        peak_memory_bytes=peak,
+        peak_gpu_memory_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+        python=platform.python_version(),
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
+    )
 
 
-def _trial(trial: FinishedTrial, space: Space) -> dict[str, Any]:
-    return {
-        "number": trial.number,
-        "origin": trial.origin,
-        "cost": trial.outcome.cost,
-        "bytes_per_token": space.nbytes(trial.choices),
-        "loss": trial.outcome.loss,
-        "rungs": list(trial.outcome.rungs),
-        "complete": trial.outcome.complete,
-        "seconds": trial.seconds,
-        "duplicate": trial.duplicate,
-        "layers": [str(layer) for layer in space.setting(trial.choices)],
-    }
+def _trial(trial: FinishedTrial, space: Space) -> Trial:
+    return Trial(
+        number=trial.number,
+        origin=trial.origin,
+        cost=trial.outcome.cost,
+        bytes_per_token=space.nbytes(trial.choices),
+        loss=trial.outcome.loss,
+        rungs=list(trial.outcome.rungs),
+        complete=trial.outcome.complete,
+        seconds=trial.seconds,
+        duplicate=trial.duplicate,
+        layers=[str(layer) for layer in space.setting(trial.choices)],
+    )

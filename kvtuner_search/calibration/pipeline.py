@@ -15,7 +15,7 @@ from kvtuner_search.calibration.candidates import StorageClass, storage_classes
 from kvtuner_search.calibration.objective import TrialObjective, TrialOutcome
 from kvtuner_search.calibration.options import TIERS, CalibrationOptions, fingerprint
 from kvtuner_search.calibration.plan import SearchPlan, make_plan
-from kvtuner_search.calibration.proxy import proxy_front
+from kvtuner_search.calibration.proxy import ProxyPoint
 from kvtuner_search.calibration.space import Choices, Space, build_space
 from kvtuner_search.calibration.study import FinishedTrial, Study
 from kvtuner_search.data.load import load_dataset_for
@@ -81,7 +81,6 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> CalibrationRun:
     with reporter.stage("score the 16-bit cache", data.search.tokens) as advance:
         tiers = split_tiers(data.search)
         scorer = Scorer(runner, tiers, batch_tokens=options.batch_tokens, observe=moments, advance=advance)
-    scorer.advance = lambda _: None
     return CalibrationRun(options, reporter, loaded, data, scorer, moments, classes)
 
 
@@ -175,11 +174,10 @@ def presets(run: CalibrationRun) -> list[list[tuple[StorageClass, StorageClass]]
     return [found for found in rows if found is not None]
 
 
-def budgets(run: CalibrationRun, space: Space) -> list[int]:
-    """Costs that the search aims at: the targets, or where the proxy crosses fractions of ``max_loss``, as it may promise too much."""
+def budgets(run: CalibrationRun, front: Sequence[ProxyPoint]) -> list[int]:
+    """Costs that the search aims at: the targets, or where the proxy's front crosses fractions of ``max_loss``, as it may promise too much."""
     if run.options.max_loss is None:
         return [run.total_bytes(bits) for bits in run.options.target_bits]
-    front = proxy_front(space)
     near = [
         next((p.nbytes for p in front if p.loss <= run.options.max_loss * factor), front[-1].nbytes)
         for factor in (2.0, 1.0, 0.5)
@@ -188,13 +186,13 @@ def budgets(run: CalibrationRun, space: Space) -> list[int]:
 
 
 def search(
-    run: CalibrationRun, plan: SearchPlan, space: Space, study: Study, rival: Study | None
+    run: CalibrationRun, plan: SearchPlan, space: Space, front: Sequence[ProxyPoint], study: Study, rival: Study | None
 ) -> tuple[list[FinishedTrial], list[FinishedTrial]]:
     """Run the study, and the random search that it is compared with, to the end."""
-    goals = budgets(run, space)
+    goals = budgets(run, front)
     objective = TrialObjective(run.scorer, plan.centres, space, max(goals))
     for label, each, first in (
-        ("search", study, anchors(space, uniform_pairs(run.classes), presets(run), goals)),
+        ("search", study, anchors(space, front, uniform_pairs(run.classes), presets(run), goals)),
         ("random search", rival, []),
     ):
         if each is None:

@@ -17,6 +17,7 @@ from kvtuner_search.calibration.alone import LayerAlone, side_losses
 from kvtuner_search.calibration.banded import MEASURED, banded_pairs, class_spec, predicted_loss
 from kvtuner_search.calibration.basis import LayerWorth, SideWorth
 from kvtuner_search.calibration.candidates import Pair, StorageClass
+from kvtuner_search.calibration.record import Alone, HeadSides, LayerSensitivity, PairErrors, Sides
 from kvtuner_search.calibration.sensitivity import PairError, Sensitivity, best_variants
 from kvtuner_search.calibration.space import LayerOptions
 from kvtuner_search.evaluation.moments import Moments
@@ -35,36 +36,40 @@ class SearchPlan:
     centres: Mapping[int, Centres]  # by layer: bases, or centring vectors where bands are left out (see transform_of)
     worth: tuple[LayerWorth, ...] = ()  # by layer; empty where bands are left out
 
-    def to_json(self, *, transforms: bool = True) -> dict[str, Any]:
-        """Plain JSON; numbers read back exactly, errors with six digits.
-
-        Args:
-            transforms: with the centring vectors and bases, which a record has no use for.
-        """
-        layers: list[dict[str, Any]] = []
+    def sensitivity(self) -> list[LayerSensitivity]:
+        """What was measured, by layer; errors with six digits."""
+        found = []
         for index, (layer, errors) in enumerate(zip(self.options, self.errors, strict=True)):
-            layers.append(
-                {
-                    "keys": {str(name): [str(spec), layer.key_loss[name]] for name, spec in layer.keys.items()},
-                    "values": {str(name): [str(spec), layer.value_loss[name]] for name, spec in layer.values.items()},
-                    "errors": [
-                        [str(e.spec), *(float(f"{x:.6g}") for x in (e.e_k, e.e_v, e.e_a, e.e_o))] for e in errors
+            worth = self.worth[index] if self.worth else None
+            found.append(
+                LayerSensitivity(
+                    keys={str(name): Alone(str(spec), layer.key_loss[name]) for name, spec in layer.keys.items()},
+                    values={str(name): Alone(str(spec), layer.value_loss[name]) for name, spec in layer.values.items()},
+                    errors=[
+                        PairErrors(str(e.spec), *(float(f"{x:.6g}") for x in (e.e_k, e.e_v, e.e_a, e.e_o)))
+                        for e in errors
                     ],
-                }
+                    worth=Sides(keys=list(worth.keys.bands), values=list(worth.values.bands)) if worth else None,
+                    worth_by_head=HeadSides(
+                        keys=[list(row) for row in worth.keys.by_head],
+                        values=[list(row) for row in worth.values.by_head],
+                    )
+                    if worth
+                    else None,
+                )
             )
-            if self.worth:
-                sides = {"keys": self.worth[index].keys, "values": self.worth[index].values}
-                layers[-1]["worth"] = {name: list(side.bands) for name, side in sides.items()}
-                layers[-1]["worth_by_head"] = {
-                    name: [list(row) for row in side.by_head] for name, side in sides.items()
-                }
-            if transforms:
-                layers[-1]["centres"] = [_encode(self.centres[index].key), _encode(self.centres[index].value)]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; numbers read back exactly, errors with six digits."""
+        layers = [layer.model_dump(mode="json") for layer in self.sensitivity()]
+        for index, layer in enumerate(layers):
+            layer["centres"] = [_encode(self.centres[index].key), _encode(self.centres[index].value)]
         return {"fingerprint": self.fingerprint, "layers": layers}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], kv_heads: int, head_dim: int) -> Self:
-        """The inverse of to_json, with transforms."""
+        """The inverse of to_json."""
         options, errors, centres, worth = [], [], {}, []
         for index, layer in enumerate(content["layers"]):
             rows = tuple(PairError(LayerSpec.parse(row[0]), *row[1:]) for row in layer["errors"])

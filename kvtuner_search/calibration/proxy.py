@@ -69,10 +69,9 @@ def _front(space: Space, losses: Sequence[NDArray[np.float64]]) -> list[ProxyPoi
     return front
 
 
-def at_budget(front: Sequence[ProxyPoint], nbytes: float) -> ProxyPoint | None:
-    """The best point of at most ``nbytes`` bytes, if there is one."""
-    fitting = [point for point in front if point.nbytes <= nbytes]
-    return fitting[-1] if fitting else None
+def affordable_point(space: Space, front: Sequence[ProxyPoint], budget: float) -> ProxyPoint | None:
+    """The dearest proxy optimum within the budget."""
+    return next((p for p in reversed(front) if p.nbytes <= budget and space.cost(p.choices) <= budget), None)
 
 
 @dataclass(frozen=True)

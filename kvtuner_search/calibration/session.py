@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import subprocess
@@ -21,15 +19,16 @@ import torch
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.calibration.choosing import TargetResult, choose
 from kvtuner_search.calibration.options import CalibrationOptions
-from kvtuner_search.calibration.outputs import profile_content, record, without_interval
+from kvtuner_search.calibration.outputs import profile_content, record, sealed, without_interval
 from kvtuner_search.calibration.pipeline import CalibrationRun, analyse, make_space, prepare, search
+from kvtuner_search.calibration.proxy import proxy_front
+from kvtuner_search.calibration.record import CalibrationRecord, dumps
 from kvtuner_search.calibration.samplers import RANDOM
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.calibration.workers import at_work
 from kvtuner_search.errors import DataError, UsageError
-from kvtuner_search.evaluation.stored import Setting
 from kvtuner_search.files import check_writable, refuse_unusual, write_atomic
-from kvtuner_search.profile.canonical import save, seal
+from kvtuner_search.profile.build import write
 from kvtuner_search.progress import Reporter
 from kvtuner_search.transforms import centres_file
 
@@ -59,7 +58,9 @@ class CalibrationSession:
 
 
 def calibrate(
-    options: CalibrationOptions, session: CalibrationSession, publish: Callable[[dict[str, Any], Path], Sequence[Path]]
+    options: CalibrationOptions,
+    session: CalibrationSession,
+    publish: Callable[[CalibrationRecord, Path], Sequence[Path]],
 ) -> list[Path]:
     """Run a calibration and write ``NAME-BITS.json``, ``.safetensors`` and ``record.json``.
 
@@ -95,16 +96,16 @@ def calibrate(
                 if each is not None:
                     each.fail_abandoned(everyone=True)
         space = make_space(run, plan)
+        front = proxy_front(space)
         with _helpers(session, reporter, lock) as wait:
-            search(run, plan, space, study, rival)
+            search(run, plan, space, front, study, rival)
             if session.join:
                 return []
             wait()
         found, random = study.settled(options.trials), rival.settled(options.trials) if rival is not None else []
         targets, test = choose(run, plan, space, found, random)
         made = [
-            [profile_content(run, plan, space, t, test, found, "profile"), [str(s) for s in t.chosen.candidate.setting]]
-            for t in targets
+            [profile_content(run, space, t, test, found), [str(s) for s in t.chosen.candidate.setting]] for t in targets
         ]
         # Another machine's last digits may differ: all workers write what the first one measured.
         key = f"profiles {options.trials} {'with' if rival is not None else 'without'} a random search"
@@ -112,13 +113,15 @@ def calibrate(
         with _keeping():
             paths = []
             for target, (content, layers) in zip(targets, agreed, strict=True):
-                content["name"] = _profile_name(run, session, target)
                 setting = tuple(map(LayerSpec.parse, layers))
-                paths.append(_write_profile(session.output, content, setting, plan.centres))
-            content = record(run, plan, space, found, random, targets, test)
+                fitted = any(side.fitted for layer in setting for side in (layer.key, layer.value))
+                data = centres_file(setting, plan.centres) if fitted else None
+                profile = sealed(_profile_name(run, session, target), setting, content, data)
+                paths.append(write(profile, session.output, data))
+            made_record = record(run, plan, space, front, found, random, targets, test)
             written = session.output / "record.json"
-            write_atomic(written, json.dumps(content, sort_keys=True, allow_nan=False) + "\n")
-            for path in [*paths, *publish(content, session.output), written]:
+            write_atomic(written, dumps(made_record))
+            for path in [*paths, *publish(made_record, session.output), written]:
                 reporter.say(f"wrote {path}")
         return paths
 
@@ -247,15 +250,3 @@ def _profile_name(run: CalibrationRun, session: CalibrationSession, target: Targ
     stem = session.name or run.loaded.info.id.rsplit("/", 1)[-1]
     label = f"{target.bits:.2f}bit" if target.bits is not None else f"loss{run.options.max_loss:g}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{stem}-{label}").lstrip("._-")[:128]
-
-
-def _write_profile(folder: Path, content: dict[str, Any], setting: Setting, centres: Any) -> Path:
-    """Write the transforms, then the profile that names them; returns the profile's path."""
-    if any(side.fitted for layer in setting for side in (layer.key, layer.value)):
-        data = centres_file(setting, centres)
-        file = f"{content['name']}.safetensors"
-        write_atomic(folder / file, data)
-        content["transforms"] = {"file": file, "digest": "sha256:" + hashlib.sha256(data).hexdigest()}
-    path = folder / f"{content['name']}.json"
-    save(seal(content), path)
-    return path

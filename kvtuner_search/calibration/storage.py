@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from kvtuner_search.calibration.journal import LOST, CheckedJournal
-from kvtuner_search.errors import DataError, KVTunerError, UsageError
+from kvtuner_search.errors import DataError, KVTunerError, UsageError, first_line
 from kvtuner_search.files import FULL, make_room, unusual
 
 # What a driver's module is installed as, where the names differ.
@@ -281,4 +281,4 @@ def _chain(error: BaseException | None) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+    return first_line(error).rstrip(".")

@@ -23,9 +23,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kvtuner_search.calibration.agreement import agree, agreed, difference, open_study
 from kvtuner_search.calibration.candidates import pair_name
+from kvtuner_search.calibration.front import pareto_front
 from kvtuner_search.calibration.membership import Membership
 from kvtuner_search.calibration.objective import TrialOutcome
-from kvtuner_search.calibration.proxy import correct, proxy_front
+from kvtuner_search.calibration.proxy import affordable_point, correct, proxy_front
 from kvtuner_search.calibration.samplers import RANDOM, make
 from kvtuner_search.calibration.space import Choices, Space
 from kvtuner_search.calibration.storage import Store, open_storage
@@ -301,11 +302,9 @@ class Study:
         for _ in range(DRAWS):
             front = proxy_front(space, correction.draw(rng))
             budget = budgets[len(done) % len(budgets)]
-            best = next(
-                (p.choices for p in reversed(front) if p.nbytes <= budget and space.cost(p.choices) <= budget), None
-            )
-            if best is not None and best not in tried:
-                return best
+            best = affordable_point(space, front, budget)
+            if best is not None and best.choices not in tried:
+                return best.choices
         return None
 
     def _random(self, space: Space, count: int, budget: int, draw: int) -> Choices:
@@ -325,15 +324,11 @@ def hypervolume(outcomes: Sequence[TrialOutcome], scale: float, corner: tuple[fl
         outcomes: what was found; the loss of an early stop is multiplied by ``scale`` (see rung_ratio).
     """
     area, edge = 0.0, math.log10(corner[1])
-    points = sorted(
-        (o.cost, math.log10(max(o.loss * (1 if o.complete else scale), LEAST_LOSS)))
-        for o in outcomes
-        if o.cost < corner[0]
-    )
-    for cost, loss in points:
-        if loss < edge:
-            area += (corner[0] - cost) * (edge - loss)
-            edge = loss
+    points = [(o.cost, math.log10(max(o.loss * (1 if o.complete else scale), LEAST_LOSS))) for o in outcomes]
+    inside = (point for point in points if point[0] < corner[0] and point[1] < edge)
+    for cost, loss in pareto_front(inside, lambda point: point[0], lambda point: point[1]):
+        area += (corner[0] - cost) * (edge - loss)
+        edge = loss
     return area
 
 
@@ -345,14 +340,8 @@ def rung_ratio(trials: Sequence[FinishedTrial]) -> float:
 
 def pareto(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     """Complete trials that no other complete trial beats on both cost and loss, cheapest first."""
-    front: list[FinishedTrial] = []
-    for trial in sorted(
-        (t for t in trials if t.outcome.complete and not t.duplicate),
-        key=lambda t: (t.outcome.cost, t.outcome.loss, t.number),
-    ):
-        if not front or trial.outcome.loss < front[-1].outcome.loss:
-            front.append(trial)
-    return front
+    whole = sorted((t for t in trials if t.outcome.complete and not t.duplicate), key=lambda t: t.number)
+    return pareto_front(whole, lambda t: t.outcome.cost, lambda t: t.outcome.loss)
 
 
 def _comparable(outcome: TrialOutcome, others: Sequence[FinishedTrial]) -> float:

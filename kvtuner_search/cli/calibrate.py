@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from kvtuner_search.cli.interrupts import end_with, kill_as_interrupt
 from kvtuner_search.cli.options import quiet_option
 from kvtuner_search.cli.run_options import CONTEXT, data_options, loading, model_options, space_options
 from kvtuner_search.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtuner_search.calibration.record import CalibrationRecord
 
 
 @click.command(
@@ -128,7 +131,7 @@ def command(**options: Any) -> None:
         calibrate(CalibrationOptions(model=loading(options), **options), session, _publish)
 
 
-def _publish(record: dict[str, Any], folder: Path) -> list[Path]:
+def _publish(record: CalibrationRecord, folder: Path) -> list[Path]:
     """Write the report and print its summary; returns the files written."""
     from rich.console import Console
 

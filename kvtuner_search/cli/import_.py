@@ -9,13 +9,14 @@ import click
 
 from kvtuner_search import __version__
 from kvtuner_search.files import write_atomic
-from kvtuner_search.profile.canonical import dumps, read_limited, seal
+from kvtuner_search.profile.build import build
+from kvtuner_search.profile.canonical import dumps, read_limited
 from kvtuner_search.profile.convert import FORMATS
 from kvtuner_search.profile.convert.base import MAX_SOURCE, LossyError, Source, parse
 from kvtuner_search.profile.convert.kvtuner import SCHEMES
 from kvtuner_search.profile.fields import MAX_NOTES
 from kvtuner_search.profile.model_support import read_supported
-from kvtuner_search.profile.schema import NAME_PATTERN, LayerEntry, storage_of
+from kvtuner_search.profile.schema import NAME_PATTERN, Provenance
 from kvtuner_search.profile.text import bounded, printable
 
 
@@ -75,22 +76,13 @@ def command(
     report_losses(result.lost, result.notes, allow_lossy, "a profile")
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:128]
     how = f", scheme {scheme}" if scheme else ""
-    profile = seal(
-        {
-            "name": name if name is not None else stem or "imported",
-            "model": info.model_dump(),
-            "layers": [LayerEntry.of(layer).model_dump() for layer in result.layers],
-            "storage": storage_of(result.layers, info.num_kv_heads, info.head_dim).model_dump(),
-            "provenance": {
-                "origin": "imported",
-                "source": f"{source_format} file {printable(file.name)[:256]}{how}",
-                "tool": f"kvtuner-search {__version__}",
-                "notes": bounded(
-                    ["Not validated here.", *(f"Lost in the import: {line}" for line in result.lost)], MAX_NOTES
-                ),
-            },
-        }
+    provenance = Provenance(
+        origin="imported",
+        source=f"{source_format} file {printable(file.name)[:256]}{how}",
+        tool=f"kvtuner-search {__version__}",
+        notes=bounded(["Not validated here.", *(f"Lost in the import: {line}" for line in result.lost)], MAX_NOTES),
     )
+    profile = build(name if name is not None else stem or "imported", result.layers, info, provenance)
     if output is None:
         click.echo(dumps(profile), nl=False)
     else:

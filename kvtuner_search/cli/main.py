@@ -16,7 +16,7 @@ import click
 
 from kvtuner_search import __version__
 from kvtuner_search.cli.lazy import LazyGroup
-from kvtuner_search.errors import ExitCode, KVTunerError
+from kvtuner_search.errors import ExitCode, KVTunerError, first_line
 from kvtuner_search.output import OutputError, guard, guarded, open_closed_streams
 from kvtuner_search.profile.text import one_line
 from kvtuner_search.secrets import mask, remember_all
@@ -47,7 +47,7 @@ MEMORY_HELP: Final = (
     cls=LazyGroup,
     modules=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "KVTUNER", "show_default": True},
-    epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 130 interrupted, 141 nobody reads the output.",
+    epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 5 a server failed, 130 interrupted, 141 nobody reads the output.",
 )
 @click.version_option(__version__, prog_name="kvtuner-search")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.", show_envvar=True)
@@ -105,7 +105,7 @@ def _run(arguments: list[str]) -> int:
         # torch.OutOfMemoryError, told by its name because torch is not imported here
         if state["debug"] or type(error).__name__ != "OutOfMemoryError":
             raise
-        return _fail(f"the GPU ran out of memory ({str(error).splitlines()[0]}): {MEMORY_HELP}", ExitCode.DATA)
+        return _fail(f"the GPU ran out of memory ({first_line(error)}): {MEMORY_HELP}", ExitCode.DATA)
 
 
 def _fail(message: str, code: ExitCode) -> int:

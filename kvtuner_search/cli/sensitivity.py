@@ -49,7 +49,7 @@ def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -
     reporter = Reporter(quiet)
     run = prepare(CalibrationOptions(model=loading(options), target_bits=(), **options), reporter)
     plan = analyse(run, None, least_error=0.0)
-    layers = plan.to_json(transforms=False)["layers"]
+    layers = [layer.model_dump(mode="json") for layer in plan.sensitivity()]
     if pair_loss:
         alone = LayerAlone(run.scorer, 0, plan.centres)
         with reporter.stage("each pair alone", sum(len(layer.pair_error) for layer in plan.options)) as advance:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import DataError, UsageError, first_line
 from kvtuner_search.profile.canonical import LFS_POINTER, lfs_message
 
 Row = Mapping[str, object]
@@ -64,7 +64,7 @@ def hub_rows(name: str, config: str | None, split: str) -> Iterable[Row]:
     try:
         rows: Iterable[Row] = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"hub dataset {name!r} (configuration {config or 'default'}, split {split}) cannot be loaded: {reason}:"
             " check the names and the network, or give a local .jsonl file"
@@ -187,7 +187,7 @@ def _parquet(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row | N
                     number += 1
                     yield f"{path}: row {number}", row
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # also text that is not UTF-8
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(f"{path}: cannot be read ({reason}): check that it is a parquet file") from error
     if number == 0:
         raise DataError(f"{path}: is empty: give a file with rows")

@@ -69,8 +69,7 @@ def evaluate(
     found = []
     for name, setting, centres in settings:
         with reporter.stage(name, split.tokens) as advance:
-            scorer.advance = advance
-            scores = scorer.score_all(setting, centres)
+            scores = scorer.score_all(setting, centres, advance)
         found.append(
             {
                 "name": name,

@@ -97,7 +97,7 @@ class Scorer:
         tiers: samples by tier; scoring up to tier ``r`` uses tiers 0 to r.
         batch_tokens: padded tokens of one forward pass.
         observe: tap for the 16-bit pass, e.g. to measure moments; it must return keys and values as they are.
-        advance: called with the number of tokens after each forward pass.
+        advance: called with the number of tokens after each forward pass of the 16-bit cache.
     """
 
     def __init__(
@@ -109,14 +109,15 @@ class Scorer:
         observe: Observer | None = None,
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.runner, self.tiers, self.advance = runner, [tuple(tier) for tier in tiers], advance
+        self.runner, self.tiers = runner, [tuple(tier) for tier in tiers]
         for tier in self.tiers:
             for sample in tier:
                 runner.check_tokens(sample.tokens, f"source {sample.source}")
         scored = sum(sample.scored_tokens for tier in self.tiers for sample in tier)
         keep = scored * runner.vocabulary * 4 <= KEPT_BYTES
         self._batches = [
-            [self._prepare(tier, group, observe, keep) for group in _groups(tier, batch_tokens)] for tier in self.tiers
+            [self._prepare(tier, group, observe, keep, advance) for group in _groups(tier, batch_tokens)]
+            for tier in self.tiers
         ]
         self.baseline = [self._score_tier(index, None) for index in range(len(self.tiers))]
 
@@ -124,13 +125,15 @@ class Scorer:
         """Scores of one tier with the cache stored as ``setting`` says."""
         return self._score_tier(tier, stored_cache(setting, centres))
 
-    def score_all(self, setting: Setting, centres: Mapping[int, Centres]) -> Scores:
-        """Scores of all tiers."""
-        return self.score_through(stored_cache(setting, centres))
+    def score_all(
+        self, setting: Setting, centres: Mapping[int, Centres], advance: Callable[[int], None] = lambda _: None
+    ) -> Scores:
+        """Scores of all tiers; ``advance`` is called with the number of tokens after each forward pass."""
+        return self.score_through(stored_cache(setting, centres), advance)
 
-    def score_through(self, tap: Tap) -> Scores:
+    def score_through(self, tap: Tap, advance: Callable[[int], None] = lambda _: None) -> Scores:
         """Scores of all tiers with attention reading what ``tap`` returns."""
-        parts = [self._score_tier(tier, tap) for tier in range(len(self.tiers))]
+        parts = [self._score_tier(tier, tap, advance) for tier in range(len(self.tiers))]
         return sum(parts[1:], parts[0])
 
     def baseline_all(self) -> Scores:
@@ -163,18 +166,25 @@ class Scorer:
                 self.runner.hidden(batch.tokens, observer)
                 advance(batch.tokens.numel())
 
-    def _score_tier(self, tier: int, tap: Tap | None) -> Scores:
+    def _score_tier(self, tier: int, tap: Tap | None, advance: Callable[[int], None] = lambda _: None) -> Scores:
         if tap is None:
             return self._collect(self.tiers[tier], [(batch, batch.hidden) for batch in self._batches[tier]])
 
         def states(_: int, tokens: Tensor) -> Tensor:
             hidden = self.runner.hidden(tokens, tap)
-            self.advance(tokens.numel())
+            advance(tokens.numel())
             return hidden
 
         return self.score_hidden(tier, states)
 
-    def _prepare(self, tier: Sequence[Sample], members: Sequence[int], observe: Observer | None, keep: bool) -> _Batch:
+    def _prepare(
+        self,
+        tier: Sequence[Sample],
+        members: Sequence[int],
+        observe: Observer | None,
+        keep: bool,
+        advance: Callable[[int], None],
+    ) -> _Batch:
         device = self.runner.loaded.device
         width = max(len(tier[index].tokens) for index in members)
         tokens = torch.zeros(len(members), width, dtype=torch.int64)
@@ -201,7 +211,7 @@ class Scorer:
                 f"hidden states of {self.runner.loaded.info.id} on {tier[members[0]].source} are not finite in"
                 f" {str(hidden.dtype).removeprefix('torch.')}: give another --dtype, or restore the checkpoint"
             )
-        self.advance(tokens.numel())
+        advance(tokens.numel())
         return _Batch(
             tuple(tier[index] for index in members),
             tokens,

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from kvtuner_search.errors import DataError, KVTunerError, UsageError
+from kvtuner_search.errors import DataError, KVTunerError, UsageError, first_line
 from kvtuner_search.models import attention
 from kvtuner_search.models.reference_model import REFERENCE_NAME
 from kvtuner_search.models.source import (
@@ -232,7 +232,7 @@ class _loading:
         if isinstance(error, Exception) and not isinstance(
             error, KVTunerError
         ):  # of transformers, over the user's files
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            first = first_line(error)
             raise DataError(
                 f"cannot load the {self.part} of {self.source}: {first.rstrip('.')[:300]}: {REMEDY}"
             ) from error

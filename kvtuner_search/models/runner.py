@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kvtuner_search.errors import DataError
+from kvtuner_search.errors import DataError, first_line
 from kvtuner_search.models.attention import Tap, tapped
 from kvtuner_search.models.load import LoadedModel
 from kvtuner_search.models.support import CallRecorder, check_seen, owner_of_layers
@@ -148,7 +148,7 @@ class Runner:
         except torch.OutOfMemoryError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            first = first_line(error)
             raise DataError(
                 f"{self.loaded.info.id} cannot be run: {first[:200].rstrip('.')}: its config.json and its class do not go together"
             ) from error

@@ -8,7 +8,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any, Final
 
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import DataError, UsageError, first_line
 from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
 from kvtuner_search.profile.canonical import LFS_POINTER, lfs_message
 from kvtuner_search.profile.model_config import adapter_message, load_config, positions
@@ -62,7 +62,7 @@ def config_file(source: str, revision: str | None = None, *, fetch: bool = True)
 
         found = cached_file(source, "config.json", revision=revision, local_files_only=not fetch)
     except (OSError, ValueError, ImportError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first = first_line(error)
         raise DataError(f"cannot read the config.json of {source}: {first.rstrip('.')}: {REMEDY}") from error
     if found is None:
         raise DataError(f"the hub has no config.json for {source}: {REMEDY}")

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_search.profile.canonical import seal
+from kvtuner_search.profile.build import build
 from kvtuner_search.profile.changes import QualityChange, change_message, make_finding, measure_change, short
 from kvtuner_search.profile.compare_validation import validation_changes, validation_findings
 from kvtuner_search.profile.model_config import MAX_NAMED, differences
 from kvtuner_search.profile.rules import RULES, Finding
-from kvtuner_search.profile.schema import LayerEntry, Profile, storage_of
+from kvtuner_search.profile.schema import Profile, Provenance
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,8 @@ def _sixteen_bit(profile: Profile) -> Profile:
     """The unquantized cache of the same model, with measures that lose nothing."""
     model = profile.model
     layers = [LayerSpec()] * model.num_layers
-    alike = [m.model_dump() | {"value": m.baseline, "ci_low": 0.0, "ci_high": 0.0} for m in profile.quality]
-    return seal(
-        {
-            "name": "none",
-            "model": model.model_dump(),
-            "layers": [LayerEntry.of(layer).model_dump() for layer in layers],
-            "storage": storage_of(layers, model.num_kv_heads, model.head_dim).model_dump(),
-            "quality": alike,
-            "provenance": {"origin": "uniform", "tool": profile.provenance.tool},
-        }
-    )
+    alike = [m.model_copy(update={"value": m.baseline, "ci_low": 0.0, "ci_high": 0.0}) for m in profile.quality]
+    return build("none", layers, model, Provenance(origin="uniform", tool=profile.provenance.tool), quality=alike)
 
 
 def stored_differently(old: Profile, new: Profile) -> bool:

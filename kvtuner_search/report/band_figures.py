@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, LayerSpec, TensorSpec
+from kvtuner_search.calibration.record import SIDES, CalibrationRecord, TargetRecord
 from kvtuner_search.report.layer_figures import LEFT, WIDTH, Columns, Scale, heat_legend
-from kvtuner_search.report.reading import Json, band_worth, head_worth, number, specs
+from kvtuner_search.report.reading import band_worth, head_worth, number, specs
 from kvtuner_search.report.svg import label, rect, svg, tag
 
 ROW: Final = 16.0  # height of a band's row
-SIDES: Final = ("keys", "values")
 _DIGITS: Final = 13.0  # width of the narrowest column that has room for a digit
 _ACROSS: Final = 10  # small panels in one row
 _PANEL: Final = (92.0, 62.0)  # width and height of a small panel
@@ -55,9 +55,9 @@ def _bands(columns: Columns, layer: int, y: float, spec: TensorSpec, name: str) 
             yield label(middle, top + 11.5, bits, "middle", "onheat small" if opacity > 0.5 else "ink small")
 
 
-def worth_figure(record: Json, shown: Json) -> str:
+def worth_figure(record: CalibrationRecord, shown: TargetRecord) -> str:
     """What each band is worth, on a log scale; the digits are the bits that ``shown``, a target, gives it."""
-    columns, stored = Columns(len(record["sensitivity"])), specs(shown["chosen"])
+    columns, stored = Columns(len(record.sensitivity)), specs(shown.chosen)
     found = {side: band_worth(record, side) for side in SIDES}
     scale = Scale([x for rows in found.values() for row in rows for x in row or []], _DECADES)
     y = 6.0
@@ -68,7 +68,7 @@ def worth_figure(record: Json, shown: Json) -> str:
             spec = stored[layer].key if side == "keys" else stored[layer].value
             for band, worth in enumerate(row or []):
                 what = f"layer {layer} {side}, band {band + 1}: {number(worth)} nats"
-                what += f"; {spec.bands[band]} bits for {shown['label']}" if spec.banded else ""
+                what += f"; {spec.bands[band]} bits for {shown.label}" if spec.banded else ""
                 top, share = y + band * ROW, scale.share(worth)
                 parts.append(
                     rect(
@@ -86,7 +86,7 @@ def worth_figure(record: Json, shown: Json) -> str:
     return svg(WIDTH, y + 50, "Worth of each band of keys and values by layer", parts)
 
 
-def head_figure(record: Json) -> str:
+def head_figure(record: CalibrationRecord) -> str:
     """What bands are worth head by head: a small panel for each side of each layer, a line for each KV head; empty if it was not recorded."""
     found = {side: head_worth(record, side) for side in SIDES}
     values = [x for layers in found.values() for heads in layers for row in heads or [] for x in row]

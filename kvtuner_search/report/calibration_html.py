@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from kvtuner_kernels.layout import BITS
+from kvtuner_search.calibration.record import SIDES, CalibrationRecord, Compared, TargetRecord
 from kvtuner_search.profile.text import printable, ranges
 from kvtuner_search.report import reading
 from kvtuner_search.report.band_figures import bits_by_band, head_figure, worth_figure
 from kvtuner_search.report.layer_figures import VARIANTS, bits_figure, heat_map, output_error
 from kvtuner_search.report.page import figure, figures, fold, legend, page, table
-from kvtuner_search.report.reading import Json, change, number
+from kvtuner_search.report.reading import change, number
 from kvtuner_search.report.search_figures import history_figure, key, origins, pareto_figure
 from kvtuner_search.report.svg import escaped, mark, svg
 
@@ -64,8 +65,8 @@ GLOSSARY: Final = (
 )
 
 
-def render(record: dict[str, Any]) -> str:
-    """The page for one calibration record (see ``calibration.outputs.record``)."""
+def render(record: CalibrationRecord) -> str:
+    """The page for one calibration record (see ``calibration.record``)."""
     sections = [
         ("chosen", "What was chosen", _chosen(record)),
         ("bits", "Bits per layer", _bits(record)),
@@ -80,55 +81,55 @@ def render(record: dict[str, Any]) -> str:
         ("cost", "What it cost", _cost(record)),
         ("reading", "How to read this", [fold("Glossary", table(("term", "meaning"), GLOSSARY))]),
     ]
-    model = record["model"]
-    return page(f"Calibration of {model['id']}", list(_header(record)), sections)
+    model = record.model
+    return page(f"Calibration of {model.id}", list(_header(record)), sections)
 
 
-def _header(record: Json) -> Iterator[str]:
-    model, options = record["model"], record["options"]
-    revision = f" at {model['revision']}" if model.get("revision") else ""
-    yield f"<h1>KV-cache calibration of {escaped(model['id'] + revision)}</h1>"
-    yield f"<p>{escaped(model['architecture'])}, {reading.shape(model)} <span class=dim>· {escaped(record['tool'])}</span></p>"
-    trials = len([t for t in record["trials"] if not t["duplicate"]])
+def _header(record: CalibrationRecord) -> Iterator[str]:
+    model, options = record.model, record.options
+    revision = f" at {model.revision}" if model.revision else ""
+    yield f"<h1>KV-cache calibration of {escaped(model.id + revision)}</h1>"
+    yield f"<p>{escaped(model.architecture)}, {reading.shape(model)} <span class=dim>· {escaped(record.tool)}</span></p>"
+    trials = len([t for t in record.trials if not t.duplicate])
     samples, tokens = reading.test_samples(record)
     yield (
-        f"<p class=dim>{trials} distinct trials ({escaped(options['sampler'])}, seed {escaped(options['seed'])}) chose how many bits"
+        f"<p class=dim>{trials} distinct trials ({escaped(options.sampler)}, seed {escaped(options.seed)}) chose how many bits"
         f" each layer's keys and values get; {samples:,} held-out samples ({tokens:,} tokens) judge the choice.</p>"
     )
-    labels = [reading.REFERENCE_LABEL] if model["id"] == "reference" else []
+    labels = [reading.REFERENCE_LABEL] if model.id == "reference" else []
     yield f'<p class="warn">{" ".join([*labels, reading.OFFLINE_LABEL])}</p>'
 
 
-def _chosen(record: Json) -> Iterator[str]:
-    full = reading.raw_bytes(record["model"])
-    for target in record["targets"]:
-        row = target["chosen"]
-        bits, loss = row["effective_bits"], reading.loss_interval(row)
+def _chosen(record: CalibrationRecord) -> Iterator[str]:
+    full = reading.raw_bytes(record.model)
+    for target in record.targets:
+        row = target.chosen
+        bits, loss = row.effective_bits, reading.loss_interval(row)
         cards = [
             (f"{bits:.3f}", "effective bits of 16"),
             (f"×{16 / bits:.2f}", "tokens in the same memory as at 16 bits"),
-            (f"{row['bytes_per_token']:,}", f"bytes per token, of {full:,}"),
+            (f"{row.bytes_per_token:,}", f"bytes per token, of {full:,}"),
             (
                 number(loss.value),
                 f"nats KL, {reading.confidence(record)} interval {number(loss.low)} to {number(loss.high)}",
             ),
         ]
         for name, found in reading.measures(row, "accuracy").items():
-            base = next(m["baseline"] for m in row["measures"] if (m["metric"], m["data"]) == ("accuracy", name))
-            samples = next(m["samples"] for m in row["measures"] if (m["metric"], m["data"]) == ("accuracy", name))
+            base = next(m.baseline for m in row.measures if (m.metric, m.data) == ("accuracy", name))
+            samples = next(m.samples for m in row.measures if (m.metric, m.data) == ("accuracy", name))
             cards.append((f"{found.value:.0%}", f"accuracy, {name}; 16 bits: {base:.0%} ({samples:,} samples)"))
         said = "".join(f"<li>{escaped(sentence)}</li>" for sentence in reading.findings(record, target))
-        yield f"<h3>{escaped(target['label'])}: {escaped(row['name'])} <span class=dim>({escaped(row['origin'])})</span></h3>"
+        yield f"<h3>{escaped(target.label)}: {escaped(row.name)} <span class=dim>({escaped(row.origin)})</span></h3>"
         yield f"{figures(cards)}<ul>{said}</ul>"
 
 
-def _bits(record: Json) -> Iterator[str]:
+def _bits(record: CalibrationRecord) -> Iterator[str]:
     swatches = [(f'<span class="key b{bits}"></span>', f"{bits}{' (raw)' if bits == 16 else ''}") for bits in BITS]
-    banded = any(reading.has_bands(target["chosen"]) for target in record["targets"])
+    banded = any(reading.has_bands(target.chosen) for target in record.targets)
     yield legend("bits of the codes", [*swatches, ('<span class="key bb"></span>', "in bands")] if banded else swatches)
-    for target in record["targets"]:
-        row = target["chosen"]
-        yield f"<h3>{escaped(target['label'])}</h3>"
+    for target in record.targets:
+        row = target.chosen
+        yield f"<h3>{escaped(target.label)}</h3>"
         yield figure(bits_figure(record, row), "")
         if reading.has_bands(row):
             yield figure(
@@ -143,14 +144,14 @@ def _bits(record: Json) -> Iterator[str]:
     )
 
 
-def _layers(record: Json, row: Json) -> str:
+def _layers(record: CalibrationRecord, row: Compared) -> str:
     """Spec, errors and layer-alone KLs of every layer in a setting."""
-    model, rows = record["model"], []
-    classes = {side: reading.chosen_class(record, row, side) for side in ("keys", "values")}
-    for index, (spec, layer) in enumerate(zip(reading.specs(row), record["sensitivity"], strict=True)):
-        errors: Sequence[float | None] = next((e[1:] for e in layer["errors"] if e[0] == str(spec)), (None,) * 4)
-        alone = [layer[side][name][1] if (name := classes[side][index]) else None for side in ("keys", "values")]
-        bits = spec.effective_bits(model["num_kv_heads"], model["head_dim"])
+    model, rows = record.model, []
+    classes = {side: reading.chosen_class(record, row, side) for side in SIDES}
+    for index, (spec, layer) in enumerate(zip(reading.specs(row), record.sensitivity, strict=True)):
+        errors: Sequence[float | None] = next((e[1:] for e in layer.errors if e[0] == str(spec)), (None,) * 4)
+        alone = [layer.side(side)[name].loss if (name := classes[side][index]) else None for side in SIDES]
+        bits = spec.effective_bits(model.num_kv_heads, model.head_dim)
         rows.append((index, spec.key, spec.value, f"{bits:.3f}", *map(number, [*alone, *errors])))
     heads = (
         "layer",
@@ -167,20 +168,18 @@ def _layers(record: Json, row: Json) -> str:
     return table(heads, rows, right=range(3, 10))
 
 
-def _smallest(record: Json) -> Json:
+def _smallest(record: CalibrationRecord) -> TargetRecord:
     """The target whose chosen setting has the fewest effective bits."""
-    return min(record["targets"], key=lambda target: float(target["chosen"]["effective_bits"]))
+    return min(record.targets, key=lambda target: target.chosen.effective_bits)
 
 
-def _why(record: Json) -> Iterator[str]:
+def _why(record: CalibrationRecord) -> Iterator[str]:
     shown = _smallest(record)
-    kept = (
-        "keeps 16 bits there, or has bands of its own" if reading.has_bands(shown["chosen"]) else "keeps 16 bits there"
-    )
+    kept = "keeps 16 bits there, or has bands of its own" if reading.has_bands(shown.chosen) else "keeps 16 bits there"
     yield figure(
         heat_map(record, shown),
         f"KL of the model's output when only that side of that layer is stored in that class. A dot marks what the profile for"
-        f" {escaped(shown['label'])} stores; a layer without a dot {kept}.",
+        f" {escaped(shown.label)} stores; a layer without a dot {kept}.",
     )
     drawn = output_error(record)
     if drawn:
@@ -193,15 +192,15 @@ def _why(record: Json) -> Iterator[str]:
         )
 
 
-def _has_worth(record: Json) -> bool:
-    return any(rows for side in ("keys", "values") for rows in reading.band_worth(record, side))
+def _has_worth(record: CalibrationRecord) -> bool:
+    return any(rows for side in SIDES for rows in reading.band_worth(record, side))
 
 
-def _worth(record: Json) -> Iterator[str]:
+def _worth(record: CalibrationRecord) -> Iterator[str]:
     shown = _smallest(record)
     digits = (
-        f" Digits are the bits that the profile for {escaped(shown['label'])} gives."
-        if reading.has_bands(shown["chosen"])
+        f" Digits are the bits that the profile for {escaped(shown.label)} gives."
+        if reading.has_bands(shown.chosen)
         else ""
     )
     yield figure(
@@ -217,7 +216,7 @@ def _worth(record: Json) -> Iterator[str]:
         yield fold("Head by head", lines)
 
 
-def _front(record: Json) -> Iterator[str]:
+def _front(record: CalibrationRecord) -> Iterator[str]:
     marks = [(key(origin), origin) for origin in origins(record)]
     marks.append((svg(14, 14, "chosen", [mark("star", 7, 7, 4, "o-chosen")]), "chosen, for each target"))
     lines = [
@@ -226,7 +225,7 @@ def _front(record: Json) -> Iterator[str]:
         ('<span class="rule predicted"></span>', "what the proxy predicts"),
     ]
     yield legend("", [*marks, *lines])
-    stopped = [t for t in [*record["trials"], *record["random_trials"]] if not t["complete"]]
+    stopped = [t for t in [*record.trials, *record.random_trials] if not t.complete]
     yield figure(
         pareto_figure(record),
         f"Whiskers: {reading.confidence(record)} intervals. Losses of zero or less lie on the lower edge."
@@ -234,23 +233,23 @@ def _front(record: Json) -> Iterator[str]:
     )
 
 
-def _comparison(record: Json) -> Iterator[str]:
+def _comparison(record: CalibrationRecord) -> Iterator[str]:
     level = reading.confidence(record)
-    for target in record["targets"]:
-        chosen = target["chosen"]
-        rows = [chosen, *sorted(target["rivals"], key=lambda row: (row["effective_bits"], row["loss"]))]
+    for target in record.targets:
+        chosen = target.chosen
+        rows = [chosen, *sorted(target.rivals, key=lambda row: (row.effective_bits, row.loss))]
         tasks = list(reading.measures(chosen, "accuracy"))
         heads = ["setting", "from", "effective bits", "KL, nats", *(f"{name}, accuracy" for name in tasks)]
         heads += [f"KL, chosen minus this [{level}]", "chosen is", "in bytes"]
         body = []
         for row in rows:
             accuracy = reading.measures(row, "accuracy")
-            cells = [row["name"], row["origin"], f"{row['effective_bits']:.3f}", number(row["loss"])]
+            cells = [row.name, row.origin, f"{row.effective_bits:.3f}", number(row.loss)]
             cells += [f"{accuracy[name].value:.0%}" if name in accuracy else "–" for name in tasks]
             against = [change(reading.paired(row)), reading.verdict_words(row), reading.bytes_change(row, chosen)]
             cells += against if row is not chosen else ["", "", ""]
             body.append(cells)
-        yield f"<h3>{escaped(target['label'])}</h3>"
+        yield f"<h3>{escaped(target.label)}</h3>"
         yield table(heads, body, right={*range(2, len(heads) - 2), len(heads) - 1}, strong=0)
         yield fold(f"By source, as change from 16 bits [{level}]", _by_source(rows))
     yield (
@@ -259,24 +258,24 @@ def _comparison(record: Json) -> Iterator[str]:
     )
 
 
-def _by_source(rows: Sequence[Json]) -> str:
+def _by_source(rows: Sequence[Compared]) -> str:
     """Every measure of every compared setting, with its interval."""
-    columns = list(dict.fromkeys((m["metric"], m["data"]) for row in rows for m in row["measures"]))
+    columns = list(dict.fromkeys((m.metric, m.data) for row in rows for m in row.measures))
     body = []
     for row in rows:
-        found = {(m["metric"], m["data"]): m for m in row["measures"]}
+        found = {(m.metric, m.data): m for m in row.measures}
         cells = []
         for column in columns:
             m = found.get(column)
             cells.append(change(reading.measured_change(m)) if m else "–")
-        body.append([f"{row['name']} ({row['origin']})", f"{row['effective_bits']:.3f}", *cells])
+        body.append([f"{row.name} ({row.origin})", f"{row.effective_bits:.3f}", *cells])
     names = {"kl": "KL", "nll": "NLL"}
     heads = ["setting", "bits", *(f"{names.get(metric, metric)}, {data}" for metric, data in columns)]
     return table(heads, body, right=range(1, len(heads)), strong=0)
 
 
-def _history(record: Json) -> Iterator[str]:
-    goal = "meet the budget" if record["options"].get("max_loss") is None else "meet the loss"
+def _history(record: CalibrationRecord) -> Iterator[str]:
+    goal = "meet the budget" if record.options.max_loss is None else "meet the loss"
     yield figure(
         history_figure(record),
         f"Complete trials that {goal} on the search split; the line is the best so far, of the study and, dashed, of the random search."
@@ -296,12 +295,12 @@ def _history(record: Json) -> Iterator[str]:
     yield table(heads, rows, right=range(1, 5))
 
 
-def _hypervolume(record: Json) -> Iterator[str]:
-    bits, loss = record["hypervolume_corner"]
+def _hypervolume(record: CalibrationRecord) -> Iterator[str]:
+    bits, loss = record.hypervolume_corner
     counts = {count.origin: count for count in reading.trial_counts(record)}
-    whole = record["hypervolume"].get("searched")
+    whole = record.hypervolume.get("searched")
     rows = []
-    for name, area in record["hypervolume"].items():
+    for name, area in record.hypervolume.items():
         tried = name == "searched" or name in counts
         share = f"{area / whole:.1%}" if tried and whole else "–"
         rows.append(("the whole study" if name == "searched" else name, number(area) if tried else "none tried", share))
@@ -312,47 +311,51 @@ def _hypervolume(record: Json) -> Iterator[str]:
     )
 
 
-def _space(record: Json) -> Iterator[str]:
-    space, layers = record["space"], record["model"]["num_layers"]
-    variables = space["variables"]
-    counts = sorted(len(v["pairs"]) for v in variables)
+def _space(record: CalibrationRecord) -> Iterator[str]:
+    space, layers = record.space, record.model.num_layers
+    variables = space.variables
+    counts = sorted(len(v.pairs) for v in variables)
     if len(variables) == layers:
         why = "Layers are not grouped: each has its own variable."
-        if (space.get("rejected_quality") or -1) > -1:  # -1: too few layers to group
-            why += f" The best grouping has a silhouette of {space['rejected_quality']:.2f}, too poor to be used."
+        if (space.rejected_quality or -1) > -1:  # -1: too few layers to group
+            why += f" The best grouping has a silhouette of {space.rejected_quality:.2f}, too poor to be used."
     else:
         why = f"{layers} layers share {len(variables)} variables"
-        quality = space.get("grouping_quality")
+        quality = space.grouping_quality
         why += f"; the silhouette of the groups is {quality:.2f}." if quality is not None else "."
     yield f"<p>{why} After pruning, a variable chooses among {counts[0]} to {counts[-1]} pairs of storage classes.</p>"
-    stages = record["options"].get("stages", 1)
+    stages = record.options.stages
     if stages > 1:
         yield (
             f"<p>The budget holds for {stages} times the bytes of the heaviest of {stages} pipeline stages, as every stage must hold"
             " every token.</p>"
         )
-    rows = [(v["name"], ranges(v["layers"]), len(v["pairs"]), " ".join(v["pairs"])) for v in variables]
+    rows = [(v.name, ranges(v.layers), len(v.pairs), " ".join(v.pairs)) for v in variables]
     yield fold(
         "Variables", table(("variable", "layers", "pairs", "key/value classes, cheapest first"), rows, right=(2,))
     )
 
 
-def _data(record: Json) -> Iterator[str]:
-    rows = [(d["name"], d["split"], f"{d['samples']:,}", f"{d['tokens']:,}", d["digest"]) for d in record["data"]]
+def _data(record: CalibrationRecord) -> Iterator[str]:
+    rows = [(d.name, d.split, f"{d.samples:,}", f"{d.tokens:,}", d.digest) for d in record.data]
     yield table(("source", "split", "samples", "tokens", "digest"), rows, right=(2, 3), code=(4,))
     yield "<p class=dim>The search split guides the search, search and selection split together pick among finalists, the test split is used once.</p>"
 
 
-def _cost(record: Json) -> Iterator[str]:
-    environment = record["environment"]
+def _cost(record: CalibrationRecord) -> Iterator[str]:
+    environment = record.environment
     yield f"<p>{escaped(reading.cost(record))}</p>"
-    most = max(record["seconds"].values(), default=0.0) or 1.0
-    rows = [(name, f"{seconds:.1f}", seconds / most) for name, seconds in record["seconds"].items()]
+    most = max(record.seconds.values(), default=0.0) or 1.0
+    rows = [(name, f"{seconds:.1f}", seconds / most) for name, seconds in record.seconds.items()]
     yield table(("stage", "seconds", ""), rows, right=(1,), bars=2)
-    shown = {name: value for name, value in environment.items() if value is not None and not name.startswith("peak_")}
+    shown = {
+        name: value
+        for name, value in environment.model_dump().items()
+        if value is not None and not name.startswith("peak_")
+    }
     yield fold("Environment", table(("", ""), [(name, printable(value)) for name, value in shown.items()]))
-    options = [(name, _plain(value)) for name, value in record["options"].items()]
-    digests = [(name, record["model"].get(name)) for name in ("config_digest", "weights_digest")]
+    options = [(name, _plain(value)) for name, value in record.options.model_dump().items()]
+    digests = [(name, getattr(record.model, name)) for name in ("config_digest", "weights_digest")]
     yield fold("Options and digests", table(("", ""), [*options, *((n, d) for n, d in digests if d)]))
 
 

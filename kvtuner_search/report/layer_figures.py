@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 from kvtuner_kernels.layout import CODE_BITS, LayerSpec, TensorSpec
+from kvtuner_search.calibration.record import SIDES, CalibrationRecord, Compared, PairErrors, TargetRecord
 from kvtuner_search.report.reading import (
-    Json,
     alone_losses,
     chosen_class,
     number,
@@ -90,14 +90,12 @@ def side_bits(spec: TensorSpec, head_dim: int) -> float:
     )
 
 
-def bits_figure(record: Json, row: Json) -> str:
+def bits_figure(record: CalibrationRecord, row: Compared) -> str:
     """Stored bits of keys (up) and values (down), and below them the effective bits of each layer."""
-    model, layers = record["model"], specs(row)
+    model, layers = record.model, specs(row)
     columns, gap = Columns(len(layers)), 1.0
-    head_dim, heads = model["head_dim"], model["num_kv_heads"]
-    stored = [
-        spec for target in record["targets"] for layer in specs(target["chosen"]) for spec in (layer.key, layer.value)
-    ]
+    head_dim, heads = model.head_dim, model.num_kv_heads
+    stored = [spec for target in record.targets for layer in specs(target.chosen) for spec in (layer.key, layer.value)]
     most = max(2.0, *(side_bits(spec, head_dim) for spec in stored))
     middle = LANE + 2
     parts = [
@@ -119,9 +117,9 @@ def bits_figure(record: Json, row: Json) -> str:
                 at = y + tall - 5 if up else y + 11
                 parts.append(label(columns.middle(index), at, text, "middle", "onbar", style=size))
     top = middle + LANE + 16
-    parts += _effective(layers, heads, head_dim, columns, top, row["effective_bits"])
+    parts += _effective(layers, heads, head_dim, columns, top, row.effective_bits)
     parts += columns.labels(top + 44)
-    return svg(WIDTH, top + 50, f"Bits of keys and values by layer: {row['name']}", parts)
+    return svg(WIDTH, top + 50, f"Bits of keys and values by layer: {row.name}", parts)
 
 
 def _effective(
@@ -149,16 +147,14 @@ def _effective(
     yield label(columns.right, top - 2, f"{low:.3f} to {high:.3f}, together {average:.3f}", "end")
 
 
-def heat_map(record: Json, shown: Json) -> str:
+def heat_map(record: CalibrationRecord, shown: TargetRecord) -> str:
     """Layer-alone KL of every storage class of keys and of values, on a log scale; dots mark what ``shown``, a target, stores."""
-    columns = Columns(len(record["sensitivity"]))
-    names = {side: storage_classes(record, side) for side in ("keys", "values")}
+    columns = Columns(len(record.sensitivity))
+    names = {side: storage_classes(record, side) for side in SIDES}
     table = {(side, name): alone_losses(record, side, name) for side in names for name in names[side]}
     scale = Scale([x for row in table.values() for x in row if x is not None])
     picked = {
-        (target["label"], side): chosen_class(record, target["chosen"], side)
-        for target in record["targets"]
-        for side in names
+        (target.label, side): chosen_class(record, target.chosen, side) for target in record.targets for side in names
     }
     parts, y = [], 16.0
     for side, classes in names.items():
@@ -168,8 +164,8 @@ def heat_map(record: Json, shown: Json) -> str:
             for layer, loss in enumerate(table[side, name]):
                 if loss is None:
                     continue
-                users = [t["label"] for t in record["targets"] if picked[t["label"], side][layer] == name]
-                spec = record["sensitivity"][layer][side][name][0]
+                users = [t.label for t in record.targets if picked[t.label, side][layer] == name]
+                spec = record.sensitivity[layer].side(side)[name].spec
                 what = f"layer {layer} {side} as {name} ({spec}): KL {number(loss)} nats"
                 what += f"; chosen for {', '.join(users)}" if users else ""
                 strength = scale.share(loss)
@@ -179,7 +175,7 @@ def heat_map(record: Json, shown: Json) -> str:
                 if columns.step >= 46:
                     at = columns.middle(layer) + 3
                     parts.append(label(at, y + ROW / 2 + 3.5, _short(loss), "middle", f"{strong} small"))
-                if shown["label"] in users:
+                if shown.label in users:
                     radius = min(3.0, columns.step / 3)
                     at = columns.left(layer) + (6 if columns.step >= 46 else columns.step / 2 - 0.5)
                     parts.append(mark("circle", at, y + ROW / 2 - 0.5, radius, f"dot {strong}", what))
@@ -206,9 +202,9 @@ def heat_legend(y: float, scale: Scale, name: str) -> Iterator[str]:
         yield label(LEFT + wide * scale.share(tick), y + 23, _short(tick), "middle")
 
 
-def output_error(record: Json) -> str:
+def output_error(record: CalibrationRecord) -> str:
     """e_o by layer of keys at the narrow widths (4 and 2 bits), values at 16 bits: as they are, centred, and centred and rotated."""
-    found = [_key_errors(layer["errors"]) for layer in record["sensitivity"]]
+    found = [_key_errors(layer.errors) for layer in record.sensitivity]
     widths = sorted({bits for errors in found for bits, _, _ in errors if bits in CODE_BITS[:-1]}, reverse=True)
     columns, parts, tall = Columns(len(found)), [], 150.0
     values = [error for errors in found for (bits, _, _), error in errors.items() if bits in widths]
@@ -231,7 +227,7 @@ def output_error(record: Json) -> str:
     return svg(WIDTH, len(widths) * (tall + 62) - 10, "Error of the attention output by layer", parts)
 
 
-def _key_errors(rows: list[list[Any]]) -> dict[tuple[int, bool, bool], float]:
+def _key_errors(rows: Sequence[PairErrors]) -> dict[tuple[int, bool, bool], float]:
     """e_o of a layer's key variants by (bits, centred, rotated), values at 16 bits; asymmetric and the largest groups, if measured."""
     best: dict[tuple[int, bool, bool], tuple[bool, int, float]] = {}
     for name, *_, error in rows:

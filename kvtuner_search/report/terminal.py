@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kvtuner_kernels.layout import TensorSpec
+from kvtuner_search.calibration.record import SIDES, CalibrationRecord, Compared, TargetRecord
 from kvtuner_search.profile.terminal import bits_style
 from kvtuner_search.profile.text import printable
 from kvtuner_search.report import reading
-from kvtuner_search.report.reading import Json, change, number
+from kvtuner_search.report.reading import change, number
 
 _VERDICT_STYLE: Final = {"better": "green", "worse": "red", "inconclusive": "yellow"}
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
@@ -27,11 +28,11 @@ _RIVALS: Final = (
 )  # (origin, head of its column)
 
 
-def summary(record: Json, console: Console) -> None:
+def summary(record: CalibrationRecord, console: Console) -> None:
     """Print, for every target, what was chosen, how it compares, and why; then what the run cost."""
-    model, samples, tokens = record["model"], *reading.test_samples(record)
-    console.print(Text.assemble((f"Calibration of {printable(model['id'])}", "bold"), f"  {printable(record['tool'])}"))
-    if model["id"] == "reference":
+    model, samples, tokens = record.model, *reading.test_samples(record)
+    console.print(Text.assemble((f"Calibration of {printable(model.id)}", "bold"), f"  {printable(record.tool)}"))
+    if model.id == "reference":
         console.print(Text(reading.REFERENCE_LABEL))
     console.print(Text(reading.OFFLINE_LABEL))
     console.print(
@@ -40,20 +41,20 @@ def summary(record: Json, console: Console) -> None:
             "dim",
         )
     )
-    for target in record["targets"]:
+    for target in record.targets:
         _target(console, record, target)
     _cost(console, record)
 
 
-def _target(console: Console, record: Json, target: Json) -> None:
-    row = target["chosen"]
-    bits, loss = row["effective_bits"], reading.loss_interval(row)
+def _target(console: Console, record: CalibrationRecord, target: TargetRecord) -> None:
+    row = target.chosen
+    bits, loss = row.effective_bits, reading.loss_interval(row)
     console.print()
-    console.rule(Text.assemble((printable(target["label"]), "bold")), align="left", style="dim", characters="─")
+    console.rule(Text.assemble((printable(target.label), "bold")), align="left", style="dim", characters="─")
     console.print(
         Text.assemble(
             (f"{bits:.3f} effective bits", "bold"),
-            f", {row['bytes_per_token']:,} bytes per token of {reading.raw_bytes(record['model']):,}: ",
+            f", {row.bytes_per_token:,} bytes per token of {reading.raw_bytes(record.model):,}: ",
             (f"{16 / bits:.2f} times the tokens", "bold"),
             " of a 16-bit cache",
         )
@@ -75,8 +76,8 @@ def _bullet(console: Console, sentence: str, style: str) -> None:
     console.print(line)
 
 
-def _compared(console: Console, record: Json, target: Json, loss: reading.Interval) -> None:
-    chosen = target["chosen"]
+def _compared(console: Console, record: CalibrationRecord, target: TargetRecord, loss: reading.Interval) -> None:
+    chosen = target.chosen
     table = _table(
         "setting",
         "from",
@@ -89,35 +90,33 @@ def _compared(console: Console, record: Json, target: Json, loss: reading.Interv
     )
     interval = f"KL [{number(loss.low)}, {number(loss.high)}]"
     table.add_row(*_cells(chosen), Text(interval, "bold"), Text("chosen", "bold"), "")
-    for row in sorted(target["rivals"], key=lambda r: (r["effective_bits"], r["loss"])):
-        verdict = Text(reading.verdict_words(row), _VERDICT_STYLE.get(row["verdict"], ""))
+    for row in sorted(target.rivals, key=lambda r: (r.effective_bits, r.loss)):
+        verdict = Text(reading.verdict_words(row), _VERDICT_STYLE.get(row.verdict, ""))
         table.add_row(*_cells(row), change(reading.paired(row)), verdict, reading.bytes_change(row, chosen))
     console.print(table)
 
 
-def _cells(row: Json) -> Iterable[Text]:
-    yield Text(printable(row["name"]))
-    yield Text(printable(row["origin"]))
-    yield Text(f"{row['effective_bits']:.3f}")
-    yield Text(number(row["loss"]))
+def _cells(row: Compared) -> Iterable[Text]:
+    yield Text(printable(row.name))
+    yield Text(printable(row.origin))
+    yield Text(f"{row.effective_bits:.3f}")
+    yield Text(number(row.loss))
 
 
-def _sources(console: Console, record: Json, target: Json) -> None:
+def _sources(console: Console, record: CalibrationRecord, target: TargetRecord) -> None:
     """NLL and accuracy of the chosen setting by source, as change from 16 bits, and the best rivals' changes beside it."""
     rivals = {head: row for origin, head in _RIVALS if (row := reading.best_rival(record, target, origin)) is not None}
-    others = [
-        {(m["metric"], m["data"]): m["value"] - m["baseline"] for m in row["measures"]} for row in rivals.values()
-    ]
+    others = [{(m.metric, m.data): m.value - m.baseline for m in row.measures} for row in rivals.values()]
     heads = ("test split", "16 bits", f"chosen: change [{reading.confidence(record)}]", *rivals)
     table = _table(*heads, right=range(1, len(heads)))
     for metric, name in (("nll", "NLL"), ("accuracy", "accuracy")):
-        for m in target["chosen"]["measures"]:
-            if m["metric"] != metric:
+        for m in target.chosen.measures:
+            if m.metric != metric:
                 continue
-            which = (metric, m["data"])
+            which = (metric, m.data)
             table.add_row(
-                Text(printable(f"{name} {m['data']}")),
-                number(m["baseline"]),
+                Text(printable(f"{name} {m.data}")),
+                number(m.baseline),
                 change(reading.measured_change(m), 2),
                 *(number(found.get(which), "+", 2) for found in others),
             )
@@ -126,11 +125,11 @@ def _sources(console: Console, record: Json, target: Json) -> None:
         console.print(table)
 
 
-def _layers(console: Console, record: Json, row: Json) -> None:
+def _layers(console: Console, record: CalibrationRecord, row: Compared) -> None:
     """One character a layer: bits of keys and values, and how much each side hurts alone in its cheapest class."""
     layers = reading.specs(row)
     sides = {}
-    for side in ("keys", "values"):
+    for side in SIDES:
         name = reading.storage_classes(record, side)[-1]
         sides[side] = (name, reading.alone_losses(record, side, name))
     known = [x for _, losses in sides.values() for x in losses if x is not None and x > 0]
@@ -176,8 +175,8 @@ def _level(loss: float | None, low: float, high: float) -> str:
     return _LEVELS[min(len(_LEVELS) - 1, int(len(_LEVELS) * math.log(loss / low) / math.log(high / low)))]
 
 
-def _cost(console: Console, record: Json) -> None:
-    stages = ", ".join(f"{printable(name)} {seconds:.1f}" for name, seconds in record["seconds"].items())
+def _cost(console: Console, record: CalibrationRecord) -> None:
+    stages = ", ".join(f"{printable(name)} {seconds:.1f}" for name, seconds in record.seconds.items())
     counts = ", ".join(f"{c.origin} {c.complete} of {c.complete + c.stopped}" for c in reading.trial_counts(record))
     console.print()
     console.rule(Text("cost", "bold"), align="left", style="dim", characters="─")

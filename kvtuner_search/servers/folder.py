@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from kvtuner_search.errors import UsageError
 from kvtuner_search.files import refuse_unusual, write_atomic
+from kvtuner_search.json_lines import JsonLines, whole_lines
 
 BLOCK: Final = "validation.json"
 _SETTINGS: Final = "kvtuner-run.json"
@@ -107,7 +108,7 @@ def _parse(file: Path) -> dict[str, Any]:
 
 
 class AnswerJournal:
-    """JSON lines, each on the disk before the next is asked for. A line that a kill cut short is dropped when it is opened.
+    """JSON lines, each handed to the system before the next is asked for. A line that a kill cut short is dropped when it is opened.
 
     A line is ``{"server": info}`` (who answers from here on), ``{"id": ..., "answers": [...]}`` or ``{"id": ..., "failure": reason}``.
     """
@@ -126,45 +127,22 @@ class AnswerJournal:
                 self.done[line["id"]] = line["answers"]
             else:
                 self.failures.append(f"{line['id']}: {line['failure']}")
-        self._stream = path.open("ab")
-        self._stream.truncate(keep)
+        self._lines = JsonLines(path, keep)
 
     def identify(self, info: dict[str, Any]) -> None:
         """Keep what the server that answers from here on says of itself."""
-        self._write({"server": info})
+        self._lines.write({"server": info})
         self.server = info
 
     def answer(self, name: str, answers: list[Any]) -> None:
         """Keep the responses to one request, or to the steps of one."""
-        self._write({"id": name, "answers": answers})
+        self._lines.write({"id": name, "answers": answers})
         self.done[name] = answers
 
     def failure(self, name: str, reason: str) -> None:
         """Keep that a request failed; it stays to be done."""
-        self._write({"id": name, "failure": reason})
+        self._lines.write({"id": name, "failure": reason})
         self.failures.append(f"{name}: {reason}")
 
     def close(self) -> None:
-        self._stream.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        self._stream.flush()
-
-
-def whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each line that is whole, with the offset of its end; what follows the first broken one is ignored."""
-    if not path.exists():
-        return
-    refuse_unusual(path)
-    end = 0
-    with path.open("rb") as stream:
-        for raw in stream:
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                return
-            if not raw.endswith(b"\n") or not isinstance(line, dict):
-                return
-            end += len(raw)
-            yield line, end
+        self._lines.close()

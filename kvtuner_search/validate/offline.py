@@ -48,8 +48,7 @@ def compare(
     with reporter.stage("offline, 16 bit", split.tokens) as advance:
         scorer = Scorer(runner, [split.samples], batch_tokens=batch_tokens, advance=advance)
     with reporter.stage("offline, profile", split.tokens) as advance:
-        scorer.advance = advance
-        scores = scorer.score_all(setting, centres)
+        scores = scorer.score_all(setting, centres, advance)
     found = []
     rows: list[tuple[Literal["profile", "16bit"], ServerAnswers, NDArray[np.float64], Tap | None]] = [
         ("profile", ours, scores.nll, stored_cache(setting, centres)),

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from kvtuner_search.addresses import check_url
 from kvtuner_search.data import Split
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import DataError, UsageError, first_line
 from kvtuner_search.evaluation.offline import open_profile
 from kvtuner_search.evaluation.stored import stored_cache
 from kvtuner_search.files import write_atomic
@@ -344,7 +344,7 @@ def _tokenizer(model_path: str) -> tuple[Any, str]:
         dtype = AutoConfig.from_pretrained(model_path).dtype
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first = first_line(error)
         raise DataError(
             f"cannot load the tokenizer of {model_path}: {first}: give a folder or hub id that has one"
         ) from error

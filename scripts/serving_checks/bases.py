@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from kvtuner_kernels.layout import BANDS, LayerSpec, TensorSpec
-from kvtuner_search.profile.canonical import load, save, seal
-from kvtuner_search.profile.schema import LayerEntry, ModelInfo, storage_of
+from kvtuner_search.profile.build import build, write
+from kvtuner_search.profile.canonical import load
+from kvtuner_search.profile.schema import ModelInfo, Provenance
 from kvtuner_search.transforms import check_transforms
 
 # Bits by band that keys and values take in turn; of four layers one has both sides in a basis, two have one, and one has none.
@@ -78,15 +78,8 @@ def write_profile(path: Path, model: ModelInfo, layers: Sequence[LayerSpec], cen
     from kvtuner_search.transforms import centres_file
 
     data = centres_file(tuple(layers), centres)
-    file = path.with_suffix(".safetensors")
-    file.write_bytes(data)
-    content = {
-        "name": path.stem, "model": model.model_dump(), "layers": [LayerEntry.of(layer).model_dump() for layer in layers],
-        "storage": storage_of(list(layers), model.num_kv_heads, model.head_dim).model_dump(),
-        "transforms": {"file": file.name, "digest": "sha256:" + hashlib.sha256(data).hexdigest()},
-        "provenance": {"origin": "uniform", "tool": "scripts/check_serving"},
-    }  # fmt: skip
-    save(seal(content), path)
+    provenance = Provenance(origin="uniform", tool="scripts/check_serving")
+    write(build(path.stem, layers, model, provenance, transforms=data), path.parent, data)
 
 
 def fit(model: Path, prompts: Sequence[Sequence[int]]) -> dict[int, Any]:

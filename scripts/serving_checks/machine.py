@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_search.profile.canonical import load, save, seal
-from kvtuner_search.profile.schema import LayerEntry, Profile, storage_of
+from kvtuner_search.profile.build import build, write
+from kvtuner_search.profile.canonical import load
+from kvtuner_search.profile.schema import Profile, Provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ROOT / "profiles"
@@ -101,14 +102,9 @@ class Machine:
         path = self.folder / "reference-16bit.json"
         model = load(self.mixed_profile()).model
         layers = [LayerSpec()] * model.num_layers
-        content = {
-            "name": "reference-16bit", "model": model.model_dump(),
-            "layers": [LayerEntry.of(layer).model_dump() for layer in layers],
-            "storage": storage_of(layers, model.num_kv_heads, model.head_dim).model_dump(),
-            "provenance": {"origin": "uniform", "tool": "scripts/check_serving"},
-        }  # fmt: skip
-        save(seal(content), path)
-        return path
+        return write(
+            build(path.stem, layers, model, Provenance(origin="uniform", tool="scripts/check_serving")), path.parent
+        )
 
     def subject(self, memory: float, context: int, main: str = "K4V4", labels: Collection[str] = ()) -> Subject:
         """Qwen2.5-7B's shape on a GPU; on the CPU, where nothing is fast, the reference model.

@@ -143,12 +143,11 @@ class QualityBench:
         if variant.centred and centres is None:
             centres = self.centres()
         with self.reporter.stage(title, self.split.tokens) as advance:
-            self._scorer.advance = advance
             if variant.scheme is not None:
-                scores = self._scorer.score_through(SimulatedCache(variant.scheme))
+                scores = self._scorer.score_through(SimulatedCache(variant.scheme), advance)
             else:
                 assert variant.setting is not None
-                scores = self._scorer.score_through(stored_cache(variant.setting, centres or {}))
+                scores = self._scorer.score_through(stored_cache(variant.setting, centres or {}), advance)
         return quality(scores, baseline)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,12 +20,13 @@ from kvtuner_search.bench.ablate.variants import BASELINE, StorageVariant, catal
 from kvtuner_search.errors import UsageError
 from kvtuner_search.evaluation.offline import check_belongs, open_profile
 from kvtuner_search.files import write_atomic
+from kvtuner_search.json_lines import JsonLines, whole_lines
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.reference_model import REFERENCE_NAME
 from kvtuner_search.profile.canonical import canonical_json
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.progress import Reporter
-from kvtuner_search.servers.folder import RunFolder, whole_lines
+from kvtuner_search.servers.folder import RunFolder
 from kvtuner_search.servers.host import tool
 
 ROWS: Final = "rows.jsonl"
@@ -82,25 +82,20 @@ class FinishedRows:
             else:
                 self.speeds[line["name"]] = AblationSpeed.model_validate(line["speed"])
                 self.servers[line["name"]] = line["server"]
-        self._stream = path.open("ab")
-        self._stream.truncate(end)
+        self._lines = JsonLines(path, end)
 
     def row(self, row: AblationRow) -> None:
         """Keep a row's quality."""
         self.rows[row.name] = row
-        self._write({"row": row.model_dump(mode="json")})
+        self._lines.write({"row": row.model_dump(mode="json")})
 
     def speed(self, name: str, server: list[str], speed: AblationSpeed) -> None:
         """Keep a row's speed."""
         self.speeds[name], self.servers[name] = speed, server
-        self._write({"name": name, "server": server, "speed": speed.model_dump(mode="json")})
+        self._lines.write({"name": name, "server": server, "speed": speed.model_dump(mode="json")})
 
     def close(self) -> None:
-        self._stream.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        self._stream.flush()
+        self._lines.close()
 
 
 def ablate(options: AblationOptions, reporter: Reporter) -> Ablation:

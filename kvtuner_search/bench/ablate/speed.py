@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kvtuner_kernels.reference import Centres
 from kvtuner_search import __version__
@@ -17,10 +15,9 @@ from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.record import Record, Shape
 from kvtuner_search.bench.run import RECORD, BenchRun
 from kvtuner_search.errors import ServingError
-from kvtuner_search.files import write_atomic
-from kvtuner_search.profile.canonical import save, seal
+from kvtuner_search.profile.build import build, write
 from kvtuner_search.profile.presets import SOURCE
-from kvtuner_search.profile.schema import LayerEntry, ModelInfo, storage_of
+from kvtuner_search.profile.schema import ModelInfo, Provenance
 from kvtuner_search.progress import Reporter
 from kvtuner_search.transforms import centres_file
 
@@ -39,29 +36,14 @@ def write_profile(variant: StorageVariant, model: ModelInfo, centres: Mapping[in
     if variant.profile is not None:
         return variant.profile
     assert variant.setting is not None
-    name = slug(variant.name)
-    content: dict[str, Any] = {
-        "name": name,
-        "model": model.model_dump(mode="json"),
-        "layers": [LayerEntry.of(spec).model_dump() for spec in variant.setting],
-        "storage": storage_of(list(variant.setting), model.num_kv_heads, model.head_dim).model_dump(),
-        "provenance": {
-            "origin": "published" if variant.family == "published" else "uniform",
-            "source": SOURCE if variant.family == "published" else None,
-            "tool": f"kvtuner-search {__version__}",
-            "notes": ["A row of an ablation."],
-        },
-    }
-    if variant.centred:
-        data = centres_file(variant.setting, centres)
-        write_atomic(folder / f"{name}.safetensors", data)
-        content["transforms"] = {
-            "file": f"{name}.safetensors",
-            "digest": "sha256:" + hashlib.sha256(data).hexdigest(),
-        }
-    path = folder / f"{name}.json"
-    save(seal(content), path)
-    return path
+    provenance = Provenance(
+        origin="published" if variant.family == "published" else "uniform",
+        source=SOURCE if variant.family == "published" else None,
+        tool=f"kvtuner-search {__version__}",
+        notes=["A row of an ablation."],
+    )
+    data = centres_file(variant.setting, centres) if variant.centred else None
+    return write(build(slug(variant.name), variant.setting, model, provenance, transforms=data), folder, data)
 
 
 def slug(name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from kvtuner_search.addresses import check_key
-from kvtuner_search.errors import KVTunerError, UsageError
+from kvtuner_search.errors import KVTunerError, UsageError, first_line
 from kvtuner_search.profile.canonical import read_limited
 from kvtuner_search.serving.sglang.flags import FLAGS
 from kvtuner_search.serving.sglang.refusals import LATER, REFUSALS
@@ -195,7 +195,7 @@ def _config_file(arguments: Sequence[str]) -> list[str]:
     try:
         content = yaml.safe_load(read_limited(path, "a YAML file of SGLang's options", _MAX_CONFIG)) or {}
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no valid YAML: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} is no valid YAML: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no mapping of options: write for example 'tp-size: 2'")
     found: list[str] = []

@@ -17,9 +17,10 @@ from kvtuner_kernels.layout import BITS, GROUP_SIZES, LayerSpec, LayoutError, Te
 from kvtuner_search import __version__
 from kvtuner_search.errors import UsageError
 from kvtuner_search.files import write_atomic
-from kvtuner_search.profile.canonical import dumps, read_limited, seal
+from kvtuner_search.profile.build import build
+from kvtuner_search.profile.canonical import dumps, read_limited
 from kvtuner_search.profile.checks import check_model
-from kvtuner_search.profile.schema import LayerEntry, ModelInfo, Profile, storage_of
+from kvtuner_search.profile.schema import ModelInfo, Profile, Provenance
 from kvtuner_search.serving.configuration import ServingConfiguration, load
 
 PROFILE: Final = "--kvtuner-profile"
@@ -160,23 +161,16 @@ def _uniform(arguments: argparse.Namespace, model: ModelInfo) -> Profile:
         )
     )
     layers = [LayerSpec(key, value)] * model.num_layers
+    nameless = model.model_copy(update={"id": model.architecture, "revision": None})
+    provenance = Provenance(
+        origin="uniform",
+        tool=f"kvtuner-search {__version__}",
+        notes=["Made from the options of a server. Nothing was measured."],
+    )
     try:
-        storage = storage_of(layers, model.num_kv_heads, model.head_dim)
+        return build(f"uniform-k{key}-v{value}", layers, nameless, provenance)
     except LayoutError as error:
         raise UsageError(f"these flags cannot be stored: {error}") from error
-    return seal(
-        {
-            "name": f"uniform-k{key}-v{value}",
-            "model": model.model_copy(update={"id": model.architecture, "revision": None}).model_dump(),
-            "layers": [LayerEntry.of(layer).model_dump() for layer in layers],
-            "storage": storage.model_dump(),
-            "provenance": {
-                "origin": "uniform",
-                "tool": f"kvtuner-search {__version__}",
-                "notes": ["Made from the options of a server. Nothing was measured."],
-            },
-        }
-    )
 
 
 def _cache() -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from kvtuner_kernels.gather import gather
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_kernels.reference import attend, pack_rows
 from kvtuner_kernels.tuning import multiprocessors
-from kvtuner_search.errors import UsageError
+from kvtuner_search.errors import UsageError, first_line
 from kvtuner_search.serving.sglang.pool import LayerStorage
 
 WORKSPACE: Final = 128 * 2**20  # bytes; FlashInfer's own advice
@@ -188,7 +188,6 @@ def prefill_attention(
     except ModuleNotFoundError:
         return None
     except (ImportError, AttributeError, RuntimeError, OSError, ValueError, TypeError) as error:
-        reason: Any = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logger.warning("prompts: Triton, since FlashInfer does not work here: %s", reason)
+        logger.warning("prompts: Triton, since FlashInfer does not work here: %s", first_line(error))
         return None
     return found

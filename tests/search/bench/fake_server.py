@@ -12,14 +12,18 @@ import argparse
 import json
 import os
 import socket
-import threading
+import sys
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+sys.path.append(
+    str(Path(__file__).resolve().parent.parent / "servers")
+)  # for fake_base, which lies beside a copy of this file
+
+from fake_base import FakeBase, HandlerBase
+
 VOCABULARY = 8192  # the reference model's
-CAPACITY = 50_000  # tokens of a stock server
 
 
 def likely(prefix: list[int]) -> int:
@@ -31,42 +35,25 @@ def logprob(prefix: list[int], token: int) -> float:
     return base if token == likely(prefix) else base - 12
 
 
-class Fake(ThreadingHTTPServer):
+class Fake(FakeBase):
     """Serves until it is shut down."""
 
-    daemon_threads = True
-    request_queue_size = 512
-
     def __init__(self, port: int = 0, profile: str | None = None, **info: Any) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
-        self.lock = threading.Lock()
+        own = {"attention_backend": "torch_native", "nnodes": 1, "load_format": "auto", "kv_cache_dtype": "auto", "context_length": None,
+               "json_model_override_args": "{}", "revision": None, "speculative_algorithm": None}  # fmt: skip
+        super().__init__(Handler, port, profile, True, own | info)
+        if profile and "kvtuner" not in info:
+            self.info["kvtuner"]["bytes_per_token"] = self.bytes_per_token
         self.prompts: dict[int, list[int]] = {}  # the prefix cache: by first token
-        self.running = self.streams = self.generated = self.flushed = self.lost = self.prompt_tokens = 0
-        content = json.loads(Path(profile).read_text()) if profile else {}
-        storage = content.get("storage", {"bytes_per_token": 1, "bytes_per_token_16bit": 1})
-        capacity = int(CAPACITY * storage["bytes_per_token_16bit"] / storage["bytes_per_token"])
-        self.info: dict[str, Any] = {
-            "version": "0.5.14", "model_path": "model", "dtype": "auto", "quantization": None, "attention_backend": "torch_native",
-            "device": "cpu", "tp_size": 1, "pp_size": 1, "nnodes": 1, "page_size": 1, "disable_radix_cache": False,
-            "mem_fraction_static": 0.5, "max_total_tokens": None, "max_total_num_tokens": capacity, "load_format": "auto",
-            "kv_cache_dtype": "auto", "json_model_override_args": "{}", "revision": None, "context_length": None,
-            "speculative_algorithm": None, "internal_states": [{"memory_usage": {"kvcache": 1.0}}],
-        }  # fmt: skip
-        if profile:
-            self.info["kvtuner"] = {
-                "profile_digest": content["digest"], "as_stored": True, "tool": "kvtuner-search 0",
-                "bytes_per_token": storage["bytes_per_token"],
-            }  # fmt: skip
-        self.info |= info
+        self.running = self.streams = self.generated = self.lost = self.prompt_tokens = 0
         self.token_seconds = float(os.environ.get("FAKE_TOKEN_SECONDS", "0.002"))
         self.garbled, self.canned = bool(os.environ.get("FAKE_GARBLED")), bool(os.environ.get("FAKE_CANNED"))
         self.leak, self.die_after = int(os.environ.get("FAKE_LEAK", "0")), int(os.environ.get("FAKE_DIE_AFTER", "0"))
         self.lie = ""  # of streamed answers: 404, no-tokens, drops or stalls; of all: 404-always
         self.uncounted = bool(os.environ.get("FAKE_UNCOUNTED"))
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+    def forget(self) -> None:
+        self.prompts.clear()
 
     def answer(self, prompt: list[int], count: int) -> list[int]:
         prefix = [11, 12, 13] if self.canned else list(prompt)
@@ -101,29 +88,13 @@ class Fake(ThreadingHTTPServer):
         )
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(HandlerBase):
     server: Fake
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each event waits 40 ms for an acknowledgement
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-    def reply(self, status: int, content: Any) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
     def do_GET(self) -> None:
         server = self.server
         if server.lie == "404-always":
             self.reply(404, b'{"detail":"Not Found"}')
-        elif self.path == "/health":
-            self.reply(200, b"")
-        elif self.path == "/server_info":
-            self.reply(200, server.info)
         elif self.path == "/metrics":
             self.reply(200, server.metrics().encode())
         elif self.path == "/get_load":
@@ -134,18 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             }
             self.reply(200, [load])
         else:
-            self.reply(404, b"Not Found")
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path.startswith("/flush_cache"):
-            self.server.prompts.clear()
-            self.server.flushed += 1
-            self.reply(200, b"Cache flushed.")
-        elif self.path == "/generate":
-            self.generate(json.loads(body))
-        else:
-            self.reply(404, b"Not Found")
+            super().do_GET()
 
     def generate(self, body: dict[str, Any]) -> None:
         server = self.server

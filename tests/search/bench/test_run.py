@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_server import CAPACITY
 from small_runs import PROFILE, ROOT, STEPS, Start, failed, measure, rules, step
 
 from kvtuner_search.bench import files, journal, slo
@@ -16,6 +15,7 @@ from kvtuner_search.errors import NotComparableError, UsageError
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.servers.client import ServerError
+from tests.search.servers.fake_base import CAPACITY
 
 
 def test_a_truthful_server_gives_a_record_of_all_that_came_back(fake: Start, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from test_space import CLASSES, make_space
 
 from kvtuner_search.calibration.anchors import anchors, uniform_pairs
 from kvtuner_search.calibration.objective import TrialOutcome
+from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Choices
 from kvtuner_search.calibration.study import Study, open_storage
 
@@ -28,7 +29,7 @@ def main(storage: str, trials: int, seconds: float) -> None:
 
     study = Study(open_storage(storage), "test", "tpe", 7)
     study.fail_abandoned()
-    study.enqueue(space, anchors(space, uniform_pairs(CLASSES), [], [budget]))
+    study.enqueue(space, anchors(space, proxy_front(space), uniform_pairs(CLASSES), [], [budget]))
     study.run(space, objective, trials, [budget])
 
 

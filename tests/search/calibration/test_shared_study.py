@@ -19,6 +19,7 @@ from kvtuner_search.calibration import agreement, membership, workers
 from kvtuner_search.calibration.anchors import anchors, uniform_pairs
 from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.options import CalibrationOptions, fingerprint
+from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Choices
 from kvtuner_search.calibration.study import Anchor, Study, open_storage
 from kvtuner_search.data.types import Sample, Split
@@ -28,7 +29,7 @@ from kvtuner_search.models.load import ModelOptions
 WORKER = Path(__file__).with_name("study_worker.py")
 SPACE = make_space(4)
 BUDGET = SPACE.nbytes([len(v.pairs) // 2 for v in SPACE.variables])
-ANCHORS = anchors(SPACE, uniform_pairs(CLASSES), [], [BUDGET])
+ANCHORS = anchors(SPACE, proxy_front(SPACE), uniform_pairs(CLASSES), [], [BUDGET])
 
 
 def score(choices: Choices, *_: object) -> TrialOutcome:

@@ -190,14 +190,16 @@ def test_the_correction_learns_which_layer_hurts_more_than_alone() -> None:
 def test_anchors_are_distinct_affordable_and_cover_uniform_settings() -> None:
     space = make_space(4)
     budget = space.nbytes(space.choices_of([parse_pair("4-g64-asym/4-g64-asym")] * 4) or ())
-    found = anchors(space, uniform_pairs(CLASSES), [[parse_pair("8-g64-asym/4-g64-asym")] * 4], [budget])
+    found = anchors(
+        space, proxy_front(space), uniform_pairs(CLASSES), [[parse_pair("8-g64-asym/4-g64-asym")] * 4], [budget]
+    )
     assert len({a.choices for a in found}) == len(found)
     assert all(space.nbytes(a.choices) <= budget for a in found if a.origin == "proxy")
     uniform = [a for a in found if a.origin == "uniform"]
     assert len(uniform) == 10  # five bit pairs, asymmetric and symmetric
     assert "fisher" not in {a.origin for a in found}
     banded = make_space(4, banded=True)
-    found = anchors(banded, uniform_pairs(BANDED), [], [budget, budget // 2])
+    found = anchors(banded, proxy_front(banded), uniform_pairs(BANDED), [], [budget, budget // 2])
     assert [a.origin for a in found[:3]] == ["fisher", "fisher", "proxy"]
     for anchor, limit in zip(found, (budget, budget // 2), strict=False):
         assert banded.nbytes(anchor.choices) <= limit

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from typing import Any
 
 from kvtuner_kernels.layout import LayerSpec, TensorSpec, bytes_per_token, effective_bits
+from kvtuner_search.calibration.record import CalibrationRecord
 
 HEADS, HEAD_DIM = 2, 64
 CLASSES = {
@@ -18,6 +21,15 @@ CLASSES = {
     "2-g64-sym": "2-g64-sym-c-r-x0.65",
 }
 Json = dict[str, Any]
+
+
+def typed(content: Json) -> CalibrationRecord:
+    """The record that the content is."""
+    return CalibrationRecord.model_validate_json(json.dumps(content))
+
+
+def digest(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def alone(layer: int, name: str, side: int) -> float:
@@ -129,9 +141,25 @@ def record(layers: int = 4, targets: tuple[float, ...] = (4.0,), max_loss: float
             "num_kv_heads": HEADS,
             "head_dim": HEAD_DIM,
         },
-        "options": {"target_bits": list(targets), "max_loss": max_loss, "trials": 6, "sampler": "tpe", "seed": 7},
+        "options": {
+            "model": {"source": "reference"},
+            "sources": ["recall", "text"],
+            "samples": 12,
+            "length": 448,
+            "bits": [2, 4, 8, 16],
+            "group_sizes": [0],
+            "symmetric": True,
+            "target_bits": list(targets),
+            "max_loss": max_loss,
+            "trials": 6,
+            "sampler": "tpe",
+            "seed": 7,
+            "grouping": "auto",
+            "random_baseline": True,
+            "batch_tokens": 4096,
+        },
         "data": [
-            {"name": name, "split": split, "samples": 12, "tokens": 480 + i, "digest": f"sha256:{name}{split}"}
+            {"name": name, "split": split, "samples": 12, "tokens": 480 + i, "digest": digest(name + split)}
             for split in ("search", "selection", "test")
             for i, name in enumerate(("recall", "text"))
         ],
@@ -180,6 +208,9 @@ def record(layers: int = 4, targets: tuple[float, ...] = (4.0,), max_loss: float
             "peak_gpu_memory_bytes": None,
             "python": "3.11.7",
             "torch": "2.13.0",
+            "transformers": "5.0.0",
+            "optuna": "5.0.0",
+            "numpy": "2.3.0",
         },
     }
 
@@ -210,7 +241,7 @@ def banded(layers: int = 4, targets: tuple[float, ...] = (4.0,)) -> Json:
 
 def variants() -> dict[str, Json]:
     """Records of every shape that the report must stand."""
-    quiet, no_task, zero, none_done, raw, extra = (record() for _ in range(6))
+    quiet, no_task, zero, none_done, raw = (record() for _ in range(5))
     quiet["random_trials"] = []
     quiet["targets"][0]["rivals"] = [r for r in quiet["targets"][0]["rivals"] if r["origin"] != "random"]
     for each in [no_task["targets"][0]["chosen"], *no_task["targets"][0]["rivals"]]:
@@ -223,8 +254,6 @@ def variants() -> dict[str, Json]:
     for each in [*none_done["trials"], *none_done["random_trials"]]:
         each["complete"] = False
     raw["targets"][0]["chosen"] = row("trial 3", "uniform", ["16/16"] * 4, 0.0, (0.0, 0.0, 0.0))
-    extra["something_new"] = {"a": [1]}
-    extra["targets"][0]["chosen"]["new"] = None
     some, no_heads, worthless = banded(), banded(), banded()
     del (
         some["sensitivity"][1]["worth"],
@@ -248,7 +277,6 @@ def variants() -> dict[str, Json]:
         "losses of zero and less": zero,
         "no complete trial": none_done,
         "16 bits": raw,
-        "unknown fields": extra,
         "bands": banded(),
         "bands of 128 layers": banded(128),
         "bands of one layer": banded(1),

@@ -14,7 +14,7 @@ from tests.search.report import calibration_record as made
 
 def printed(record: made.Json, width: int = 100) -> str:
     stream = io.StringIO()
-    summary(record, Console(file=stream, width=width, color_system=None, force_terminal=False))
+    summary(made.typed(record), Console(file=stream, width=width, color_system=None, force_terminal=False))
     return stream.getvalue()
 
 
@@ -144,7 +144,7 @@ def test_text_is_neither_markup_nor_control_sequence() -> None:
 
 def test_colour_adds_no_information() -> None:
     stream = io.StringIO()
-    summary(made.record(), Console(file=stream, width=100, color_system="truecolor", force_terminal=True))
+    summary(made.typed(made.record()), Console(file=stream, width=100, color_system="truecolor", force_terminal=True))
     coloured = stream.getvalue()
     assert "\x1b[" in coloured
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured).split() == printed(made.record()).split()

@@ -9,33 +9,32 @@ divides, ``FAKE_PLAIN`` ignores --kvtuner-as-stored, ``FAKE_DIE`` ends it at onc
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+sys.path.append(
+    str(Path(__file__).resolve().parent.parent / "servers")
+)  # for fake_base, which lies beside a copy of this file
+
+from fake_base import FakeBase, HandlerBase
+
 VOCABULARY = 200
-CAPACITY = 50_000  # tokens of a stock server
 
 
 def logprob(prefix: list[int], token: int) -> float:
     return -(1 + (sum(prefix) * 31 + len(prefix) * 17 + token) % 97 / 97)
 
 
-class Fake(ThreadingHTTPServer):
+class Fake(FakeBase):
     """Serves until it is shut down."""
 
-    daemon_threads = True
-    request_queue_size = 256  # a client may open all its connections at once
-
     def __init__(self, port: int = 0, profile: str | None = None, as_stored: bool = False, **info: Any) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(Handler, port, profile, as_stored, info)
         self.loss = float(os.environ.get("FAKE_LOSS", "0.01")) if profile else 0.0
         self.flip = int(os.environ.get("FAKE_FLIP", "0")) if profile else 0
         self.prefixes: set[tuple[int, ...]] = set()
@@ -45,77 +44,17 @@ class Fake(ThreadingHTTPServer):
         # Answers requests that may stop early, by their prompt; None: as any other.
         self.reply: Callable[[list[int]], list[int] | None] = lambda prompt: None
         self.asked: list[dict[str, Any]] = []
-        self.flushed = 0
-        self.lock = threading.Lock()
-        content = json.loads(Path(profile).read_text()) if profile else {}
-        storage = content.get("storage", {"bytes_per_token": 1, "bytes_per_token_16bit": 1})
-        ratio = storage["bytes_per_token_16bit"] / storage["bytes_per_token"]
-        self.info: dict[str, Any] = {
-            "version": "0.5.14",
-            "model_path": "model",
-            "dtype": "auto",
-            "quantization": None,
-            "attention_backend": "triton",
-            "device": "cpu",
-            "tp_size": 1,
-            "pp_size": 1,
-            "page_size": 1,
-            "disable_radix_cache": False,
-            "mem_fraction_static": 0.5,
-            "max_total_tokens": None,
-            "max_total_num_tokens": int(CAPACITY * ratio),
-            "internal_states": [{"memory_usage": {"kvcache": 1.0}}],
-        }
-        if profile:
-            self.info["kvtuner"] = {
-                "profile_digest": content["digest"],
-                "as_stored": as_stored,
-                "tool": "kvtuner-search 0",
-            }
-        self.info |= info
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+    def forget(self) -> None:
+        self.prefixes.clear()
 
     def next(self, prefix: list[int]) -> int:
         token = (sum(prefix) * 7 + len(prefix)) % VOCABULARY
         return (token + 1) % VOCABULARY if self.flip and len(prefix) % self.flip == 0 else token
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(HandlerBase):
     server: Fake
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-    def answer(self, status: int, content: Any) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            self.answer(200, b"")
-        elif self.path == "/server_info":
-            self.answer(200, self.server.info)
-        else:
-            self.answer(404, b"Not Found")
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path.startswith("/flush_cache"):
-            self.server.prefixes.clear()
-            self.server.flushed += 1
-            self.answer(200, b"Cache flushed.")
-        elif self.path == "/generate":
-            self.generate(json.loads(body))
-        else:
-            self.answer(404, b"Not Found")
 
     def generate(self, body: dict[str, Any]) -> None:
         server = self.server
@@ -125,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
                 stream.write(f"{len(body['input_ids'])}\n")
         server.asked.append(body)
         if "status" in server.fault:
-            return self.answer(server.fault["status"], server.fault.get("body", b"Not Found"))
+            return self.reply(server.fault["status"], server.fault.get("body", b"Not Found"))
         tokens, count = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         output: list[int] = []
         for _ in range(count):
@@ -158,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
                 content[name] = value
             elif name != "stall":
                 meta[name] = value
-        return self.answer(200, server.fault.get("raw", content))
+        return self.reply(200, server.fault.get("raw", content))
 
     def cached(self, tokens: list[int]) -> int:
         """Tokens of the prompt that an earlier request has stored, and this one's are stored."""

@@ -32,7 +32,7 @@ def test_servers_behind_a_key_are_asked_with_it_and_it_is_kept_nowhere(
                 answer()
             else:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self.answer(401, b"Unauthorized")
+                self.reply(401, b"Unauthorized")
 
     baseline, ours = fake(), profile_server(fake)
     baseline.RequestHandlerClass = ours.RequestHandlerClass = Keyed

@@ -1,0 +1,123 @@
+"""What stands both in the documents (or in --help) and in the code is compared here: exit codes, options, constants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from kvtuner_search.calibration import candidates, objective, options, pipeline, sensitivity, space, study
+from kvtuner_search.calibration.banded import MEASURED
+from kvtuner_search.cli.main import cli
+from kvtuner_search.data import DEFAULT_SOURCES
+from kvtuner_search.errors import ExitCode
+from kvtuner_search.evaluation import statistics
+from kvtuner_search.serving.sglang.flags import FLAGS
+
+ROOT = Path(__file__).parents[3]
+DOCUMENTS = sorted(
+    path
+    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    if path.name not in ("log.md", "decisions.md")  # dated entries, which stay as they were written
+)
+
+
+def commands(command: click.Command = cli, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command by its words, subcommands included; the program itself is ''."""
+    yield name, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for word in command.list_commands(context):
+            found = command.get_command(context, word)
+            assert found is not None
+            yield from commands(found, f"{name} {word}".strip())
+
+
+COMMANDS = dict(commands())
+
+
+def codes(epilog: str | None) -> set[int]:
+    """The exit codes that a command's help lists; SGLang's own, 128 + N, are no codes of this program."""
+    return set(map(int, re.findall(r"\b\d+\b", re.sub(r"128 \+ N", "", epilog or ""))))
+
+
+def table() -> dict[int, str]:
+    """Exit code -> its row in docs/cli.md."""
+    text = (ROOT / "docs" / "cli.md").read_text()
+    return {int(code): row for code, row in re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)}
+
+
+def test_the_documented_exit_codes_are_those_of_the_code() -> None:
+    assert set(table()) == set(ExitCode)
+    assert codes(cli.epilog) == set(ExitCode)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "completion"])
+def test_each_help_lists_exit_codes_that_exist(name: str) -> None:
+    epilog = COMMANDS[name].epilog
+    assert epilog is not None
+    assert epilog.startswith("Exit codes")
+    assert {ExitCode.USAGE, ExitCode.DATA} <= codes(epilog) <= set(ExitCode)
+
+
+@pytest.mark.parametrize("code", table())
+def test_a_command_that_the_table_names_lists_the_code(code: int) -> None:
+    named = {word for word in re.findall(r"`((?:bench )?\w+)\b[^`]*`", table()[code]) if word in COMMANDS}
+    assert not {word for word in named if code not in codes(COMMANDS[word].epilog)}
+
+
+def test_the_bench_commands_agree_on_what_a_run_ends_with() -> None:
+    assert codes(COMMANDS["bench"].epilog) == codes(COMMANDS["bench run"].epilog)
+
+
+def example_lines(text: str) -> Iterator[list[str]]:
+    """The words after ``kvtuner-search`` in each command of a document's code blocks."""
+    for block in re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"\bkvtuner-search ([a-z].*)", line)
+            if found is not None:
+                yield re.split(r"[|>#;)]", found[1])[0].split()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_the_documents_have_the_options(path: Path) -> None:
+    for words in example_lines(path.read_text()):
+        name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), None)
+        assert name is not None, words
+        command = COMMANDS["bench run" if name == "bench" else name]
+        known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
+        ours = words[: words.index("--")] if "--" in words else words
+        given = {word.partition("=")[0] for word in ours if re.match(r"--?[a-z]", word)}
+        if name == "serve":  # what it does not know goes to SGLang
+            given = {option for option in given if option.startswith("--kvtuner")}
+            known = {flag.name for flag in FLAGS}
+        assert given <= known, words
+
+
+STATED = [
+    ("calibration.md", f"first rung is {objective.MARGIN:g} times worse"),
+    ("calibration.md", f"mean silhouette is at least {space.MIN_SILHOUETTE:g}"),
+    ("calibration.md", f"e_o is under {pipeline.LEAST_ERROR:.0%}".replace("%", " %")),
+    ("calibration.md", f"{sensitivity.CLIP_TOKENS:,} tokens favour"),
+    ("calibration.md", f"at {sensitivity.QUERIES} query positions"),
+    ("calibration.md", "two fifths of the search split" if options.TIERS[1] == 2 / 5 else "another share"),
+    (
+        "calibration.md",
+        f"the grid spans {min(min(c) for c in candidates.CLIPS.values()):g} to {max(max(c) for c in candidates.CLIPS.values()):.1f} of",
+    ),
+    ("calibration.md", f"Classes are {candidates.GRAIN} bits apart"),
+    ("calibration.md", f"({', '.join(f'`b{total}`' for total in MEASURED)})"),
+    ("calibration.md", "the three of least loss" if space.KEPT == 3 else "another number"),
+    ("calibration.md", "Every third proposal is Optuna's" if study.SAMPLER_EVERY == 3 else "another share"),
+    ("calibration.md", f"{100 * statistics.CONFIDENCE:g} % intervals"),
+    ("data.md", "the default is `{}`, `{}`, `{}` and `{}`".format(*DEFAULT_SOURCES)),
+]
+
+
+@pytest.mark.parametrize(("document", "words"), STATED, ids=[words[:40] for _, words in STATED])
+def test_constants_in_the_documents_are_those_of_the_code(document: str, words: str) -> None:
+    text = " ".join((ROOT / "docs" / document).read_text().split())
+    assert words in text
