@@ -72,6 +72,13 @@ def test_readme_leads_to_every_document() -> None:
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")} - named == set()
 
 
+def test_the_site_has_every_document() -> None:
+    """`scripts/docs` builds it; README.md and its neighbours are pages by another name (scripts/docs_pages.py)."""
+    named = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    beside = {"index.md", "reporting.md", "contributing.md", "changelog.md"}
+    assert sorted(named) == sorted({path.name for path in (ROOT / "docs").glob("*.md")} | beside)
+
+
 def test_the_picture_is_what_the_script_draws_from_the_record(tmp_path: Path) -> None:
     record = ROOT / "docs/records/quality/qwen2.5-coder-0.5b.json"
     subprocess.run([sys.executable, ROOT / "scripts/draw_quality", record, tmp_path / "quality.svg"], check=True)
