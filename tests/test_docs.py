@@ -97,3 +97,10 @@ def test_the_architecture_draws_the_ranks_of_the_house() -> None:
     drawn = (ROOT / "docs/architecture.md").read_text().split("```\nrank\n")[1].split("```")[0]
     rows = [line.split() for line in drawn.splitlines()]
     assert {part: int(rank) for rank, *parts in rows for part in parts} == RANK
+
+
+def test_contributing_has_the_ranks_of_the_house() -> None:
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert {part: int(rank) for rank, parts in rows for part in re.findall(r"`([\w.]+)`", parts)} | {
+        "__main__": 9
+    } == RANK
