@@ -17,7 +17,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "requirements"
-LOCKS = ("build", "environment", "serving", "torch", "torch-cpu", "torch-cuda", "tools")
+LOCKS = ("build", "docs", "environment", "serving", "torch", "torch-cpu", "torch-cuda", "tools")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -69,6 +69,7 @@ def test_the_locks_hold_what_the_project_asks_for(python: str) -> None:
     ours = [*PROJECT["dependencies"], *extras["dev"], *extras["eval"], *extras["report"]]
     for lock, asked in (
         ("environment", ours),
+        ("docs", extras["docs"]),
         ("serving", (FOLDER / "serving.in").read_text().splitlines()),
         ("build", (FOLDER / "build.in").read_text().splitlines()),
         ("torch", (FOLDER / "torch.in").read_text().splitlines()),
@@ -109,6 +110,11 @@ def test_scripts_install_nothing_but_the_locks(script: str) -> None:
         '"${pip[@]}" "$3" >&2 || return',  # KVTUNER_TORCH
         '"${pip[@]}" --no-deps --no-build-isolation -e "$ROOT" >&2',
     ]
+
+
+def test_the_site_is_built_with_the_lock_alone() -> None:
+    installs = re.findall(r"pip install .+", (ROOT / "scripts" / "docs").read_text())
+    assert installs == ['pip install -qq --disable-pip-version-check --no-deps --require-hashes -r "$lock"']
 
 
 def test_a_failed_installation_leaves_no_stamp(tmp_path: Path) -> None:

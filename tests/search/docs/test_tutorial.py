@@ -1,0 +1,43 @@
+"""The commands of docs/tutorial.md that need no server, as they stand there, with less data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kvtuner_search.profile.canonical import load
+from tests.tutorial import blocks, needs_server, run, workplace
+
+LITTLE = {
+    "KVTUNER_CALIBRATE_SOURCES": "list",
+    "KVTUNER_CALIBRATE_SAMPLES": "1",
+    "KVTUNER_CALIBRATE_LENGTH": "170",
+    "KVTUNER_CALIBRATE_TRIALS": "2",
+    "KVTUNER_CALIBRATE_BITS": "4,16",
+    "KVTUNER_EVALUATE_SAMPLES": "2",
+}
+
+
+def test_the_tutorial_runs_as_it_stands(tmp_path: Path, tiny_model: Path) -> None:
+    folder = workplace(tmp_path / "checkout")
+    (folder / "models").mkdir()
+    (folder / "models/my-model").symlink_to(tiny_model)
+    commands = [block for found in blocks().values() for block in found if not needs_server(block)]
+    done = run(commands, folder, **LITTLE)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+    assert load(folder / "profiles/mine/reference-4.00bit.json").storage.effective_bits <= 4
+    assert (folder / "demo-output/report.html").is_file()
+    assert "Profile and report:" in done.stdout
+    assert "--kvtuner-profile" in done.stdout, "the plan of the server"
+    for bits in ("5.00", "6.00"):
+        assert load(folder / f"my-output/my-model-{bits}bit.json").model.id == "my-model"
+    record = json.loads((folder / "my-output/record.json").read_text())
+    assert record["options"]["trials"] == 2
+
+
+def test_every_command_is_run_by_a_test() -> None:
+    found = blocks()
+    served = {heading for heading, each in found.items() if any(needs_server(block) for block in each)}
+    assert served == {"Serve it", "Validate it", "Review it"}, "the sections that tests/serving/docs runs"
+    assert sum(map(len, found.values())) > 8
