@@ -23,7 +23,7 @@ def check_url(url: str, key: str | None = None) -> str:
     except ValueError:  # of the port, or of an IPv6 address
         fits = False
     if not fits or parts.query or parts.fragment or not url.isprintable() or " " in url:
-        raise UsageError(f"{url!r} is no URL of a server: write http://host:port")
+        raise UsageError(f"{url!r} is not a URL of a server: write http://host:port")
     if key is not None and "@" in parts.netloc:
         raise UsageError(
             f"{url} has credentials and there is an API key, which share one header: leave one of them out"

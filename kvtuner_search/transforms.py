@@ -207,28 +207,28 @@ def _safetensors_header(data: bytes, path: Path) -> tuple[dict[str, dict[str, An
     """The entries of a safetensors file, whose offsets must tile the rest of the file, and where that starts.
 
     Raises:
-        ProfileError: if it is no safetensors file.
+        ProfileError: if it is not a safetensors file.
     """
     length = struct.unpack_from("<Q", data)[0] if len(data) >= 8 else -1
     if not 2 <= length <= min(MAX_HEADER, len(data) - 8):
-        raise ProfileError(f"{path} is no safetensors file: its header does not fit; restore it")
+        raise ProfileError(f"{path} is not a safetensors file: its header does not fit; restore it")
     header = parse_json(data[8 : 8 + length], str(path))
     if not isinstance(header, dict):
-        raise ProfileError(f"{path} is no safetensors file: its header is no object; restore it")
+        raise ProfileError(f"{path} is not a safetensors file: its header is not an object; restore it")
     header.pop("__metadata__", None)
     spans = []
     for entry in header.values():
         shape, offsets = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None, None)
         if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2):
-            raise ProfileError(f"{path} is no safetensors file: a tensor has no shape or offsets; restore it")
+            raise ProfileError(f"{path} is not a safetensors file: a tensor has no shape or offsets; restore it")
         spans.append((offsets[0], offsets[1], _FLOAT32 * math.prod(shape)))
     end = 0
     for start, stop, nbytes in sorted(spans):
         if start != end or stop - start != nbytes:
-            raise ProfileError(f"{path} is no safetensors file of float32 tensors: its offsets do not fit; restore it")
+            raise ProfileError(f"{path} is not a safetensors file of float32 tensors: its offsets do not fit; restore it")
         end = stop
     if end != len(data) - 8 - length:
-        raise ProfileError(f"{path} is no safetensors file of float32 tensors: its offsets do not fit; restore it")
+        raise ProfileError(f"{path} is not a safetensors file of float32 tensors: its offsets do not fit; restore it")
     return header, 8 + length
 
 

@@ -147,7 +147,7 @@ class TensorSpec:
             )
 
     def groups(self, head_dim: int) -> int:
-        """Number of groups (scales) in one head; 0 for a banded side, whose scale is no metadata."""
+        """Number of groups (scales) in one head; 0 for a banded side, whose scale is not metadata."""
         return 0 if self.raw or self.banded else head_dim // self.group_size
 
     def segment(self, head_dim: int) -> int:
@@ -188,7 +188,7 @@ class TensorSpec:
         """The inverse of ``str``.
 
         Raises:
-            LayoutError: if the text is no spec.
+            LayoutError: if the text is not a spec.
         """
         if text == "16":
             return cls()
@@ -198,7 +198,7 @@ class TensorSpec:
         match = _SPEC.fullmatch(text)
         if match is None:
             raise LayoutError(
-                f"{text!r} is no tensor spec: write 16, BITS-gGROUP-asym|sym[-c][-r][-xCLIP], e.g. 4-g64-asym-c, or b and the bits of"
+                f"{text!r} is not a tensor spec: write 16, BITS-gGROUP-asym|sym[-c][-r][-xCLIP], e.g. 4-g64-asym-c, or b and the bits of"
                 f" {BANDS} bands, e.g. b65443322"
             )
         return cls(
@@ -345,11 +345,11 @@ class LayerSpec:
         """The inverse of ``str``.
 
         Raises:
-            LayoutError: if the text is no pair of specs.
+            LayoutError: if the text is not a pair of specs.
         """
         key, slash, value = text.partition("/")
         if not slash:
-            raise LayoutError(f"{text!r} is no layer spec: write KEY/VALUE, e.g. 8-g64-asym/4-g64-asym")
+            raise LayoutError(f"{text!r} is not a layer spec: write KEY/VALUE, e.g. 8-g64-asym/4-g64-asym")
         return cls(_side(key), _side(value))
 
     def places(self, head_dim: int) -> tuple[tuple[Place, ...], tuple[Place, ...]]:

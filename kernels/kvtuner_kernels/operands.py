@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
-# ruff: noqa: RUF005, RET505, SIM300 - Triton compiles what follows a return, has no starred tuples, and DTYPE is no constant
+# ruff: noqa: RUF005, RET505, SIM300 - Triton compiles what follows a return, has no starred tuples, and DTYPE is not a constant
 """What all Triton kernels share: one side of a row as constants, words to matrix operands, Hadamard butterflies.
 
 A matrix operand holds codes as exact small numbers. The **assembly body** turns one 32-bit register (the same bits of two

@@ -32,12 +32,12 @@ FAILURES: Final = {
     "dropped": "the connection ended before the answer did: the server crashed, restarted, or a proxy cut it",
     "stalled": "not a byte came for the time allowed: the server hangs, or its queue is longer than that",
     "timeout": "the whole answer took longer than allowed",
-    "malformed": "what came is no event stream of SGLang's /generate: another server, or one that does not stream",
+    "malformed": "what came is not an event stream of SGLang's /generate: another server, or one that does not stream",
     "server-error": "the stream carried an error instead of an answer",
     "aborted": "the server aborted the request",
     "wrong-request": "the answer bears another request's id: it was swapped, or replayed from a cache in between",
     "wrong-prompt": "the server counted another number of prompt tokens than were sent: it cut or replaced the prompt",
-    "no-tokens": "an answer without a single token: its latency is no generation's",
+    "no-tokens": "an answer without a single token: its latency is not a generation's",
     "too-few-tokens": "the answer ended before the tokens that were asked for: counting requested tokens would inflate throughput",
     "too-many-tokens": "more tokens came than were asked for",
     "miscounted": "the server claims another number of tokens than came",
@@ -54,7 +54,7 @@ _HEADERS: Final = {
     "Accept-Encoding": "identity",  # compression collects tokens, in a proxy if not in the server
 }
 _EVENT_LIMIT: Final = 1 << 20  # bytes of one line, and for each token that was asked for
-_TOKEN_LIMIT: Final = 1 << 10  # as many more; what is longer is no answer
+_TOKEN_LIMIT: Final = 1 << 10  # as many more; what is longer is not an answer
 _READ_BUFFER: Final = 10 << 20  # bytes, as in sglang.bench_serving
 _DETAIL: Final = 200  # characters of a failure's detail that are kept
 _EXCERPT: Final = 4096  # bytes of an error's body that are read; masked before they are cut
@@ -304,7 +304,7 @@ def session(timeout: float, stall: float, key: str | None = None) -> aiohttp.Cli
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
         read_bufsize=_READ_BUFFER,
         headers=authorization(key),
-        auto_decompress=False,  # what unpacks to gigabytes is no stream of tokens
+        auto_decompress=False,  # what unpacks to gigabytes is not a stream of tokens
         trust_env=False,
     )
 

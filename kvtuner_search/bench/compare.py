@@ -1,6 +1,6 @@
 """``bench compare A B``: the same cells of two records, paired; how much faster or slower B is, and whether that is more than scatter.
 
-A record that is no result (a check failed, a figure cannot be, a request went wrong) is refused, and so are records of other models or presets.
+A record that is not a result (a check failed, a figure cannot be, a request went wrong) is refused, and so are records of other models or presets.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def compare(a: Record, b: Record, paths: tuple[Path, Path] | None = None) -> Com
         paths: where they were read from, so that the raw requests beside them are found; without, intervals are from summaries.
 
     Raises:
-        NotComparableError: if a record is no result, the models or presets differ, or no cell is in both.
+        NotComparableError: if a record is not a result, the models or presets differ, or no cell is in both.
     """
     _refuse(a, b)
     pairs, unpaired = _pair(a, b)
@@ -180,7 +180,7 @@ def _refuse(a: Record, b: Record) -> None:
         if record.violations:
             first = record.violations[0]
             raise NotComparableError(
-                f"{name} has {len(record.violations)} violations, the first {first.rule} at {first.where}: it is no result;"
+                f"{name} has {len(record.violations)} violations, the first {first.rule} at {first.where}: it is not a result;"
                 " `kvtuner-search bench check` lists them"
             )
     for field in _SHAPE:

@@ -83,7 +83,7 @@ class Setup:
         return max(0.0, read) / (self.tensor_parallel * self.bandwidth)
 
     def prompt_operations(self, computed: float, pairs: float) -> float:
-        """For a prompt of which ``computed`` tokens are no cache hits; its output embedding is multiplied for the last token only.
+        """For a prompt of which ``computed`` tokens are not cache hits; its output embedding is multiplied for the last token only.
 
         Args:
             computed: tokens.
@@ -342,6 +342,6 @@ def _count(text: dict[str, Any], field: str, name: str) -> int:
     value = text.get(field)
     if type(value) is not int or not 0 < value <= 2**31:
         raise DataError(
-            f"config.json of {name}: {field}={value!r} is no positive integer: no floor can be drawn for it"
+            f"config.json of {name}: {field}={value!r} is not a positive integer: no floor can be drawn for it"
         )
     return value

@@ -99,7 +99,7 @@ def parse(text: str, count: int = 1) -> Hardware:
     bandwidth and flops must be given; size and boost of the chip are then the table's largest, as too much keeps the floors true.
 
     Raises:
-        UsageError: for an unknown key, a figure that is no positive number, or figures that are missing.
+        UsageError: for an unknown key, a figure that is not a positive number, or figures that are missing.
     """
     name, *pairs = (part.strip() for part in text.split(","))
     given: dict[str, float] = {}

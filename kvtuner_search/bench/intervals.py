@@ -1,6 +1,6 @@
 """Confidence intervals of ratios between two runs: the bootstrap over blocks of requests. Only numpy is imported here.
 
-Requests that are in flight together share the server's steps, so they are no independent samples: what is drawn again are blocks of as
+Requests that are in flight together share the server's steps, so they are not independent samples: what is drawn again are blocks of as
 many consecutive requests as were in flight. An interval says how far requests of these two runs scatter; it does not know how a server
 drifts from one start to the next, which only repeated runs show.
 

@@ -377,7 +377,7 @@ class Record(Strict):
     gates: list[Gate] = []
     """Service-level objectives."""
     violations: list[Violation] = []
-    """Why this is no result; empty for a good run."""
+    """Why this is not a result; empty for a good run."""
 
     @property
     def correct(self) -> bool:

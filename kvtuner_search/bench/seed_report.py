@@ -179,7 +179,7 @@ def parse(content: object, source: str) -> SeedReport:
         return SeedReport.model_validate(content)
     except ValidationError as error:
         raise DataError(
-            f"{source}: {first_error(error, 'report')}: it is no test report of this form; restore it"
+            f"{source}: {first_error(error, 'report')}: it is not a test report of this form; restore it"
         ) from error
 
 

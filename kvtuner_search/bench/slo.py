@@ -57,7 +57,7 @@ def parse(text: str) -> list[Objective]:
     """Read ``NAME=LIMIT,SECTION.NAME=LIMIT,...``.
 
     Raises:
-        UsageError: for an unknown name or section, a limit that is no number of its unit, or a name given twice.
+        UsageError: for an unknown name or section, a limit that is not a number of its unit, or a name given twice.
     """
     found: list[Objective] = []
     for part in text.split(","):
@@ -86,7 +86,7 @@ def _limit(title: str, name: str, value: str) -> float:
     highest = 1.0 if UNITS[name] == "fraction" else math.inf
     if not (0 <= limit <= highest and math.isfinite(limit)):
         wanted = "a fraction from 0 to 1" if highest == 1 else f"a number of {UNITS[name]} from 0 on"
-        raise UsageError(f"--slo {title}={value}: the limit is no number that can hold: give {wanted}")
+        raise UsageError(f"--slo {title}={value}: the limit is not a number that can hold: give {wanted}")
     return limit
 
 

@@ -1,4 +1,4 @@
-"""Figures of a cell from its raw results, and what in these results is no answer."""
+"""Figures of a cell from its raw results, and what in these results is not an answer."""
 
 from __future__ import annotations
 

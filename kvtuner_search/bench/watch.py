@@ -215,7 +215,7 @@ def parse_metrics(lines: Iterable[str]) -> dict[str, float]:
 
     Raises:
         ValueError: if it is another format.
-        ServerError: if a rank is no number, or a figure beyond reason.
+        ServerError: if a rank is not a number, or a figure beyond reason.
     """
     found: dict[str, float] = {}
     for family in text_string_to_metric_families("\n".join([*filter(_is_wanted, lines), ""])):

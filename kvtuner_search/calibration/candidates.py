@@ -46,7 +46,7 @@ class StorageClass:
         """The inverse of ``str``.
 
         Raises:
-            UsageError: if the text is no class.
+            UsageError: if the text is not a class.
         """
         if text == "16":
             return RAW_CLASS
@@ -56,7 +56,7 @@ class StorageClass:
         match = re.fullmatch(r"([248])([as])([1-9]\d{1,3})", text, re.ASCII)
         if match is None:
             raise UsageError(
-                f"{text!r} is no storage class: write 16, or bits, a or s, and group size, e.g. 4a128, or b and the bits of {BANDS} bands,"
+                f"{text!r} is not a storage class: write 16, or bits, a or s, and group size, e.g. 4a128, or b and the bits of {BANDS} bands,"
                 " e.g. b28"
             )
         return cls(int(match[1]), match[2] == "s", int(match[3]))
@@ -91,11 +91,11 @@ def parse_pair(text: str) -> Pair:
     """The inverse of pair_name.
 
     Raises:
-        UsageError: if the text is no pair.
+        UsageError: if the text is not a pair.
     """
     key, slash, value = text.partition("/")
     if not slash:
-        raise UsageError(f"{text!r} is no pair of storage classes: write KEY/VALUE, e.g. 4a128/2s128")
+        raise UsageError(f"{text!r} is not a pair of storage classes: write KEY/VALUE, e.g. 4a128/2s128")
     return StorageClass.parse(key), StorageClass.parse(value)
 
 

@@ -101,9 +101,9 @@ class CheckedJournal(BaseJournalBackend):
                 whole = data.rfind(b"\n") + 1
                 first = data[: data.find(b"\n") + 1]
                 if first:
-                    self._checked(first, 0, 1)  # nothing of a file that is no journal is cut off
+                    self._checked(first, 0, 1)  # nothing of a file that is not a journal is cut off
                 elif not data.startswith(_START):
-                    raise DataError(f"{self.path} is no study: {DAMAGED}")
+                    raise DataError(f"{self.path} is not a study: {DAMAGED}")
                 if whole < len(data):
                     stream.truncate(whole)
         finally:

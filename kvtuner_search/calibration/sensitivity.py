@@ -69,7 +69,7 @@ class Sensitivity:
     sums: dict[int, _Sums] = field(default_factory=dict)
 
     def begin(self, valid: Tensor) -> None:
-        """Announce a batch: ``valid`` [B, T] marks what is no padding (on the right)."""
+        """Announce a batch: ``valid`` [B, T] marks what is not padding (on the right)."""
         self.lengths = valid.sum(1).tolist()
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ command = BenchGroup(
     modules=SUBCOMMANDS,
     context_settings=CONTEXT,
     help="Measure what is served: time to first token by prompt length, throughput by concurrency, long sequences, batches, memory"
-    " stress, token capacity. Only tokens that came back count, and a figure below what the hardware can do is no result."
+    " stress, token capacity. Only tokens that came back count, and a figure below what the hardware can do is not a result."
     " docs/bench.md says how and why.",
     epilog="Exit codes of a run: 0 a result within its objectives, 1 a check failed, a figure cannot be, an answer was not what was asked"
     " for, or an objective is missed, 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 a server could not be"

@@ -54,7 +54,7 @@ class _Result:
 def command(files: tuple[Path, ...], hardware: str | None, model: Path | None, as_json: bool) -> int:
     """Judge each of FILES, records of `bench` or the seed's test report, against the floors of its hardware.
 
-    A time below what the hardware needs at least, or a rate above what it can do at most, is no result. Figures that contradict each other
+    A time below what the hardware needs at least, or a rate above what it can do at most, is not a result. Figures that contradict each other
     are named too. docs/bench-floors.md derives the floors.
     """
     results = [_check(path, hardware, model) for path in files]

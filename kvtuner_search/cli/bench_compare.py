@@ -13,7 +13,7 @@ from kvtuner_search.cli.options import json_option
 @click.command(
     "compare",
     epilog="Exit codes: 0 compared, whatever the ratios, 2 usage, 3 unreadable or invalid record, 4 not comparable: another model or"
-    " preset, no cell in common, or a record that is no result.",
+    " preset, no cell in common, or a record that is not a result.",
 )
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))

@@ -49,7 +49,7 @@ def read_seed(path: Path | None) -> SeedReport | None:
 def command(records: tuple[Path, ...], html: Path | None, seed: Path | None) -> None:
     """Show RECORDS of `bench` side by side, each table with its floors: in the terminal, or as one HTML page.
 
-    A record that is no result is shown as such. docs/bench-records.md describes the page.
+    A record that is not a result is shown as such. docs/bench-records.md describes the page.
     """
     from kvtuner_search.bench import files
 

@@ -77,7 +77,7 @@ def command(
     if old == new == "-":
         raise UsageError("only one of the two profiles can come from standard input: name a file for the other")
     if max_loss_increase is not None and not math.isfinite(max_loss_increase):
-        raise UsageError(f"--max-loss-increase {max_loss_increase} is no number: give a finite number of nats")
+        raise UsageError(f"--max-loss-increase {max_loss_increase} is not a number: give a finite number of nats")
     if config is not None and config_from is not None:
         raise UsageError("--config and --config-from name two configurations: give one of them")
     change = None

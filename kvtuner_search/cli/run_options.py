@@ -155,12 +155,12 @@ def label(model: str) -> str:
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     found = tuple(int(part) for part in value.split(",") if part.strip().isdecimal())
     if len(found) != len(value.split(",")) or not set(found) <= {2, 4, 8, 16}:
-        raise click.BadParameter(f"{value!r} is no list of 2, 4, 8 and 16, as in 2,4,8", ctx, param)
+        raise click.BadParameter(f"{value!r} is not a list of 2, 4, 8 and 16, as in 2,4,8", ctx, param)
     return found
 
 
 def _groups(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",")]
     if not all(part == "head" or part in ("32", "64", "128") for part in parts):
-        raise click.BadParameter(f"{value!r} is no list of head, 32, 64 and 128, as in head,32", ctx, param)
+        raise click.BadParameter(f"{value!r} is not a list of head, 32, 64 and 128, as in head,32", ctx, param)
     return tuple(0 if part == "head" else int(part) for part in parts)

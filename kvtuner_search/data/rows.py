@@ -130,7 +130,7 @@ def _content(turn: Mapping[str, Any], where: str) -> str | None:
     if isinstance(content, list):  # parts
         wrong = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
         if wrong:
-            raise DataError(f"{where} has a part that is no text: leave such chats out")
+            raise DataError(f"{where} has a part that is not text: leave such chats out")
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise DataError(f"{where} is {type(content).__name__}, not text: leave such chats out")
@@ -146,7 +146,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where} is no JSON ({error.msg}): write one object a line") from error
+            raise DataError(f"{where} is not JSON ({error.msg}): write one object a line") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
             raise DataError(f"{where} cannot be read ({str(error).partition(';')[0]}): leave it out") from error
         if row is not None and not isinstance(row, dict):
@@ -155,13 +155,13 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is no file that ends, and what git left in a file's place.
+    """Refuse what is not a file that ends, and what git left in a file's place.
 
     Raises:
         DataError: with the remedy.
     """
     if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is no regular file: give a file")
+        raise DataError(f"{path}: is not a regular file: give a file")
     try:
         with path.open("rb") as stream:
             pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER

@@ -128,7 +128,7 @@ def parse_source(spec: str, questions: int = 1) -> Source:
         if location == "recall":
             for name, value in options.items():
                 if not value.isdecimal():
-                    raise UsageError(f"source {spec!r}: {name}={value!r} is no number: write e.g. recall#{name}=2")
+                    raise UsageError(f"source {spec!r}: {name}={value!r} is not a number: write e.g. recall#{name}=2")
             numbers = {
                 "pairs": DEFAULT_PAIRS,
                 "questions": questions,

@@ -150,7 +150,7 @@ class Scorer:
         return [batch.tokens for batch in self._batches[tier]]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, tuple[Sample, ...]]]:
-        """Every forward pass: token ids [B, T], which of them are no padding, and the samples row by row."""
+        """Every forward pass: token ids [B, T], which of them are not padding, and the samples row by row."""
         for batches in self._batches:
             for batch in batches:
                 yield batch.tokens, batch.valid, batch.samples

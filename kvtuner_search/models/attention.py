@@ -37,7 +37,7 @@ class Tap(Protocol):
 
 
 class Observer(Tap, Protocol):
-    """A tap that returns keys and values as they are, and is told before each pass which tokens [B, T] are no padding."""
+    """A tap that returns keys and values as they are, and is told before each pass which tokens [B, T] are not padding."""
 
     def begin(self, valid: Tensor) -> None: ...
 

@@ -36,7 +36,7 @@ def local_folder(source: str) -> Path | None:
             )
         if not os.path.isfile(path / "config.json"):  # noqa: PTH113
             raise DataError(
-                f"{path / 'config.json'} does not exist, and a folder with no config.json is no model: {REMEDY}"
+                f"{path / 'config.json'} does not exist, and a folder with no config.json is not a model: {REMEDY}"
             )
         return path
     there = os.path.lexists(path)

@@ -138,10 +138,10 @@ def loads(data: bytes, source: str, *, any_layout: bool = False) -> Profile:
     """
     content = parse_json(data, source)
     if not isinstance(content, dict):
-        raise ProfileError(f"{source} holds a JSON {type(content).__name__}, not an object: it is no profile")
+        raise ProfileError(f"{source} holds a JSON {type(content).__name__}, not an object: it is not a profile")
     version = content.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool):
-        raise ProfileError(f"{source} has no schema_version: it is no profile, or was edited by hand")
+        raise ProfileError(f"{source} has no schema_version: it is not a profile, or was edited by hand")
     if version > SCHEMA_VERSION:
         raise ProfileError(
             f"{source} has schema version {version}, this kvtuner-search {__version__} reads up to {SCHEMA_VERSION}:"
@@ -225,10 +225,10 @@ def parse_json(data: bytes, source: str, what: str = "profile") -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ProfileError(
-            f"{source} is not UTF-8 text (byte {error.start}): it is no {what}, or is damaged"
+            f"{source} is not UTF-8 text (byte {error.start}): it is not a {what}, or is damaged"
         ) from error
     if _depth(text) > MAX_DEPTH:
-        raise ProfileError(f"{source} nests deeper than {MAX_DEPTH} levels: it is no {what}")
+        raise ProfileError(f"{source} nests deeper than {MAX_DEPTH} levels: it is not a {what}")
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         if _SURROGATE.search(text):
@@ -236,7 +236,7 @@ def parse_json(data: bytes, source: str, what: str = "profile") -> Any:
     except UnicodeEncodeError as error:
         raise ProfileError(f"{source} has half of a surrogate pair in a string: restore the file") from error
     except ValueError as error:  # JSONDecodeError, and integers beyond Python's digit limit
-        raise ProfileError(f"{source} is no valid JSON: {error}: restore the file") from error
+        raise ProfileError(f"{source} is not valid JSON: {error}: restore the file") from error
     return content
 
 
@@ -268,7 +268,7 @@ def _finite(text: str) -> float:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _validate(content: dict[str, Any], source: str) -> Profile:

@@ -64,7 +64,7 @@ def check_name(place: Place) -> None:
 
 
 def named_well(place: Place) -> bool:
-    """Whether git can be asked for it: the revision is named and is no option, and all is one line."""
+    """Whether git can be asked for it: the revision is named and is not an option, and all is one line."""
     return place.ref[:1] not in ("", "-") and not re.search(r"[\x00\n]", str(place))
 
 
@@ -94,7 +94,7 @@ def read(place: Place, what: str, limit: int) -> bytes | None:
         limit: bytes.
 
     Raises:
-        ProfileError: if it is no file, too large, or its content is not in this clone.
+        ProfileError: if it is not a file, too large, or its content is not in this clone.
     """
     done = _git(
         place, "cat-file", "--batch-check", "--follow-symlinks", send=f"{place}\n".encode(errors="surrogateescape")

@@ -86,12 +86,12 @@ def load_config(file: Path) -> dict[str, Any]:
         raise DataError(adapter_message(file.parent))
     content = parse_json(read_limited(file, "a model's config.json"), source, "model's config.json")
     if not isinstance(content, dict):
-        raise DataError(f"{source} holds a JSON {type(content).__name__}, not an object: it is no model's config.json")
+        raise DataError(f"{source} holds a JSON {type(content).__name__}, not an object: it is not a model's config.json")
     return content
 
 
 def adapter_message(folder: Path) -> str:
-    """Why a folder with an adapter is no model, and which model the adapter is for."""
+    """Why a folder with an adapter is not a model, and which model the adapter is for."""
     file = folder / "adapter_config.json"
     try:
         content = parse_json(read_limited(file, "an adapter's config"), str(file), "adapter's config")
@@ -128,7 +128,7 @@ def model_info(
     if not (isinstance(architectures, list) and architectures and _is_class(architectures[0])):
         raise DataError(
             f"{source}: architectures={_shown(architectures)} names no class, and model_type={_shown(text.get('model_type'))} is"
-            " not known here: it is no model's config.json, or lacks architectures"
+            " not known here: it is not a model's config.json, or lacks architectures"
         )
     try:
         content = normal_form(config)
@@ -382,5 +382,5 @@ def _is_count(value: Any) -> TypeGuard[int]:
 def _count(text: dict[str, Any], name: str, source: str) -> int:
     value = text.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{source}: {name}={_shown(value)} is no positive integer: it is no decoder's config.json")
+        raise DataError(f"{source}: {name}={_shown(value)} is not a positive integer: it is not a decoder's config.json")
     return value

@@ -69,7 +69,7 @@ def load_settings(explicit: Path | None, start: Path) -> Settings:
     """The settings in ``explicit``, or in the nearest pyproject.toml at or above ``start`` that has the table.
 
     Raises:
-        UsageError: if the file is no TOML, or has a key or value that means nothing here.
+        UsageError: if the file is not TOML, or has a key or value that means nothing here.
     """
     if explicit is not None:
         return _parse(_table(explicit), explicit)
@@ -161,12 +161,12 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as ``40GiB``, ``24 GB`` or ``1000000``.
 
     Raises:
-        ValueError: if it is no size.
+        ValueError: if it is not a size.
     """
     match = _SIZE.fullmatch(text.strip())
     nbytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
     if nbytes < 1:
-        raise ValueError(f"{quoted(text)} is no size: write a number and one of {', '.join(_UNITS)}, e.g. 40GiB")
+        raise ValueError(f"{quoted(text)} is not a size: write a number and one of {', '.join(_UNITS)}, e.g. 40GiB")
     return nbytes
 
 
@@ -188,11 +188,11 @@ def _parse_table(data: bytes, file: Path) -> dict[str, Any]:
     try:
         content: Any = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
-        raise UsageError(f"{file} is no valid TOML: {error}: mend it, or name another with --config") from error
+        raise UsageError(f"{file} is not valid TOML: {error}: mend it, or name another with --config") from error
     for name in ("tool", "kvtuner-search", "diff"):
         content = content.get(name, {})
         if not isinstance(content, dict):
-            raise UsageError(f"{file}: {name} is no table: write [tool.kvtuner-search.diff]")
+            raise UsageError(f"{file}: {name} is not a table: write [tool.kvtuner-search.diff]")
     return dict(content)
 
 

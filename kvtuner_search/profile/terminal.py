@@ -41,13 +41,13 @@ _SEVERITY_STYLE: Final = {"error": "bold red", "warning": "yellow", "info": "cya
 _VERDICT_STYLE: Final = {"pass": "bold green", "fail": "bold red", "not-comparable": "bold red"}
 _QUALITY_STYLE: Final = {"regressed": "red", "improved": "green", "inconclusive": "yellow", "incomparable": "yellow"}
 _STRIP: Final = 64  # layers in one line of the strip
-_WIDTH: Final = 120  # columns where the output is no terminal
+_WIDTH: Final = 120  # columns where the output is not a terminal
 _TEXT: Final = 1000  # characters of a note; --json has the rest
 _ROWS: Final = 100  # of one table; nobody reads more, and laying out thousands takes seconds
 
 
 def console(file: IO[str] | None = None) -> Console:
-    """Standard output; without any escape sequence if NO_COLOR is set or it is no terminal."""
+    """Standard output; without any escape sequence if NO_COLOR is set or it is not a terminal."""
     stream = sys.stdout if file is None else file
     terminal = stream.isatty()
     plain = bool(os.environ.get("NO_COLOR")) or not (terminal or os.environ.get("FORCE_COLOR"))

@@ -130,7 +130,7 @@ def _runs(all_runs: Sequence[Run]) -> Iterator[str]:
         if failures:
             yield page.table(("cell", "failure", "requests"), failures, right=(2,))
         if record.violations:
-            yield "<p class=bad>Why this is no result:</p>"
+            yield "<p class=bad>Why this is not a result:</p>"
             yield page.table(VIOLATION_HEADS, [_violation(v) for v in record.violations])
 
 

@@ -35,7 +35,7 @@ _VERDICT_STYLE: Final = {"better": "green", "worse": "red", "undecided": "yellow
 
 
 def print_record(out: Console, record: Record, seed: SeedReport | None = None) -> None:
-    """One record: what it is of, its tables with floors, why it is no result if it is none, its objectives, its verdict."""
+    """One record: what it is of, its tables with floors, why it is not a result if it is none, its objectives, its verdict."""
     print_records(out, [record], seed)
 
 
@@ -87,10 +87,10 @@ def _judged(out: Console, record: Record, name: str) -> None:
         _print(out, ("check", "what was seen"), failed, ())
     lost = [(cell.title, kind, f"{count:,}") for cell in record.cells for kind, count in cell.failures.items()]
     if lost:
-        out.print(Text(f"{prefix}requests that failed, which are no samples", "bold"))
+        out.print(Text(f"{prefix}requests that failed, which are not samples", "bold"))
         _print(out, ("cell", "failure", "requests"), lost, (2,))
     if record.violations:
-        out.print(Text(f"{prefix}why this is no result", "bold red"))
+        out.print(Text(f"{prefix}why this is not a result", "bold red"))
         rows = [(v.rule, v.where, v.figure, split_causes(v.reason)[0]) for v in record.violations]
         _print(out, ("rule", "where", "figure", "why"), rows, ())
         causes = dict.fromkeys(c for v in record.violations for c in split_causes(v.reason)[1].split("; ") if c)

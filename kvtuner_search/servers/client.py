@@ -84,7 +84,7 @@ class Answer:
         if not (isinstance(output, list) and output):
             raise BadAnswerError(f"/generate answered output_ids {cut(output)}: the answer is empty")
         if not all(type(token) is int for token in output):
-            raise BadAnswerError(f"/generate answered output_ids {cut(output)}: these are no token ids")
+            raise BadAnswerError(f"/generate answered output_ids {cut(output)}: these are not token ids")
         if foreign := [token for token in output if not 0 <= token < (vocabulary or _IDS)]:
             raise BadAnswerError(
                 f"/generate answered token {cut(foreign[0])}, and the vocabulary ends at {(vocabulary or _IDS) - 1}: it serves"
@@ -123,7 +123,7 @@ def _counted(meta: dict[str, Any], name: str) -> int:
             " counts, or no SGLang"
         )
     if type(value) is not int or value < 0:
-        raise BadAnswerError(f"/generate answered {name}={cut(repr(value))}: that is no number of tokens")
+        raise BadAnswerError(f"/generate answered {name}={cut(repr(value))}: that is not a number of tokens")
     return value
 
 

@@ -78,7 +78,7 @@ class Folder:
             alike: settings that the responses depend on.
 
         Raises:
-            UsageError: if it is no run's, has none, or was made with other settings.
+            UsageError: if it is not a run's, has none, or was made with other settings.
         """
         mine, theirs = (_parse(path / _SETTINGS) for path in (self.path, other))
         differing = [setting for setting in alike if mine.get(setting) != theirs.get(setting)]

@@ -26,9 +26,9 @@ def _object(text: str) -> str:
     try:
         found = from_json(text or "{}")
     except ValueError as error:
-        raise ValueError("it is no JSON") from error
+        raise ValueError("it is not JSON") from error
     if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return text
 
 

@@ -93,7 +93,7 @@ class Transport:
                 trust_env=False,
             )
         except (httpx2.InvalidURL, ValueError) as error:
-            raise ServerError(f"{url} is no URL ({error}): write http://host:port") from error
+            raise ServerError(f"{url} is not a URL ({error}): write http://host:port") from error
 
     async def __aenter__(self) -> Self:
         return self
@@ -155,7 +155,7 @@ class Transport:
         except BadAnswerError as error:
             raise BadAnswerError(f"{self.url}{path} gave no answer that can be used: {error}") from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise ServerError(f"{self.url} is no URL ({error}): write http://host:port") from error
+            raise ServerError(f"{self.url} is not a URL ({error}): write http://host:port") from error
         except (httpx2.TimeoutException, TimeoutError) as error:
             if came:
                 raise BadAnswerError(

@@ -57,7 +57,7 @@ class ServingConfiguration:
             fields = json.loads(text)
             found = cls(**fields)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"{ENVIRONMENT}={text[:80]!r} is no serving configuration: unset it") from error
+            raise UsageError(f"{ENVIRONMENT}={text[:80]!r} is not a serving configuration: unset it") from error
         if not (isinstance(found.profile, str) and isinstance(found.digest, str) and isinstance(found.as_stored, bool)):
             raise UsageError(f"{ENVIRONMENT}={text[:80]!r} has a field of the wrong type: unset it")
         return found

@@ -85,7 +85,7 @@ def measure(
     command: str,
     reporter: Reporter,
 ) -> Speed:
-    """Serve one row and measure it. A server that does not start, or a run that is no result, gives a row without speed and the reason.
+    """Serve one row and measure it. A server that does not start, or a run that is not a result, gives a row without speed and the reason.
 
     Args:
         profile: of the row; None for the 16-bit row, whose server is a stock one.

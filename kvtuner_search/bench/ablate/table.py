@@ -12,7 +12,7 @@ from kvtuner_search.bench.ablate.rows import Ablation, Figure, Row, SpeedCell
 from kvtuner_search.bench.ablate.variants import BASELINE
 from kvtuner_search.profile.text import printable
 
-_WIDEST: Final = 400  # columns where output is no terminal: as many as the table needs
+_WIDEST: Final = 400  # columns where output is not a terminal: as many as the table needs
 _STORED: Final = 40  # columns of the specs, which wrap
 _QUALITY: Final = (
     "row",

@@ -112,7 +112,7 @@ def catalogue(model: ModelShape, families: Sequence[str] = FAMILIES) -> list[Var
     """
     unknown = [name for name in families if name not in FAMILIES]
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is no family of rows: choose from {', '.join(FAMILIES)}")
+        raise UsageError(f"{unknown[0]!r} is not a family of rows: choose from {', '.join(FAMILIES)}")
     rows = [Variant(BASELINE, "bits", (LayerSpec(),) * model.num_layers)]
     rows += [row for row in _all(model) if row.family in families]
     return rows

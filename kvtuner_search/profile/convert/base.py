@@ -84,7 +84,7 @@ def parse(data: bytes, source: str) -> Any:
         return yaml.load(data.decode("utf-8"), Loader)
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{source} is no valid YAML: {reason[:300]}: restore the file") from error
+        raise DataError(f"{source} is not valid YAML: {reason[:300]}: restore the file") from error
 
 
 def mapping(content: Any, what: str, source: str) -> dict[Any, Any]:
@@ -105,7 +105,7 @@ def integer(value: Any, what: str, source: str, low: int, high: int) -> int:
         DataError: if not.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise DataError(f"{source}: {what}={str(value)[:40]!r} is no integer from {low} to {high}: restore the file")
+        raise DataError(f"{source}: {what}={str(value)[:40]!r} is not an integer from {low} to {high}: restore the file")
     return value
 
 

@@ -38,7 +38,7 @@ def read(source: Source) -> Imported:
 
     Raises:
         UsageError: if the scheme is missing, or the file's name hints at the other one.
-        DataError: if the file is no preset, or is for another number of layers.
+        DataError: if the file is not a preset, or is for another number of layers.
     """
     scheme = _scheme(source)
     head_dim = source.model.head_dim
@@ -73,14 +73,14 @@ def numbered(content: Any, what: str, source: str) -> dict[int, Any]:
     """A mapping by number; JSON, and YAML with quotes, write numbers as text.
 
     Raises:
-        DataError: if it is no mapping, a key is no number, or one stands there twice.
+        DataError: if it is not a mapping, a key is not a number, or one stands there twice.
     """
     found: dict[int, Any] = {}
     for key, value in mapping(content, what, source).items():
         number = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key) else key
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise DataError(
-                f"{source}: {what} has {quoted(key)} where a number is expected: it is no preset of KVTuner"
+                f"{source}: {what} has {quoted(key)} where a number is expected: it is not a preset of KVTuner"
             )
         if number in found:
             raise DataError(f"{source}: {what} has {number} twice, as a number and as text: leave one of them")
@@ -110,7 +110,7 @@ def _bits(entry: Any, part: str, index: int, source: Source, result: Imported) -
         return integer(fields[name], f"layer {index} {name}", source.name, 1, 16)
     heads = range(source.model.num_kv_heads)
     if any(str(key).startswith("nbits_") for key in fields):
-        raise DataError(f"{source.name}: layer {index} has no {name}: it is no preset of KVTuner")
+        raise DataError(f"{source.name}: layer {index} has no {name}: it is not a preset of KVTuner")
     by_head = numbered(fields, f"layer {index}", source.name)
     if sorted(by_head) != list(heads):
         raise DataError(f"{source.name}: layer {index} has no {name}, nor an entry for each of {len(heads)} KV heads")

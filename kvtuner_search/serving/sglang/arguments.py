@@ -173,7 +173,7 @@ def _count(text: str) -> int:
     match = _COUNT.fullmatch(text.strip())
     suffix = match[2] or "" if match else ""
     if match is None or ("." in match[1] and (not suffix or suffix.endswith("i"))):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: write for example 100000, 25.6k or 1Mi")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens: write for example 100000, 25.6k or 1Mi")
     whole, _, decimals = match[1].partition(".")
     return int(whole + decimals) * _FACTORS[suffix] // int(10 ** len(decimals))
 
@@ -191,11 +191,11 @@ def _config_file(arguments: Sequence[str]) -> list[str]:
     if list(arguments).count(CONFIG) > 1:
         raise UsageError(f"{CONFIG} is given twice: SGLang takes one file")
     if path.suffix.lower() not in (".yaml", ".yml"):
-        raise UsageError(f"{path} is no YAML file by its name: SGLang takes .yaml and .yml")
+        raise UsageError(f"{path} is not a YAML file by its name: SGLang takes .yaml and .yml")
     try:
         content = yaml.safe_load(read_limited(path, "a YAML file of SGLang's options", _MAX_CONFIG)) or {}
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no valid YAML: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no mapping of options: write for example 'tp-size: 2'")
     found: list[str] = []
@@ -256,7 +256,7 @@ def _check_address(options: ServerOptions) -> None:
     ):
         # An empty host binds to every interface, which nobody asked for.
         raise UsageError(
-            f"--host {host!r} is no address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface, or leave it out"
+            f"--host {host!r} is not an address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface, or leave it out"
         )
     if not 1 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: give a number from 1 to 65535")

@@ -27,7 +27,7 @@ def served_model(
 
     Raises:
         DataError: if config.json cannot be found or read, or describes no decoder.
-        UsageError: if ``overrides`` is no JSON object, the context is longer than the model reaches, or its attention cannot be served
+        UsageError: if ``overrides`` is not a JSON object, the context is longer than the model reaches, or its attention cannot be served
             with a profile.
     """
     file, config = read_source(model_path, revision)
@@ -82,9 +82,9 @@ def _overrides(text: str | None) -> dict[str, Any]:
     try:
         content = parse_json((text or "{}").encode(errors="surrogateescape"), "it", "model's config")
     except ProfileError as error:
-        raise UsageError(f"--json-model-override-args {(text or '')[:80]!r} is no JSON: {error}") from error
+        raise UsageError(f"--json-model-override-args {(text or '')[:80]!r} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(
-            f"--json-model-override-args {(text or '')[:80]!r} is no JSON object: write for example '{{\"rope_theta\": 1e6}}'"
+            f"--json-model-override-args {(text or '')[:80]!r} is not a JSON object: write for example '{{\"rope_theta\": 1e6}}'"
         )
     return content

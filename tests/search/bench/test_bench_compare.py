@@ -184,7 +184,7 @@ REFUSALS: dict[str, tuple[Callable[[Record], Record], str]] = {
         lambda r: r.model_copy(
             update={"violations": [Violation(rule="below-floor", where="ttft", figure="2 ms", reason="because")]}
         ),
-        "B has 1 violations, the first below-floor at ttft: it is no result",
+        "B has 1 violations, the first below-floor at ttft: it is not a result",
     ),
     "cells": (lambda r: r.model_copy(update={"cells": [made.cell("ttft", 11, 1)]}), "no cell with speed in common"),
 }
@@ -254,4 +254,4 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "does not exist: give the path of a benchmark record" in capsys.readouterr().err
     assert run(["bench", "compare", path]) == 2
     assert run(["bench", "compare", path, path, "--seed", path]) == 3
-    assert "it is no test report of this form" in capsys.readouterr().err
+    assert "it is not a test report of this form" in capsys.readouterr().err

@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
             "attention_types": [[["global"], 4]],
             "max_position_embeddings": 512,
         },
-        "is no positive integer|cannot be seen",
+        "is not a positive integer|cannot be seen",
     ),
 }
 

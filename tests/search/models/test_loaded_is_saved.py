@@ -96,7 +96,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[s
     "ModelOpt": (fp8, MODEL_OPT, r"does not know.*'modelopt'.*scales .*input_scale"),
     "ModelOpt, no word of it": (fp8, {}, r"_proj\.weight.* as F8_E4M3.*scales .*_scale"),
     "a method without a name": (lambda t: t, {"quantization_config": {"bits": 4}}, "quantization_config"),
-    "quantization that is no object": (lambda t: t, {"quantization_config": "fp8"}, "'fp8'"),
+    "quantization that is not an object": (lambda t: t, {"quantization_config": "fp8"}, "'fp8'"),
     "NaN": (put(float("nan")), {}, rf"{LAYER} holds NaN"),
     "infinity": (put(float("inf")), {}, rf"{LAYER} holds infinity"),
     "minus infinity in a norm": (put(float("-inf"), "model.norm.weight"), {}, r"model\.norm\.weight holds infinity"),

@@ -92,7 +92,7 @@ def test_what_means_nothing_is_refused(tmp_path: Path, line: str, message: str) 
 @pytest.mark.parametrize("text", ["tool = 3", "[tool]\nkvtuner-search = 3", "[tool.kvtuner-search]\ndiff = 3"])
 def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     configure(tmp_path, text)
-    with pytest.raises(UsageError, match="is no table"):
+    with pytest.raises(UsageError, match="is not a table"):
         load_settings(None, tmp_path)
 
 
@@ -148,7 +148,7 @@ def test_sizes(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1GiB", "1gb", "GiB", "1e9", "nan", "0.1", "٣GiB", "9" * 40])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 

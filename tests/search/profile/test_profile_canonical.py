@@ -107,7 +107,7 @@ def test_an_edit_is_noticed() -> None:
         (b"[]", "holds a JSON list"),
         (b'"x"', "holds a JSON str"),
         (b'{"a": 1, "a": 2}', "stands twice"),
-        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"a": -Infinity}', "no JSON number"),
         (b'{"a": 1e999}', "beyond the range"),
         (b'{"a": ' + b"9" * 5000 + b"}", "no valid JSON"),

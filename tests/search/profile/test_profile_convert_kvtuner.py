@@ -189,7 +189,7 @@ def test_heads_may_be_numbered_by_text() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": 1}, "the preset has 'x' where a number is expected: it is no preset of KVTuner"),
+        ({"x": 1}, "the preset has 'x' where a number is expected: it is not a preset of KVTuner"),
         ({"01": 1}, "has '01' where a number"),
         ({" 1": 1}, "has ' 1' where a number"),
         ({"-1": 1}, "has '-1' where a number"),
@@ -212,7 +212,7 @@ def test_what_numbers_no_layer_is_refused(change: dict[Any, Any], message: str) 
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"nbits_value": 4}, "layer 0 has no nbits_key: it is no preset"),
+        ({"nbits_value": 4}, "layer 0 has no nbits_key: it is not a preset"),
         ({"0": {}}, "layer 0 has no nbits_key, nor an entry for each of 2 KV heads"),
         ({"a": {}}, "layer 0 has 'a' where a number is expected"),
         ({}, "layer 0 has no nbits_key"),

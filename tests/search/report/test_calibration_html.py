@@ -181,7 +181,7 @@ def test_front_shows_complete_trials_on_the_search_split_and_intervals_on_the_te
     said = titles(drawn)
     assert any(t.startswith("refined trial 3: ") and "KL 0.0231 nats" in t for t in said)
     assert not any("trial 2:" in t for t in said), "a trial that was stopped early has no loss on the whole split"
-    assert not any(t.startswith("tpe trial 4") for t in said), "a repeated proposal is no point of its own"
+    assert not any(t.startswith("tpe trial 4") for t in said), "a repeated proposal is not a point of its own"
     chosen = next(t for t in said if t.startswith("chosen for 4 bits"))
     low, high = (float(x) for x in re.search(r"\[(.*), (.*)\]", chosen).groups())  # type: ignore[union-attr]
     assert low < record["targets"][0]["chosen"]["loss"] < high

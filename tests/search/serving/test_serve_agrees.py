@@ -21,7 +21,7 @@ command, small = serve.command, serve.small  # fixtures
 def test_a_host_that_is_none_is_refused(command: Run, small: tuple[Path, Path], arguments: list[str]) -> None:
     code, out, err = command("--profile", small[0], "--model-path", small[1], *arguments, "--dry-run")
     assert (code, out) == (2, "")
-    assert "is no address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface" in err
+    assert "is not an address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface" in err
 
 
 @pytest.mark.parametrize("text", ['host: ""\n', "host:\n", "host: null\n", "host: true\n"])
@@ -90,7 +90,7 @@ def test_plan_and_server_agree_on_the_address(
         (["--dcp-size", "2"], "decode context parallelism cannot"),
         (["--flexkv-config-file", "f"], "FlexKV cannot"),
         (["--config", "a.yaml", "--config", "a.yaml"], "--config is given twice"),
-        (["--config", "a.json"], "a.json is no YAML file by its name"),
+        (["--config", "a.json"], "a.json is not a YAML file by its name"),
     ],
 )
 def test_a_dry_run_refuses_what_the_server_refuses(

@@ -177,9 +177,9 @@ HUGE = 10**400
         ({"output_ids": [1, 8192]}, "answered token 8192, and the vocabulary ends at 8191: it serves another model"),
         ({"output_ids": [-1, 2]}, "answered token -1"),
         ({"output_ids": [1, HUGE]}, "answered token 1000"),
-        ({"output_ids": [True, 2]}, "these are no token ids"),
-        ({"output_ids": ["1", 2]}, "these are no token ids"),
-        ({"output_ids": [1.0, 2]}, "these are no token ids"),
+        ({"output_ids": [True, 2]}, "these are not token ids"),
+        ({"output_ids": ["1", 2]}, "these are not token ids"),
+        ({"output_ids": [1.0, 2]}, "these are not token ids"),
         ({"output_ids": {"0": 1}}, "the answer is empty"),
         ({"cached_tokens": 11}, "took 11 of 10 tokens from its prefix cache"),
         ({"cached_tokens": -1}, "took -1 of 10"),
@@ -187,9 +187,9 @@ HUGE = 10**400
         ({"cached_tokens": "3"}, "took 3 of 10"),
         ({"prompt_tokens": None}, "without prompt_tokens"),
         ({"completion_tokens": None}, "without completion_tokens"),
-        ({"prompt_tokens": 10.0}, r"prompt_tokens=10\.0: that is no number of tokens"),
-        ({"prompt_tokens": True}, "prompt_tokens=True: that is no number"),
-        ({"completion_tokens": "2"}, "completion_tokens='2': that is no number"),
+        ({"prompt_tokens": 10.0}, r"prompt_tokens=10\.0: that is not a number of tokens"),
+        ({"prompt_tokens": True}, "prompt_tokens=True: that is not a number"),
+        ({"completion_tokens": "2"}, "completion_tokens='2': that is not a number"),
         ({"completion_tokens": HUGE}, "the answer is short"),
         ({"finish_reason": {"type": ["length"]}}, "not finished"),
         ({"finish_reason": "length"}, "not finished"),
@@ -285,7 +285,7 @@ def test_fields_that_nobody_reads_and_null_where_sglang_has_null_are_no_fault() 
     ],
 )
 def test_an_address_that_is_none_is_refused_before_anything_is_sent(url: str) -> None:
-    with pytest.raises(UsageError, match=r"is no URL of a server: write http://host:port"):
+    with pytest.raises(UsageError, match=r"is not a URL of a server: write http://host:port"):
         check_url(url)
 
 
