@@ -15,7 +15,7 @@ seed_option = click.option(
     type=click.Path(path_type=Path),
     metavar="FILE",
     show_envvar=True,
-    help="A test report as JSON, to put beside ours: its claims, the floors of its hardware, and what cannot be.",
+    help="A test report as JSON, to show beside ours: its claims, the floors of its hardware, and which claims are impossible.",
 )
 
 
@@ -23,7 +23,7 @@ def read_seed(path: Path | None) -> SeedReport | None:
     """The report after ``--seed``.
 
     Raises:
-        DataError: if it cannot be read, or is none.
+        DataError: if it cannot be read, or is not such a report.
     """
     if path is None:
         return None

@@ -64,11 +64,13 @@ def command(
     allow_lossy: bool,
     output: Path | None,
 ) -> None:
-    """Make a profile from FILE. What a profile cannot express is listed, and refused unless it is allowed."""
+    """Make a profile from FILE. Settings that a profile cannot express are listed, and refused without --allow-lossy."""
     if scheme is not None and source_format != "kvtuner":
-        raise click.UsageError(f"--scheme is for --from kvtuner: {source_format} says itself how bits are applied")
+        raise click.UsageError(f"--scheme is for --from kvtuner: {source_format} itself says how bits are applied")
     if name is not None and not re.fullmatch(NAME_PATTERN, name, re.ASCII):
-        raise click.UsageError(f"--name {name!r} is not a profile name: use letters, digits, dots, dashes and underscores")
+        raise click.UsageError(
+            f"--name {name!r} is not a profile name: use letters, digits, dots, dashes and underscores"
+        )
     info = read_config(model, model_id, revision)
     content = parse(read_limited(file, f"a {source_format} file", MAX_SOURCE), str(file))
     result = FORMATS[source_format].read(Source(printable(file.name), content, info, scheme))

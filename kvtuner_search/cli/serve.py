@@ -1,4 +1,4 @@
-"""``kvtuner-search serve``: an SGLang server whose KV cache is stored as a profile says."""
+"""``kvtuner-search serve``: an SGLang server that stores its KV cache as a profile says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SGLANG = (
 
 
 class _Serve(click.Command):
-    """Lists the options that are not click's: the seed's flags, and SGLang's that are of most use."""
+    """Lists the options that click does not parse: the seed's flags, and the most useful ones of SGLang."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
@@ -47,7 +47,7 @@ class _Serve(click.Command):
 @click.option("--profile", PROFILE, metavar="FILE", help="How each layer is stored.", show_envvar=True)
 @click.option(
     AS_STORED, "as_stored", is_flag=True, show_envvar=True,
-    help="Read a prompt's own keys and values as stored too, as decode does: for measuring; slower.",
+    help="In prefill, too, read a prompt's own keys and values as stored, as decode does. For measuring; slower.",
 )  # fmt: skip
 @click.option(
     "--gpu-memory", metavar="SIZE", callback=size_callback, show_envvar=True,
@@ -66,9 +66,9 @@ def command(
     as_json: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    """Serve a model with SGLang and keep its KV cache packed as a profile says.
+    """Serve a model with SGLang and store its KV cache packed as a profile says.
 
-    The profile is checked against the model, and bits per layer, bytes per token and predicted capacity are printed,
+    Checks the profile against the model and prints bits per layer, bytes per token and predicted capacity
     before SGLang starts. SGLang's own help: python -m sglang.launch_server --help.
     """
     plan, server_arguments = prepare(arguments, profile, as_stored, gpu_memory)

@@ -81,7 +81,7 @@ _NAMES: Final = {  # what we call a field -> what older families call it
     "rope_theta": ("rotary_emb_base",),
     "partial_rotary_factor": ("rotary_pct",),
 }
-# Where null says something else than a missing field does: no window, no cap, derived from the other sizes.
+# Fields for which null means something else than absence: no window, no cap, derived from the other sizes.
 _NULL_COUNTS: Final = (
     "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar", "head_dim", "num_key_value_heads",
 )  # fmt: skip

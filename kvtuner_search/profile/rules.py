@@ -1,4 +1,4 @@
-"""The catalogue of what ``diff`` can find. Ids and their meaning are stable: reviews and configuration refer to them."""
+"""The catalogue of ``diff`` findings. Ids and their meaning are stable: reviews and configuration refer to them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """KVTuner's presets: a YAML mapping from layer to ``nbits_key`` and ``nbits_value`` (github.com/cmd2001/KVTuner).
 
-The file has bits alone. How they are applied is an argument of KVTuner's cache, and only the file's name hints at it:
+The file has only bits. How they are applied is an argument of KVTuner's cache, and only the file's name hints at it:
 
 * ``pertoken``: ``axis_key=0, axis_value=0, q_group_size=-1, residual_length=0``: asymmetric over the whole head_dim;
 * ``kivi``: ``axis_key=1, axis_value=0, q_group_size=32, residual_length=32``: keys per channel over 32 tokens, values per token
@@ -73,7 +73,7 @@ def numbered(content: Any, what: str, source: str) -> dict[int, Any]:
     """A mapping by number; JSON, and YAML with quotes, write numbers as text.
 
     Raises:
-        DataError: if it is not a mapping, a key is not a number, or one stands there twice.
+        DataError: if it is not a mapping, a key is not a number, or a key is given twice.
     """
     found: dict[int, Any] = {}
     for key, value in mapping(content, what, source).items():
@@ -83,7 +83,7 @@ def numbered(content: Any, what: str, source: str) -> dict[int, Any]:
                 f"{source}: {what} has {quoted(key)} where a number is expected: it is not a preset of KVTuner"
             )
         if number in found:
-            raise DataError(f"{source}: {what} has {number} twice, as a number and as text: leave one of them")
+            raise DataError(f"{source}: {what} has {number} twice, as a number and as text: keep one of them")
         found[number] = value
     return found
 
@@ -103,7 +103,7 @@ def _scheme(source: Source) -> str:
 
 
 def _bits(entry: Any, part: str, index: int, source: Source, result: Imported) -> int:
-    """Bits of one tensor; of the widest head where a preset has an entry for each head."""
+    """Bits of one tensor; those of the widest head if a preset has an entry for each head."""
     name = f"nbits_{part}"
     fields = mapping(entry, f"layer {index}", source.name)
     if name in fields:
@@ -136,5 +136,5 @@ def write(profile: Profile) -> Exported:
     dim = profile.model.head_dim
     layers = [LayerSpec(*(TensorSpec(min(widest(t), 8), dim) for t in (x.key, x.value))) for x in profile.layer_specs()]
     lines = [f"{i}:\n  nbits_key: {x.key.bits}\n  nbits_value: {x.value.bits}\n" for i, x in enumerate(layers)]
-    note = "the preset needs axis_key=0, axis_value=0, q_group_size=-1, residual_length=0, asym=True, which it does not carry"
+    note = "the preset needs axis_key=0, axis_value=0, q_group_size=-1, residual_length=0, asym=True, which it does not contain"
     return Exported("".join(lines), changes(profile, layers), [note])

@@ -149,7 +149,9 @@ def _uniform(arguments: argparse.Namespace, model: ModelInfo) -> Profile:
         )
     group = 64 if arguments.kvtuner_q_group_size is None else arguments.kvtuner_q_group_size
     if group == 0 or group < -1:
-        raise UsageError(f"--kvtuner-q-group-size {group} is not a group size: use 32, 64, 128, or -1 for all of a head")
+        raise UsageError(
+            f"--kvtuner-q-group-size {group} is not a group size: use 32, 64, 128, or -1 for all of a head"
+        )
     symmetric = not arguments.kvtuner_asym
     key, value = (
         TensorSpec() if bits == 16 else TensorSpec(bits, model.head_dim if group == -1 else group, symmetric)
