@@ -1,6 +1,6 @@
-"""What the search may choose from: storage classes, and the ways to transform a tensor before it is put on the grid.
+"""The choices of the search: storage classes, and the ways to transform a tensor before quantization.
 
-A **class** fixes what a tensor costs: bits, group size, and whether a minimum is stored; or, stored in bands, the bits of all bands
+A **class** fixes the cost of a tensor: bits, group size, and whether a minimum is stored; or, for bands, the bits of all bands
 together. Within a class the variants (plain, centred, centred and rotated, each with a clip; or the ways to spread bits over bands) cost
 the same bytes, so each layer takes the best one, and the search chooses among classes only.
 """
@@ -23,7 +23,7 @@ Transform = Literal["plain", "centred", "rotated"]
 
 @dataclass(frozen=True, order=True)
 class StorageClass:
-    """What a tensor costs; written for example ``4a128`` (asymmetric), ``2s64`` (symmetric), ``b28`` (28 bits in the bands together: 3.5 a
+    """The cost of a tensor; written for example ``4a128`` (asymmetric), ``2s64`` (symmetric), ``b28`` (28 bits in the bands together: 3.5 a
     channel) or ``16``."""
 
     bits: int  # 0 with bands
@@ -67,7 +67,7 @@ class StorageClass:
         return cls(spec.bits, spec.symmetric, spec.group_size, sum(spec.bands))
 
     def spec(self, transform: Transform = "plain", clip: float = 1.0) -> TensorSpec:
-        """One variant; of a banded class the one with the most even bits, whatever is asked for."""
+        """One variant; for a banded class always the one with the most even bits."""
         if self.bits == 16:
             return TensorSpec()
         if self.banded:

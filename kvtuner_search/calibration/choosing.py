@@ -16,14 +16,14 @@ from kvtuner_search.calibration.study import Finished, pareto
 from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.scorer import Scorer
 
-# Uniform per-token settings as others store them: no transform, no clip.
+# Uniform per-token settings as other systems store them: no transform, no clip.
 OTHERS: Final = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
 RIVALS: Final = ("fisher", "uniform", "proxy", "preset", "random")
 
 
 @dataclass(frozen=True)
 class Target:
-    """One budget, and what was chosen for it."""
+    """One budget, and the setting chosen for it."""
 
     label: str  # for example 4.0 bits
     bits: float | None  # None if the loss was bounded instead
@@ -99,14 +99,14 @@ def _winner(run: Run, judged: Sequence[Result]) -> Candidate:
     if not fitting:
         least = min((r.scores.loss for r in judged), default=float("inf"))
         raise DataError(
-            f"no setting that was tried has a loss of at most {bound:g} (the least is {least:.4g}):"
+            f"no scored setting has a loss of at most {bound:g} (the smallest is {least:.4g}):"
             " raise --trials or --max-loss"
         )
     return min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
 
 
 def _evidence(result: Result) -> float:
-    """What finalists are ranked by: the loss on search and selection split together, which halves the noise of either."""
+    """The criterion for finalists: the loss on search and selection split together, which halves the noise of either."""
     searched = result.candidate.search_loss
     return result.scores.loss if searched is None else (result.scores.loss + searched) / 2
 

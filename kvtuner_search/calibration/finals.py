@@ -75,7 +75,7 @@ def finalists(
 
 
 def verdict(interval: Interval) -> str:
-    """What an interval of ``chosen - rival`` says about the chosen setting."""
+    """The verdict on the chosen setting from an interval of ``chosen - rival``."""
     if interval.low == interval.high == 0:
         return "same"
     return "better" if interval.high < 0 else "worse" if interval.low > 0 else "inconclusive"

@@ -1,4 +1,4 @@
-"""A calibration run from model and text to profiles: analyse, search, choose, and measure what was chosen."""
+"""A calibration run from model and text to profiles: analyse, search, choose, and measure the choice."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ OTHERS: Final = (
     (4, 4),
     (4, 2),
     (2, 2),
-)  # uniform per-token settings as others store them: no transform, no clip
+)  # uniform per-token settings as other systems store them: no transform, no clip
 
-LEAST_ERROR: Final = 0.01  # attention output error under which a layer's lone loss is extrapolated, not run
+LEAST_ERROR: Final = 0.01  # attention output error below which a layer-alone loss is extrapolated, not measured
 
 
 @dataclass
 class Run:
-    """Everything that is known while a calibration goes on."""
+    """The state of a calibration."""
 
     options: CalibrationOptions
     reporter: Reporter
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a study of this run is bound to."""
+        """The facts that a study of this run is bound to."""
         loaded = self.loaded
         dtype = str(loaded.dtype).removeprefix("torch.")
         return self.options.facts(loaded.info.model_dump(mode="json"), dtype, loaded.device.type, self.data)
@@ -94,7 +94,7 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> Run:
 
 
 def load_data(options: CalibrationOptions, loaded: LoadedModel, say: Callable[[str], None] = lambda _: None) -> Dataset:
-    """The three splits; random token ids for a model without a tokenizer. ``say`` is told of rows that were left out.
+    """The three splits; random token ids for a model without a tokenizer. ``say`` reports rows that were left out.
 
     Raises:
         UsageError, DataError: if a source cannot be used.
@@ -125,7 +125,7 @@ def split_tiers(split: Split) -> list[list[Sample]]:
     for part in split.by_source().values():
         count, start = len(part.samples), 0
         for tier, fraction in zip(tiers, TIERS, strict=True):
-            least = 1 if start or part.samples[0].is_task else 2  # one window of text tells little about the next
+            least = 1 if start or part.samples[0].is_task else 2  # one window of text says little about the next
             end = min(max(start + least, round(count * fraction)), count)
             tier += part.samples[start:end]
             start = end
@@ -161,7 +161,7 @@ def analyse(run: Run, study: Study | None, least_error: float = LEAST_ERROR) -> 
         content = plan.to_json()
         if study is not None:
             content = study.publish(content)
-    if content["fingerprint"] != mine:  # of what is stored, whoever stored it
+    if content["fingerprint"] != mine:  # of the stored plan, whoever stored it
         raise UsageError(
             "the study's plan was made with other options, another model or other data: use the same, or another --output or --storage"
         )
@@ -184,7 +184,7 @@ def presets(run: Run) -> list[list[tuple[StorageClass, StorageClass]]]:
 
 
 def budgets(run: Run, space: Space) -> list[int]:
-    """Costs that the search aims at: the targets, or where the proxy crosses fractions of ``max_loss``, as it may promise too much."""
+    """Costs that the search aims at: the targets, or where the proxy crosses fractions of ``max_loss``, because it may be too optimistic."""
     if run.options.max_loss is None:
         return [run.total_bytes(bits) for bits in run.options.target_bits]
     front = proxy_front(space)
@@ -198,7 +198,7 @@ def budgets(run: Run, space: Space) -> list[int]:
 def search(
     run: Run, plan: Plan, space: Space, study: Study, rival: Study | None
 ) -> tuple[list[Finished], list[Finished]]:
-    """Run the study, and the random search that it is compared with, to the end."""
+    """Run the study, and the random search for comparison, to the end."""
     goals = budgets(run, space)
     objective = Objective(run.scorer, plan.centres, space, max(goals))
     for label, each, first in (

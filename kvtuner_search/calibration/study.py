@@ -1,7 +1,7 @@
-"""The Optuna study: shared storage, enqueued first trials, proposals, and going on after a kill.
+"""The Optuna study: shared storage, enqueued first trials, proposals, and resuming after a kill.
 
-A trial's sampler is seeded by how many trials had finished, and samplers look at finished trials only. So a study that was killed and
-resumed ends with the same trials as one that was not. Trials of workers that have ended are marked as failed and take no part.
+A trial's sampler is seeded by the number of finished trials, and samplers use only finished trials. So a study that was killed and
+resumed ends with the same trials as an uninterrupted one. Trials of workers that have ended are marked as failed and ignored.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ SAMPLER_EVERY: Final = 3  # every third proposal is Optuna's sampler's, the othe
 DRAWS: Final = 8  # weights drawn before a proposal is left to the sampler
 TRUSTED: Final = ("fisher", "proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
 PRIOR_WEIGHT: Final = 0.05  # TPE's: with a weight of 1, 16 variables of 20 choices are drawn almost at random
-PAUSE: Final = 0.1  # seconds before another proposal, for each one in a row that another worker was trying
+PAUSE: Final = 0.1  # seconds before the next proposal, for each consecutive one that another worker was already trying
 LEAST_LOSS: Final = 1e-9  # nats; the 16-bit cache itself has none
-DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at most this many times the trials asked for
+DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at most this many times the requested trials
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Study:
         seed: seed of all proposals.
 
     Raises:
-        DataError: if the storage cannot be used, here and in every method, or a study of that name is another program's.
+        DataError: if the storage cannot be used, here and in every method, or a study of that name belongs to another program.
     """
 
     def __init__(self, store: Store, name: str, sampler: str, seed: int) -> None:
@@ -84,12 +84,12 @@ class Study:
             self._agreed = open_study(store, f"{name}-agreed", seed, 1)
 
     def agree(self, key: str, content: Any) -> Any:
-        """Say what holds for all workers under a key, plain JSON; returns what the first one said."""
+        """Publish a value for all workers under a key, plain JSON; returns the first published value."""
         with self.store.guard():
             return agree(self._agreed, key, content)
 
     def claim(self, facts: Mapping[str, Any]) -> None:
-        """Bind the study to what its trials depend on.
+        """Bind the study to the facts that its trials depend on.
 
         Raises:
             UsageError: if it is bound to something else; the message names what differs.
@@ -108,18 +108,18 @@ class Study:
             )
 
     def publish(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Store what every worker must agree on, before the first trial; returns what holds, which another may have stored before."""
+        """Store the plan for all workers, before the first trial; returns the valid plan, which another worker may have stored earlier."""
         found: dict[str, Any] = self.agree("plan", plan)
         return found
 
     def plan(self) -> dict[str, Any] | None:
-        """What :meth:`publish` stored."""
+        """The plan that :meth:`publish` stored."""
         with self.store.guard():
             found: dict[str, Any] | None = agreed(self._agreed, "plan")
         return found
 
     def settled(self, trials: int) -> list[Finished]:
-        """The finished trials that all workers choose from who were asked for as many: those of the first that was done."""
+        """The finished trials that all workers with the same ``trials`` choose from: those of the first worker that was done."""
         numbers = set(self.agree(f"finished {trials}", [trial.number for trial in self.finished()]))
         return [trial for trial in self.finished() if trial.number in numbers]
 
@@ -127,7 +127,7 @@ class Study:
         """Register this worker and mark the trials of workers that have ended as failed; returns how many.
 
         Args:
-            everyone: nobody else can be at work, so all unfinished trials are of workers that have ended.
+            everyone: no other worker can be active, so all unfinished trials belong to workers that have ended.
         """
         with self.store.guard():
             me = f"worker:{self.worker.id}"
@@ -135,13 +135,13 @@ class Study:
                 self.study.set_user_attr(me, self.worker.begin())
             gone = self._bury(everyone)
             if everyone or not self._others():
-                # Nobody else is at work: empty the queue, so that enqueue() fills it in the order of an undisturbed run.
+                # No other worker is active: empty the queue, so that enqueue() fills it in the order of an uninterrupted run.
                 for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                     self.store.backend.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             return gone
 
     def close(self) -> None:
-        """Leave the study: trials that this worker has not finished are free for others."""
+        """Leave the study: trials that this worker has not finished become free for others."""
         with contextlib.suppress(DataError), self.store.guard():
             me = f"worker:{self.worker.id}"
             if self.study.user_attrs.get(me) is not None:
@@ -149,7 +149,7 @@ class Study:
         self.worker.end()
 
     def _others(self) -> list[Any]:
-        """Workers that may be at work, but this one."""
+        """Other workers that may be active."""
         workers = {name: value for name, value in self.study.user_attrs.items() if name.startswith("worker:")}
         workers.pop(f"worker:{self.worker.id}", None)
         return [worker for worker in workers.values() if not self.worker.ended(worker)]
@@ -160,7 +160,7 @@ class Study:
         gone = []
         for trial in running:
             name = trial.user_attrs.get("worker")
-            # A worker signs a trial right after taking it: without a signature it may be any worker's but this one's.
+            # A worker signs a trial right after taking it: without a signature it may belong to any worker but this one.
             ended = not self._others() if name is None else self._ended(workers, name)
             if (everyone and name != self.worker.id) or ended:
                 gone.append(trial)
@@ -188,7 +188,7 @@ class Study:
                 )
 
     def _known(self) -> set[Choices]:
-        """What is queued, running or finished."""
+        """Choices that are queued, running or finished."""
         states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
         trials = self.study.get_trials(deepcopy=False, states=states)
         return {tuple(t.user_attrs["choices"]) for t in trials if "choices" in t.user_attrs}
@@ -212,7 +212,7 @@ class Study:
             space: what may be chosen.
             objective: scores choices, given all outcomes so far and whether a poor first rung may end the trial.
             trials: distinct finished trials of all workers together.
-            budgets: bytes per token that profiles are wanted for; dearer trials violate the constraint.
+            budgets: bytes per token of the requested profiles; dearer trials violate the constraint.
             advance: called with every trial that this worker finishes.
         """
         attempt = 0
@@ -236,13 +236,16 @@ class Study:
                     objective(choices, [t.outcome for t in distinct], origin not in TRUSTED) if known is None else known
                 )
             except BaseException:
-                with contextlib.suppress(DataError), self.store.guard():  # what ended the trial is what has to be said
+                with (
+                    contextlib.suppress(DataError),
+                    self.store.guard(),
+                ):  # the error that ended the trial must be reported, not this one
                     self.study.tell(trial, state=TrialState.FAIL)
                 raise
             seconds = round(time.monotonic() - started, 3)
             with self.store.guard():
                 if self.store.backend.get_trial(trial._trial_id).state.is_finished():
-                    trial = self._again(trial)  # somebody failed it meanwhile: what was found counts all the same
+                    trial = self._again(trial)  # another worker marked it as failed meanwhile: its outcome still counts
                 trial.set_user_attr("outcome", [outcome.cost, list(outcome.rungs), outcome.complete])
                 trial.set_user_attr("seconds", seconds)
                 trial.set_user_attr("duplicate", known is not None)
@@ -263,14 +266,14 @@ class Study:
     def _propose(
         self, space: Space, done: Sequence[Finished], budgets: Sequence[int], attempt: int
     ) -> tuple[optuna.Trial, str, Choices] | None:
-        """Ask for the next trial: a queued one, the corrected proxy's optimum, or what the sampler says.
+        """Ask for the next trial: a queued one, the corrected proxy's optimum, or the sampler's proposal.
 
-        None if another worker is trying the same; ``attempt`` counts how often in a row that was so.
+        None if another worker is trying the same; ``attempt`` counts how often in a row that happened.
         """
         count = len(done)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and self._bury():
-            self._enqueue(space, self._anchors)  # a worker ended while it tried one
+            self._enqueue(space, self._anchors)  # a worker ended while trying one
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and (self.sampler == "random" or attempt):
             known, budget = self._known(), budgets[count % len(budgets)]
@@ -295,7 +298,7 @@ class Study:
         origin, choices = trial.user_attrs["origin"], tuple(trial.user_attrs["choices"])
         for other in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if other.number < trial.number and tuple(other.user_attrs.get("choices", ())) == choices:
-                self.study.tell(trial, state=TrialState.FAIL)  # the lower number has it
+                self.study.tell(trial, state=TrialState.FAIL)  # the trial with the lower number keeps it
                 return None
         return trial, origin, choices
 
@@ -330,7 +333,7 @@ class Study:
         if self.sampler == "nsga2":
             return NSGAIISampler(population_size=20, seed=seed)
         with warnings.catch_warnings():
-            # Both settings are deprecated and have no successor yet; pyproject holds Optuna below 6, where they go.
+            # Both settings are deprecated and have no successor yet; pyproject keeps Optuna below 6, which removes them.
             warnings.simplefilter("ignore", FutureWarning)
             return TPESampler(
                 multivariate=True,
@@ -345,7 +348,7 @@ def hypervolume(outcomes: Sequence[Outcome], scale: float, corner: tuple[float, 
     """Area that outcomes dominate below ``corner`` (cost, loss), in units of cost times decades of loss.
 
     Args:
-        outcomes: what was found; the loss of an early stop is multiplied by ``scale`` (see rung_ratio).
+        outcomes: outcomes of trials; the loss of an early stop is multiplied by ``scale`` (see rung_ratio).
     """
     area, edge = 0.0, math.log10(corner[1])
     points = sorted(
@@ -361,7 +364,7 @@ def hypervolume(outcomes: Sequence[Outcome], scale: float, corner: tuple[float, 
 
 
 def rung_ratio(trials: Sequence[Finished]) -> float:
-    """How the loss of all rungs relates to that of the first: the median over complete trials."""
+    """Ratio of the loss on all rungs to that on the first: the median over complete trials."""
     ratios = [t.outcome.loss / t.outcome.rungs[0] for t in trials if t.outcome.complete and t.outcome.rungs[0] > 0]
     return statistics.median(ratios) if ratios else 1.0
 
@@ -379,7 +382,7 @@ def pareto(trials: Sequence[Finished]) -> list[Finished]:
 
 
 def _comparable(outcome: Outcome, others: Sequence[Finished]) -> float:
-    """log10 of the loss that all rungs would give."""
+    """log10 of the estimated loss on all rungs."""
     return math.log10(max(outcome.loss * (1 if outcome.complete else rung_ratio(others)), LEAST_LOSS))
 
 

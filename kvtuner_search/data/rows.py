@@ -36,7 +36,7 @@ def locate(location: str, fields: Collection[str]) -> Iterator[tuple[str, Row | 
 
     Args:
         location: a path, or ``hub:NAME[:CONFIG][:SPLIT]``.
-        fields: what is wanted of each row; more may be given.
+        fields: the fields needed of each row; rows may have more.
 
     Raises:
         UsageError, DataError: if it cannot be read.
@@ -100,7 +100,7 @@ def text_of(row: Row, field: str, where: str) -> str | None:
 
 
 def check_characters(text: str, what: str) -> None:
-    """Refuse half of a character, which JSON can name but no tokenizer takes.
+    """Refuse half of a character, which JSON can express but no tokenizer accepts.
 
     Raises:
         DataError: if there is one.
@@ -155,7 +155,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is not a file that ends, and what git left in a file's place.
+    """Refuse anything but a regular file, and Git LFS pointers.
 
     Raises:
         DataError: with the remedy.
@@ -166,7 +166,7 @@ def _check_file(path: Path) -> None:
         with path.open("rb") as stream:
             pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
-        return  # whoever reads it says why it cannot
+        return  # reading it gives the reason
     if pointer:
         raise DataError(lfs_message(path))
 
@@ -181,7 +181,7 @@ def _parquet(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row | N
             names = file.schema_arrow.names
             wanted = [name for name in names if name in fields]
             number = 0
-            # Without what is wanted all columns are read, so that the error can name them.
+            # If a needed column is missing, all columns are read, so that the error can name them.
             for batch in file.iter_batches(BATCH, columns=wanted or None):
                 for row in batch.to_pylist():
                     number += 1

@@ -20,7 +20,7 @@ from kvtuner_search.models.runner import Runner
 
 CHUNK_NUMBERS: Final = 2**26  # rows x vocabulary of one chunk of log-probabilities (256 MiB in fp32)
 MAX_PADDING: Final = 0.05  # of a batch's tokens
-KEPT_BYTES: Final = 2**29  # 16-bit log-probabilities are kept up to this, else computed again from hidden states
+KEPT_BYTES: Final = 2**29  # 16-bit log-probabilities are kept up to this size, otherwise recomputed from hidden states
 Floats = NDArray[np.float64]
 
 
@@ -65,7 +65,7 @@ class Scores:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Share of each source in the loss: tasks together count as much as text together, and sources of a kind the same."""
+        """Share of each source in the loss: tasks together weigh as much as text together, and sources of one kind weigh the same."""
         tasks = {name: bool(self.of(name).is_task.all()) for name in self.names}
         kinds = len(set(tasks.values()))
         return {name: 1 / kinds / list(tasks.values()).count(kind) for name, kind in tasks.items()}
@@ -96,7 +96,7 @@ class Scorer:
         runner: the model.
         tiers: samples by tier; scoring up to tier ``r`` uses tiers 0 to r.
         batch_tokens: padded tokens of one forward pass.
-        observe: tap for the 16-bit pass, e.g. to measure moments; it must return keys and values as they are.
+        observe: tap for the 16-bit pass, e.g. to measure moments; it must return keys and values unchanged.
         advance: called with the number of tokens after each forward pass.
     """
 
@@ -258,7 +258,7 @@ def _kl(expected: Tensor, got: Tensor) -> Tensor:
 
 
 def _groups(tier: Sequence[Sample], batch_tokens: int) -> list[list[int]]:
-    """Sample indices in batches of like length: at most ``batch_tokens`` padded tokens (or one sample), little of it padding."""
+    """Sample indices in batches of similar length: at most ``batch_tokens`` padded tokens (or one sample), little of it padding."""
     groups: list[list[int]] = []
     real = 0
     for index in sorted(range(len(tier)), key=lambda i: (len(tier[i].tokens), i)):
