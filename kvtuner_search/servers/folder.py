@@ -1,4 +1,4 @@
-"""The folder of one run: its settings, and every response as it came, so that a run that was stopped goes on."""
+"""The folder of one run: its settings, and every response as received, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Folder:
 
     Args:
         path: the folder; made if it does not exist.
-        settings: what the responses depend on; a run that is resumed must have the same.
-        resume: go on with what is there.
-        overwrite: delete what is there.
-        journals: files of what was answered.
+        settings: the settings that responses depend on; a resumed run must have the same.
+        resume: continue the run in the folder.
+        overwrite: delete the run in the folder.
+        journals: files of answers.
         results: the run's other files; both are all that ``overwrite`` deletes.
 
     Raises:
@@ -51,7 +51,7 @@ class Folder:
         elif file.exists():
             if not resume:
                 raise UsageError(
-                    f"{path} holds a run: go on with --resume, delete it with --overwrite, or name another"
+                    f"{path} holds a run: continue with --resume, delete it with --overwrite, or name another"
                 )
             stored = _parse(file)
             differing = [name for name in sorted({*settings, *stored}) if stored.get(name) != settings.get(name)]
@@ -65,12 +65,12 @@ class Folder:
         write_atomic(file, text)
 
     def _has_answers(self) -> bool:
-        """Whether a server has answered anything; a run that failed before that is not worth asking about."""
+        """Whether a server has answered anything; a run that failed before that may be overwritten without asking."""
         files = (self.path / name for name in self._journals)
         return any(file.exists() and file.stat().st_size for file in files)
 
     def borrow(self, name: str, other: Path, alike: Sequence[str]) -> None:
-        """Take one server's responses over from another run, if this one has none yet.
+        """Copy one server's responses from another run, if this one has none yet.
 
         Args:
             name: the server.
@@ -78,7 +78,7 @@ class Folder:
             alike: settings that the responses depend on.
 
         Raises:
-            UsageError: if it is not a run's, has none, or was made with other settings.
+            UsageError: if it is not a run's folder, has no answers, or was made with other settings.
         """
         mine, theirs = (_parse(path / _SETTINGS) for path in (self.path, other))
         differing = [setting for setting in alike if mine.get(setting) != theirs.get(setting)]
@@ -105,14 +105,14 @@ def _parse(file: Path) -> dict[str, Any]:
 
 
 class Journal:
-    """JSON lines, each on the disk before the next is asked for. A line that a kill cut short is dropped when it is opened.
+    """JSON lines, each on the disk before the next request. A line truncated by a kill is dropped on opening.
 
     A line is ``{"server": info}`` (who answers from here on), ``{"id": ..., "answers": [...]}`` or ``{"id": ..., "failure": reason}``.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.done: dict[str, list[Any]] = {}  # id -> responses as they came
+        self.done: dict[str, list[Any]] = {}  # id -> responses as received
         self.failures: list[str] = []
         self.server: dict[str, Any] | None = None
         keep = 0
@@ -128,17 +128,17 @@ class Journal:
         self._stream.truncate(keep)
 
     def identify(self, info: dict[str, Any]) -> None:
-        """Keep what the server that answers from here on says of itself."""
+        """Record the description of the server that answers from here on."""
         self._write({"server": info})
         self.server = info
 
     def answer(self, name: str, answers: list[Any]) -> None:
-        """Keep the responses to one request, or to the steps of one."""
+        """Record the responses to one request, or to its steps."""
         self._write({"id": name, "answers": answers})
         self.done[name] = answers
 
     def failure(self, name: str, reason: str) -> None:
-        """Keep that a request failed; it stays to be done."""
+        """Record that a request failed; it remains to be done."""
         self._write({"id": name, "failure": reason})
         self.failures.append(f"{name}: {reason}")
 
@@ -151,7 +151,7 @@ class Journal:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each line that is whole, with the offset of its end; what follows the first broken one is ignored."""
+    """Each complete line, with the offset of its end; everything after the first broken one is ignored."""
     if not path.exists():
         return
     end = 0

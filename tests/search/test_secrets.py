@@ -51,7 +51,7 @@ PLAIN = [
     "--kvtuner-nbits-key 4 --kvtuner-axis-key 0 --max-total-tokens 1000 --tokenizer t",
     "no-tokens: an answer without a single token: its latency is not a generation's",
     "a token: 5 bytes, tokens=1000, per token: 0.5 ms, keys: 4 bits, key=4",
-    "it wants a key: --api-key, or KVTUNER_API_KEY; give --api-key or the variable",
+    "it requires an API key: --api-key, or KVTUNER_API_KEY; give --api-key or the variable",
     "Basic authentication and Bearer tokens",
     "sha256:5ccfaac7b979 of profile qwen2.5-7b-kv4",
     "",

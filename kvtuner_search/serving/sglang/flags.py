@@ -1,7 +1,7 @@
 """The options that name a server's storage: a profile, or the seed's flags for one setting in all layers. No torch.
 
 ``kvtuner-search serve`` and the SGLang command line that the plugin extends share this one table. The seed's flags become a
-profile file of their own, so that everything behind them knows one way only.
+profile file of their own, so that everything after them handles only profiles.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Flag:
 
 FLAGS: Final = (
     Flag(PROFILE, "Profile that says how each layer's keys and values are stored.", str, metavar="FILE"),
-    Flag(AS_STORED, "Read a prompt's own keys and values as stored too, as decode does; for measuring, slower."),
-    Flag(ENABLE, "Store all layers alike, as the options below say, instead of a profile."),
+    Flag(AS_STORED, "In prefill, too, read a prompt's own keys and values as stored, as decode does; for measuring, slower."),
+    Flag(ENABLE, "Store all layers as the options below say, instead of by a profile."),
     Flag("--kvtuner-nbits-key", "Bits of a key.  [default: 4]", int, (2, 4, 8, 16)),
     Flag("--kvtuner-nbits-value", "Bits of a value.  [default: 4]", int, (2, 4, 8, 16)),
     Flag("--kvtuner-asym", "Store scale and minimum of a group.  [default: the scale alone, symmetric]", _boolean,
@@ -87,7 +87,7 @@ def requested(arguments: argparse.Namespace) -> bool:
     """Whether a profile, or the seed's flags, were given.
 
     Raises:
-        UsageError: if both were, or flags that mean nothing without the others.
+        UsageError: if both were, or flags that have no effect without others.
     """
     given = [flag.name for flag in _UNIFORM if getattr(arguments, flag.dest) is not None]
     enabled = bool(arguments.enable_kvtuner_quant)
@@ -101,7 +101,7 @@ def requested(arguments: argparse.Namespace) -> bool:
 
 
 def profile_of(arguments: argparse.Namespace, model: ModelInfo, source: str) -> tuple[Profile, Path]:
-    """The profile that the flags ask for, and the file that it is, or will be, in. Nothing is written.
+    """The profile that the flags request, and its present or future file. Nothing is written.
 
     Args:
         arguments: a namespace for which :func:`requested` is true.
@@ -111,7 +111,7 @@ def profile_of(arguments: argparse.Namespace, model: ModelInfo, source: str) -> 
     Raises:
         ProfileError: if the profile or its transforms file cannot be used.
         NotComparableError: if it belongs to another model.
-        UsageError: if the flags ask for what cannot be served.
+        UsageError: if the flags request something that cannot be served.
     """
     if arguments.kvtuner_profile is None:
         profile = _uniform(arguments, model)
@@ -123,7 +123,7 @@ def profile_of(arguments: argparse.Namespace, model: ModelInfo, source: str) -> 
 
 
 def resolve(arguments: argparse.Namespace, model: ModelInfo, source: str) -> ServingConfiguration | None:
-    """What every process of the server must know, or None if the flags ask for nothing. Writes a uniform setting's profile.
+    """The configuration for every process of the server, or None if the flags request nothing. Writes a uniform setting's profile.
 
     Raises:
         KVTunerError: as :func:`requested` and :func:`profile_of`, or if the uniform profile cannot be written.
@@ -137,15 +137,15 @@ def resolve(arguments: argparse.Namespace, model: ModelInfo, source: str) -> Ser
 
 
 def _uniform(arguments: argparse.Namespace, model: ModelInfo) -> Profile:
-    """The seed's flags as a profile. It has nothing of the machine in it, so that all nodes get the same digest."""
+    """The seed's flags as a profile. It does not depend on the machine, so all nodes get the same digest."""
     for flag in _UNIFORM:
         value = getattr(arguments, flag.dest)
         if flag.name.startswith("--kvtuner-axis") and value == 1:
-            raise UsageError(f"{flag.name} 1 (a scale per channel) is not yet in serving: use 0 (a scale per token)")
+            raise UsageError(f"{flag.name} 1 (a scale per channel) is not served yet: use 0 (a scale per token)")
     if arguments.kvtuner_residual_length:
         raise UsageError(
-            f"--kvtuner-residual-length {arguments.kvtuner_residual_length} (newest tokens left unquantized) is not yet in"
-            " serving: use 0"
+            f"--kvtuner-residual-length {arguments.kvtuner_residual_length} (newest tokens left unquantized) is not served"
+            " yet: use 0"
         )
     group = 64 if arguments.kvtuner_q_group_size is None else arguments.kvtuner_q_group_size
     if group == 0 or group < -1:
@@ -189,7 +189,7 @@ def _cache() -> Path:
 
 
 def store(profile: Profile, path: Path) -> None:
-    """Write a profile that was made from flags, unless its file is there and whole.
+    """Write a profile that was made from flags, unless its file exists and is valid.
 
     Raises:
         UsageError: if the folder cannot be written to.

@@ -114,8 +114,8 @@ def test_unknown_hardware_does_not_pass_unseen(check: Run) -> None:
     ("content", "said"),
     [
         (None, "does not exist"),
-        ("{", "no valid JSON"),
-        ("[]", "no benchmark record"),
+        ("{", "not valid JSON"),
+        ("[]", "not a benchmark record"),
         ('{"format": "kvtuner-bench", "version": 99}', "version 99"),
         ('{"model": "m", "hardware": {}, "parallel": {}}', "hardware.gpus"),
         ('{"model": "x", "hardware": {"gpus": 1, "gpu": "RTX 4090"}, "parallel": {"tp": 1, "pp": 1}, "quantization": {"key_bits": 4, "value_bits": 4}}', "--model"),

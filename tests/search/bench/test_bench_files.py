@@ -45,7 +45,7 @@ def damaged() -> dict[str, tuple[bytes, str]]:
         "empty": (b"", "is not valid JSON"),
         "binary": (b"\xff\xfe", "it is not a benchmark record, or is damaged"),
         "cut": (good[:-100].encode(), "is not valid JSON"),
-        "twice": (good.replace('"version": 1', '"version": 1, "version": 1').encode(), "stands twice"),
+        "twice": (good.replace('"version": 1', '"version": 1, "version": 1').encode(), "given twice"),
         "nan": (good.replace('"mean": ', '"mean": NaN, "was": ', 1).encode(), "NaN is not a JSON number"),
         "deep": (b"[" * 100, "it is not a benchmark record"),
         "profile": (b'{"schema_version": 1}', "it is not a benchmark record; .*goes after --seed"),

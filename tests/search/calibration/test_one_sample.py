@@ -59,7 +59,7 @@ def test_calibration_says_so_and_the_gate_says_unproven(
     found = load(path)
     assert any("one sample gives no interval" in note for note in found.provenance.notes)
     assert run(["check", str(path)]) == 0
-    assert "remark quality-unproven: all was measured on one sample" in capsys.readouterr().out
+    assert "remark quality-unproven: everything was measured on one sample" in capsys.readouterr().out
     assert run(["check", "--strict", str(path)]) == 1
     out = capsys.readouterr().out
     assert out.count("error ") == 1, "nothing but that it is unproven"

@@ -240,7 +240,7 @@ def test_a_study_of_that_name_by_another_program_is_left_alone(kind: str, tmp_pa
     if kind == "attributes":
         theirs.set_user_attr("owner", "somebody")
     before = (theirs.get_trials(), theirs.user_attrs)
-    with pytest.raises(DataError, match=r"'test' in .* is of another program.*choose another --study-name"):
+    with pytest.raises(DataError, match=r"'test' in .* belongs to another program.*choose another --study-name"):
         open_study(url)
     theirs = optuna.load_study(storage=url, study_name="test")
     assert (theirs.get_trials(), theirs.user_attrs) == before

@@ -196,7 +196,7 @@ def test_rows_too_long_or_twice_or_unanswered_are_left_out(tmp_path: Path) -> No
             "{tmp}/short.txt",
             "has 3 tokens, 0 distinct windows of 512; needed are 7 windows .3584 tokens.: give more data",
         ),
-        ("recall#pairs=60", "takes up to [0-9]+ tokens a sample, length is 512"),
+        ("recall#pairs=60", "takes up to [0-9]+ tokens a sample, but length is 512"),
     ],
 )
 def test_data_that_cannot_be_used_is_one_line(tmp_path: Path, spec: str, message: str) -> None:

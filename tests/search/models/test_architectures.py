@@ -135,7 +135,7 @@ def test_a_layer_that_stops_calling_the_hook_is_noticed(tiny_model: Path) -> Non
     attention = loaded.model.model.layers[2].self_attn
     attention.config = type(attention.config).from_dict(attention.config.to_dict())
     attention.config._attn_implementation = "sdpa"
-    with pytest.raises(DataError, match="layer 2 computes attention in code of its own"):
+    with pytest.raises(DataError, match="layer 2 computes attention in its own code"):
         Runner(loaded)
 
 

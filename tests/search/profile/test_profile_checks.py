@@ -74,14 +74,14 @@ def raw(header: object, payload: int = 0) -> bytes:
         (b"", "header does not fit"),
         (b"\xff" * 8, "header does not fit"),
         (struct.pack("<Q", MAX_HEADER + 1) + b"{}", "header does not fit"),
-        (raw([]), "no object"),
+        (raw([]), "not an object"),
         (raw({"a": 1}), "no shape or offsets"),
         (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}, 4), "no shape or offsets"),
         (raw({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, 4), "no shape or offsets"),
         (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8), "offsets do not fit"),
         (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 5), "offsets do not fit"),
         (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4), "offsets do not fit"),
-        (struct.pack("<Q", 9) + b'{"a":NaN}', "no JSON number"),
+        (struct.pack("<Q", 9) + b'{"a":NaN}', "not a JSON number"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, data: bytes, message: str) -> None:

@@ -309,7 +309,7 @@ def test_nearest_group() -> None:
 FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 FP8_LOST = [
     "one scale for a whole tensor becomes a scale for each token and head",
-    "fixed scales are not kept; here they follow from each token",
+    "fixed scales are not kept; here each token's scale is computed from the token",
     "8-bit floating-point codes become integer codes",
 ]
 

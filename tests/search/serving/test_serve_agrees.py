@@ -82,7 +82,10 @@ def test_plan_and_server_agree_on_the_address(
         (["--port", "-1"], "--port -1"),
         (["--speculative-algorithm", "EAGLE"], "--speculative-algorithm EAGLE: with a profile only STANDALONE, NGRAM"),
         (["--speculative-algorithm", "NGRAM", "--device", "cpu"], "--speculative-algorithm NGRAM"),
-        (["--speculative-algorithm", "NGRAM", "--pp-size", "2"], "SGLang combines pipeline stages with no speculation"),
+        (
+            ["--speculative-algorithm", "NGRAM", "--pp-size", "2"],
+            "SGLang cannot combine pipeline stages with speculation",
+        ),
         (["--dtype", "float32"], "--dtype float32: on a GPU, and where a side is stored raw"),
         (["--dtype", "float"], "--dtype float"),
         (["--enable-unified-memory"], "unified memory cannot be combined with a profile"),
