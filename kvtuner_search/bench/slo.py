@@ -1,6 +1,6 @@
 """Service-level objectives: ``--slo ttft_p99=200,success=0.999,memory=0.9``. Neither torch nor SGLang is imported here.
 
-An objective is judged on its worst cell, so that no good cell hides a bad one, and one that nothing was measured for fails.
+An objective is judged on its worst cell, so that no good cell hides a bad one; an objective without a measurement fails.
 docs/bench-records.md has the table of names and units.
 """
 
@@ -31,7 +31,7 @@ UNITS: Final[dict[str, str]] = {
 
 
 class Objective(NamedTuple):
-    """One thing that was asked for."""
+    """One requested limit."""
 
     name: str  # of UNITS
     limit: float  # in the unit of the name
@@ -44,7 +44,7 @@ class Objective(NamedTuple):
 
     @property
     def relation(self) -> Literal["at most", "at least"]:
-        """How the value must lie to the limit."""
+        """The required relation of the value to the limit."""
         return "at least" if self.name == "success" or self.name in _PEAKS else "at most"
 
 
@@ -70,7 +70,7 @@ def parse(text: str) -> list[Objective]:
         if name not in UNITS:
             raise UsageError(f"--slo {title!r} is unknown: choose from {', '.join(UNITS)}")
         if dot and name in ("memory", "device_memory"):
-            raise UsageError(f"--slo {title!r}: {name} is of the whole run: leave {section}. out")
+            raise UsageError(f"--slo {title!r}: {name} applies to the whole run: leave {section}. out")
         objective = Objective(name, _limit(title, name, value), next((s for s in SECTIONS if s == section), None))
         if any(other[0] == name and other.section == objective.section for other in found):
             raise UsageError(f"--slo {title!r} is given twice: leave one out")
@@ -86,7 +86,7 @@ def _limit(title: str, name: str, value: str) -> float:
     highest = 1.0 if UNITS[name] == "fraction" else math.inf
     if not (0 <= limit <= highest and math.isfinite(limit)):
         wanted = "a fraction from 0 to 1" if highest == 1 else f"a number of {UNITS[name]} from 0 on"
-        raise UsageError(f"--slo {title}={value}: the limit is not a number that can hold: give {wanted}")
+        raise UsageError(f"--slo {title}={value}: the limit is not valid: give {wanted}")
     return limit
 
 
@@ -135,7 +135,7 @@ def _worst(objective: Objective, record: Record) -> _Found:
 
 
 def _slowest(cells: Sequence[Cell], name: str) -> _Found:
-    """The cell with the longest time; one that has none because nothing came back is worse than any."""
+    """The cell with the longest time; a cell without a time, because no answer came, is worse than any."""
     time, statistic = name.rsplit("_", 1)
     found: list[tuple[float, str]] = []
     for cell in cells:
@@ -156,7 +156,7 @@ def _rate(speed: Speed, name: str) -> float:
 
 
 def _slots(record: Record) -> _Found:
-    """The greatest fraction of the cache's token slots in use, by the server's own gauge; of several ranks the fullest."""
+    """The greatest fraction of the cache's token slots in use, by the server's own gauge; for several ranks the fullest."""
     peaks = [
         (scrape.maximum, f"{scrape.name}, {scrape.samples} readings")
         for scrape in record.scrapes

@@ -1,4 +1,4 @@
-"""Drawings of bands, one column a layer: the bits that each band gets, what it is worth, and what it is worth head by head."""
+"""Drawings of bands, one column per layer: each band's bits, its worth, and its worth head by head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDES: Final = ("keys", "values")
 _DIGITS: Final = 13.0  # width of the narrowest column that has room for a digit
 _ACROSS: Final = 10  # small panels in one row
 _PANEL: Final = (92.0, 62.0)  # width and height of a small panel
-_DECADES: Final = 6  # of worth that a figure shows; what is worth less lies on its edge
+_DECADES: Final = 6  # of worth that a figure shows; smaller values lie on its edge
 
 
 def bits_by_band(layers: Sequence[LayerSpec]) -> str:
@@ -56,7 +56,7 @@ def _bands(columns: Columns, layer: int, y: float, spec: TensorSpec, name: str) 
 
 
 def worth_figure(record: Json, shown: Json) -> str:
-    """What each band is worth, on a log scale; the digits are the bits that ``shown``, a target, gives it."""
+    """The worth of each band, on a log scale; the digits are the bits that ``shown``, a target, gives it."""
     columns, stored = Columns(len(record["sensitivity"])), specs(shown["chosen"])
     found = {side: band_worth(record, side) for side in SIDES}
     scale = Scale([x for rows in found.values() for row in rows for x in row or []], _DECADES)
@@ -87,7 +87,7 @@ def worth_figure(record: Json, shown: Json) -> str:
 
 
 def head_figure(record: Json) -> str:
-    """What bands are worth head by head: a small panel for each side of each layer, a line for each KV head; empty if it was not recorded."""
+    """The worth of bands head by head: a small panel for each side of each layer, a line for each KV head; empty if it was not recorded."""
     found = {side: head_worth(record, side) for side in SIDES}
     values = [x for layers in found.values() for heads in layers for row in heads or [] for x in row]
     if not values:

@@ -27,14 +27,14 @@ from kvtuner_search.report.bench_tables import (
 from kvtuner_search.report.svg import escaped
 from kvtuner_search.secrets import mask, mask_arguments
 
-VIOLATION_HEADS: Final = ("rule", "where", "figure", "why it cannot be")
+VIOLATION_HEADS: Final = ("rule", "where", "figure", "why it is impossible")
 
 
 def report(records: Sequence[Record], seed: SeedReport | None = None) -> str:
     """The page of one or more records, beside the seed's report if that is given.
 
     Args:
-        records: at least one; of one model, or the page compares what cannot be compared.
+        records: at least one; of one model, otherwise they cannot be compared.
         seed: the report to put beside them.
     """
     all_runs, claims = runs(records), tables(seed) if seed else None
@@ -45,7 +45,7 @@ def report(records: Sequence[Record], seed: SeedReport | None = None) -> str:
     if any(run.record.gates for run in all_runs):
         sections.append(("gates", "Objectives", _gates(all_runs)))
     if claims and (claims.violations or claims.remarks):
-        sections.append(("impossible", "What the seed claims and cannot be", _seed_violations(claims)))
+        sections.append(("impossible", "Impossible claims of the seed", _seed_violations(claims)))
     if any(run.record.quality for run in all_runs):
         sections.append(("quality", "Quality against the 16-bit cache", _quality(all_runs)))
     sections.append(("details", "How it was measured", _details(all_runs)))
@@ -63,7 +63,7 @@ def _header(title: str, all_runs: Sequence[Run], seed: SeedTables | None) -> lis
     )
     if any(run.record.model.dummy_weights for run in all_runs):
         parts.append(
-            '<p class="warn">Random weights (<code>--load-format dummy</code>): times mean something, answers and quality do not.</p>'
+            '<p class="warn">Random weights (<code>--load-format dummy</code>): times are meaningful, answers and quality are not.</p>'
         )
     bad = [run for run in all_runs if run.record.violations or not run.record.correct]
     for run in bad:
@@ -82,7 +82,7 @@ def _header(title: str, all_runs: Sequence[Run], seed: SeedTables | None) -> lis
 def _verdict_of(seed: SeedTables) -> str:
     if not seed.violations:
         return ""
-    return f'<a href="#impossible">{len(seed.violations)} of its figures cannot be.</a>'
+    return f'<a href="#impossible">{len(seed.violations)} of its figures are impossible.</a>'
 
 
 def _why(record: Record) -> str:
@@ -97,11 +97,11 @@ def _why(record: Record) -> str:
 def _legend(all_runs: Sequence[Run], seed: SeedTables | None) -> str:
     entries = [(key(run_class(i), run_shape(i)), run.name) for i, run in enumerate(all_runs)]
     if any(cell.floor for run in all_runs for cell in run.record.cells):
-        entries.append((zone_key("floor"), "cannot be on this hardware"))
+        entries.append((zone_key("floor"), "impossible on this hardware"))
     if seed:
-        entries.append((key(SEED, SEED_SHAPE), "the seed's claim, ringed where it cannot be"))
+        entries.append((key(SEED, SEED_SHAPE), "the seed's claim, ringed if impossible"))
         if any(cell.floor for cell in seed.cells):
-            entries.append((zone_key("seedfloor"), "cannot be on the seed's hardware"))
+            entries.append((zone_key("seedfloor"), "impossible on the seed's hardware"))
     return page.legend("", entries)
 
 
@@ -121,7 +121,7 @@ def _runs(all_runs: Sequence[Run]) -> Iterator[str]:
                 ),
                 (f"{record.served.token_capacity:,}", "tokens that the cache holds"),
                 (figure(peak), "output tokens/s at most"),
-                (f"{figure(min(first, default=None))} ms", "mean TTFT of the quickest prompt length"),
+                (f"{figure(min(first, default=None))} ms", "mean TTFT of the fastest prompt length"),
                 (f"{whole:,} of {asked:,}", "requests with a whole answer"),
             ]
         )
@@ -157,7 +157,7 @@ def _section(grid: Grid, all_runs: Sequence[Run], seed: SeedTables | None) -> It
 
 
 def _kinds(grid: Grid) -> dict[int, str]:
-    """Rows of the seed, and rows with a figure that cannot be, stand out."""
+    """Rows of the seed, and rows with an impossible figure, stand out."""
     found = {}
     for index, row in enumerate(grid.rows):
         kinds = ["claim"] if SEED in row else []
@@ -174,7 +174,7 @@ def _gates(all_runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _seed_violations(seed: SeedTables) -> Iterator[str]:
-    """What is wrong with each figure; what usually causes it is said once."""
+    """What is wrong with each figure; the usual causes are listed once."""
     causes: dict[str, None] = {}
     rows = []
     for violation in seed.violations:

@@ -1,4 +1,4 @@
-"""What the drawings of a benchmark report show: which figures, over what, and beside which floors."""
+"""The drawings of a benchmark report: which figures, over what, and beside which floors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvtuner_search.report.svg import Point
 
 
 class Quantity(NamedTuple):
-    """Something that is drawn."""
+    """A quantity to draw."""
 
     id: str
     unit: str
@@ -40,7 +40,7 @@ class Drawing(NamedTuple):
     title: str
     axis: str
     part: int  # of the key
-    prompt: int | None = None  # only cells with so many prompt tokens
+    prompt: int | None = None  # only cells with this many prompt tokens
 
 
 _DRAWN: Final[dict[str, tuple[Drawing, ...]]] = {
@@ -99,7 +99,7 @@ def _lenient(one: Drawing, bounds: Sequence[float]) -> float:
 
 
 def _zones(one: Drawing, floors: dict[str, dict[float, float]], seeds: dict[float, float]) -> list[Zone]:
-    """The seed's zone, then ours: what no machine in the report can do is hatched, other machines have a line."""
+    """The seed's zone, then ours: the area that no machine in the report can reach is hatched, other machines have a line."""
     word = "ceiling" if one.quantity.rate else "floor"
     zones = [Zone(sorted(seeds.items()), "seedfloor", f"{word} of the seed's hardware")] if seeds else []
     lines: dict[str, list[Point]] = {name: sorted(line.items()) for name, line in floors.items()}

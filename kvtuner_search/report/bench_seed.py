@@ -1,4 +1,4 @@
-"""The seed's report as rows beside ours: its claims, the floors of the hardware that it names, and which claims cannot be."""
+"""The seed's report as rows beside ours: its claims, the floors of the hardware that it names, and which claims are impossible."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class SeedCell:
     section: Section
     key: tuple[int, ...]  # as bench_tables.key_of
     figures: Mapping[str, float | None]  # ms, fractions and rates, by what the tables call them
-    floor: Floor | None  # of the seed's own hardware; None where that is unknown
-    impossible: frozenset[str]  # the figures that cannot be
+    floor: Floor | None  # of the seed's own hardware; None if that is unknown
+    impossible: frozenset[str]  # the impossible figures
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class SeedTables:
     title: str  # model and hardware
     cells: Sequence[SeedCell]
     violations: Sequence[Violation]
-    remarks: Sequence[str]  # figures that say less than they seem to
+    remarks: Sequence[str]  # figures that show less than they seem to
 
     def claimed(self, text: str, where: str, kind: str) -> str:
-        """The text of a figure, marked where a violation of this kind says that it cannot be."""
+        """The text of a figure, marked if a violation of this kind says that it is impossible."""
         wrong = text != NONE and any(v.where == where and kind in v.figure for v in self.violations)
         return f"{text}, {IMPOSSIBLE}" if wrong else text
 
@@ -62,7 +62,7 @@ def tables(report: SeedReport) -> SeedTables:
 
 
 def _cells(report: SeedReport, setup: Setup | None, bad: Mapping[str, Sequence[str]]) -> Iterator[SeedCell]:
-    """``bad``: where, as seed_report.judge words it -> figures that cannot be."""
+    """``bad``: where, as seed_report.judge words it -> impossible figures."""
 
     def floor(prompt: int = 1, answer: int = 1, at_once: int = 1) -> Floor | None:
         shape = Shape(requests=at_once, concurrency=at_once, input_tokens=prompt, output_tokens=answer)

@@ -56,7 +56,7 @@ def machine(record: Record) -> str:
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    """A figure with so many digits, thousands apart; a dash for none."""
+    """A figure with ``digits`` significant digits and thousands separators; a dash for none."""
     if value is None:
         return NONE
     if value and abs(value) >= 10 ** (digits - 1):
@@ -65,7 +65,7 @@ def figure(value: float | None, digits: int = 4) -> str:
 
 
 def beyond(value: float, floor: float | None, above: bool) -> bool:
-    """Whether a figure cannot be; with the margin for clocks that judge.py allows."""
+    """Whether a figure is impossible; with the margin for clocks that judge.py allows."""
     if floor is None:
         return False
     return value * (1 - CLOCK_MARGIN) > floor if above else value < floor * (1 - CLOCK_MARGIN)
@@ -106,7 +106,7 @@ HEADINGS: Final[dict[Section, str]] = {
 
 
 def key_of(cell: Cell) -> Key:
-    """What tells a cell from the others of its table."""
+    """The key of a cell within its table."""
     return _KEYS[cell.section][1](cell)
 
 
@@ -166,7 +166,7 @@ def _ttft(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
         kept = share(low, floor, above=False)
         return [figure(mean), figure(low), NONE, NONE, figure(high), NONE, figure(floor), kept]
 
-    note = "The least of a cell is what is held against the floor: no request can be quicker."
+    note = "The minimum of a cell is compared with the floor: no request can be faster."
     return _build("ttft", heads, all_runs, seed, ours, theirs, note)
 
 
@@ -198,9 +198,9 @@ def _rates(section: Section, all_runs: Sequence[Run], seed: SeedTables | None) -
         answers = figure(cell.figures["succeeded"]) if batch else NONE if success is None else f"{success:.1%}"
         return [*first, figure(rate), figure(ceiling), kept, NONE, figure(cell.figures["latency"]), NONE, answers]
 
-    note = "Rates count whole answers only; latency and TTFT are means. "
+    note = "Rates count complete answers only; latency and TTFT are means. "
     note += (
-        "The seed does not say how many tokens it asked for, so its ceiling is that of one token in answer to one."
+        "The seed does not say how many tokens it requested, so its ceiling is that of one token in answer to one."
         if seed
         else ""
     )
@@ -241,7 +241,7 @@ def _long(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
         seed,
         ours,
         theirs,
-        "Latency and time per token are means; tokens are those that came back.",
+        "Latency and time per token are means; tokens are returned ones.",
     )
 
 
@@ -270,7 +270,7 @@ def _memory(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid | None:
 
 
 def capacity(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid:
-    """What a cache holds, and what devices are filled with."""
+    """Tokens that a cache holds, and memory in use on devices."""
     heads = (
         "run",
         "effective bits",
@@ -294,7 +294,7 @@ def capacity(all_runs: Sequence[Run], seed: SeedTables | None) -> Grid:
     for gpu in seed.report.gpu_memory_mib if seed else ():
         mib = [f"{gpu.used:,.0f}", f"{gpu.total:,.0f}", f"{gpu.used / gpu.total:.1%}"]
         rows.append([f"{SEED}, GPU {gpu.gpu}", NONE, NONE, NONE, NONE, *mib])
-    note = "What a cache saves shows in the tokens that fit: the server fills the device to a fixed share whatever the cache, so memory in use says nothing about it."
+    note = "A cache's saving shows in the tokens that fit: the server always fills the device to a fixed share, so memory in use says nothing about the cache."
     if seed and seed.report.memory_estimates_gb:
         said = ", ".join(f"{name} {size:g} GB" for name, size in seed.report.memory_estimates_gb.items())
         note += f" The seed's estimates of memory by cache: {said}."

@@ -35,7 +35,7 @@ _VERDICT_STYLE: Final = {"better": "green", "worse": "red", "undecided": "yellow
 
 
 def print_record(out: Console, record: Record, seed: SeedReport | None = None) -> None:
-    """One record: what it is of, its tables with floors, why it is not a result if it is none, its objectives, its verdict."""
+    """One record: its description, its tables with floors, the reasons if it is not a result, its objectives, its verdict."""
     print_records(out, [record], seed)
 
 
@@ -53,7 +53,7 @@ def print_records(out: Console, records: Sequence[Record], seed: SeedReport | No
             f"{cache.effective_bits:.3f} effective bits, {served.token_capacity:,} tokens fit, preset {record.preset}"
         )
         if record.model.dummy_weights:
-            out.print("random weights: times mean something, answers do not", style="yellow")
+            out.print("random weights: times are meaningful, answers are not", style="yellow")
         out.print()
     claims = tables(seed) if seed else None
     for grid in grids(all_runs, claims):
@@ -66,7 +66,7 @@ def print_records(out: Console, records: Sequence[Record], seed: SeedReport | No
             out.print(printable(grid.note), style="dim")
         out.print()
     if claims:
-        text = f"{len(claims.violations)} of the seed's figures cannot be: `kvtuner-search bench check` of its file says why"
+        text = f"{len(claims.violations)} of the seed's figures are impossible: `kvtuner-search bench check` of its file says why"
         out.print(f"{text}\n", style="bold red" if claims.violations else "dim")
     for run in all_runs:
         _judged(out, run.record, run.name if many else "")
@@ -134,21 +134,21 @@ def print_comparison(out: Console, found: Comparison, seed: SeedReport | None = 
             _print(out, grid.heads, grid.rows, grid.right)
             out.print()
     if found.unpaired:
-        out.print(f"not compared, as only one has speed for them: {'; '.join(map(printable, found.unpaired))}\n")
+        out.print(f"not compared, because only one has speed for them: {'; '.join(map(printable, found.unpaired))}\n")
     out.print(_basis(found.rows), style="dim")
 
 
 def _basis(rows: Sequence[Row]) -> str:
-    """What the intervals are from and what they do not cover."""
+    """The source of the intervals and what they do not cover."""
     used = {row.ratio.basis for row in rows}
     parts = [
         f"Ratios are B over A, intervals at {CONFIDENCE:.0%} by bootstrap over blocks of requests that were in flight together."
     ]
     if "summaries" in used:
-        parts.append("(s): from the summaries, as the raw requests of both do not lie beside the records: rough.")
+        parts.append("(s): from the summaries, because the raw requests of both are not beside the records: rough.")
     if "none" in used:
         parts.append(f"No interval: fewer than {MIN_BLOCKS} blocks.")
-    parts.append("They cover the scatter within these two runs, not that from one start of a server to the next.")
+    parts.append("They cover the scatter within these two runs, not the variation from one server start to the next.")
     return " ".join(parts)
 
 

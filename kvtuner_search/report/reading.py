@@ -1,4 +1,4 @@
-"""What a calibration record says: the figures, comparisons and sentences that the terminal and the HTML report share."""
+"""The figures, comparisons and sentences of a calibration record that the terminal and the HTML report share."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvtuner_search.profile.text import size
 
 Json = dict[str, Any]
 REFERENCE_LABEL: Final = (
-    "This is the embedded reference model, a test instrument: its profile is of no use for another model."
+    "This is the embedded reference model, a test instrument: its profile does not apply to any other model."
 )
 OFFLINE_LABEL: Final = "Quality was measured offline, with attention reading every key and value as stored. No server was started; speed was not measured."
-RIVALS: Final = {  # origin -> how a sentence calls it; anything else was found by the search itself
+RIVALS: Final = {  # origin -> its name in a sentence; anything else was found by the search itself
     "fisher": "best allocation by worth alone",
     "proxy": "proxy's optimum",
     "uniform": "best uniform setting",
@@ -38,13 +38,13 @@ class Step(NamedTuple):
     """One point of a search history."""
 
     number: int  # trial number
-    value: float  # loss in nats, or effective bits where the goal is a loss
+    value: float  # loss in nats, or effective bits if the goal is a loss
     best: float  # best value so far, this trial included
     origin: str
 
 
 class TrialCount(NamedTuple):
-    """How the trials of one origin went."""
+    """Counts of the trials of one origin."""
 
     origin: str
     complete: int  # all rungs were run
@@ -88,7 +88,7 @@ def loss_interval(row: Json) -> Interval:
     """The loss, the mean KL of the sources, with its interval.
 
     The record has it as ``loss_low`` and ``loss_high``; without them the sources' intervals are combined in quadrature, each side
-    for itself, as the sources are independent samples.
+    separately, because the sources are independent samples.
     """
     if "loss_low" in row:
         return Interval(row["loss"], row["loss_low"], row["loss_high"])
@@ -113,7 +113,7 @@ def test_samples(record: Json) -> tuple[int, int]:
 
 
 def number(value: float | None, sign: str = "", digits: int = 3) -> str:
-    """Significant digits, trailing zeros included; ``sign`` may be ``+``. A dash for what was not measured."""
+    """Significant digits, trailing zeros included; ``sign`` may be ``+``. A dash for missing values."""
     if value is None:
         return "–"
     return format(value, f"{sign}#.{digits}g").rstrip(".") if value else "0"
@@ -131,7 +131,7 @@ def measured_change(measure: Json) -> Interval:
 
 
 def paired(row: Json) -> Interval:
-    """Loss of the chosen setting less this one's; below zero means that the chosen one is better."""
+    """Loss of the chosen setting minus this one's; below zero means that the chosen one is better."""
     found = row["chosen_minus_this"]
     return Interval(found["estimate"], found["low"], found["high"])
 
@@ -142,7 +142,7 @@ def searched(origin: str) -> bool:
 
 
 def verdict_words(row: Json) -> str:
-    """What the chosen setting is, against this one."""
+    """The verdict on the chosen setting against this one."""
     return {"inconclusive": "undecided"}.get(row["verdict"], str(row["verdict"]))
 
 
@@ -153,7 +153,7 @@ def bytes_change(row: Json, chosen: Json) -> str:
 
 
 def best_rival(record: Json, target: Json, origin: str) -> Json | None:
-    """The rival of that origin within the budget with the least loss on the test split; where the goal is a loss, the smallest that meets it there."""
+    """The rival of that origin within the budget with the least loss on the test split; if the goal is a loss, the smallest that meets it there."""
     rows = [row for row in target["rivals"] if row["origin"] == origin]
     if target["target_bits"] is not None:
         fitting = [row for row in rows if row["effective_bits"] <= target["target_bits"]]
@@ -163,7 +163,7 @@ def best_rival(record: Json, target: Json, origin: str) -> Json | None:
 
 
 def findings(record: Json, target: Json) -> list[str]:
-    """Sentences on whether the search paid: who found the chosen setting, and how it stands against each kind of rival."""
+    """Sentences on whether the search paid: who found the chosen setting, and how it compares with each kind of rival."""
     chosen = target["chosen"]
     who = f"{chosen['name']}, {chosen['origin']}"
     if searched(chosen["origin"]):
@@ -193,7 +193,7 @@ def uniform(row: Json) -> bool:
 
 
 def _by_loss(chosen: Json, rival: Json, name: str) -> str:
-    """How the chosen setting's loss stands against a rival's."""
+    """How the chosen setting's loss compares with a rival's."""
     verbs = {"better": "It beats", "worse": "It is worse than", "same": "It equals"}
     verb = verbs.get(rival["verdict"], "It is not shown to differ from")
     share = ""
@@ -203,7 +203,7 @@ def _by_loss(chosen: Json, rival: Json, name: str) -> str:
 
 
 def _by_size(chosen: Json, rival: Json, name: str) -> str:
-    """How the chosen setting's size stands against that of a rival that meets the same loss."""
+    """How the chosen setting's size compares with that of a rival that meets the same loss."""
     less = 1 - chosen["bytes_per_token"] / rival["bytes_per_token"]
     verb = f"It takes {100 * abs(less):.1f} % {'fewer' if less > 0 else 'more'} bytes than"
     losses = f"KL {number(chosen['loss'])} against {number(rival['loss'])}"
@@ -227,7 +227,7 @@ def affordable(record: Json, target: Json, trial: Json) -> bool:
 
 
 def history(record: Json, target: Json, trials: Sequence[Json]) -> list[Step]:
-    """Trials that meet the target, in order, with the best so far: by loss, or by effective bits where the goal is a loss."""
+    """Trials that meet the target, in order, with the best so far: by loss, or by effective bits if the goal is a loss."""
     steps: list[Step] = []
     for trial in sorted(trials, key=lambda t: int(t["number"])):
         if affordable(record, target, trial):
@@ -251,7 +251,7 @@ def front(model: Json, trials: Sequence[Json]) -> list[tuple[float, float]]:
 
 
 def trial_counts(record: Json) -> list[TrialCount]:
-    """How the trials went, by origin, in order of first appearance."""
+    """Counts of trials by origin, in order of first appearance."""
     rows = []
     trials = [*record["trials"], *record["random_trials"]]
     for origin in dict.fromkeys(t["origin"] for t in trials):

@@ -1,4 +1,4 @@
-"""What the terminal shows at the end of a calibration; readable at 100 columns and without colour."""
+"""The terminal's summary at the end of a calibration; readable at 100 columns and without colour."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RIVALS: Final = (
 
 
 def summary(record: Json, console: Console) -> None:
-    """Print, for every target, what was chosen, how it compares, and why; then what the run cost."""
+    """Print, for every target, the choice, how it compares, and why; then the cost of the run."""
     model, samples, tokens = record["model"], *reading.test_samples(record)
     console.print(Text.assemble((f"Calibration of {printable(model['id'])}", "bold"), f"  {printable(record['tool'])}"))
     if model["id"] == "reference":
@@ -126,7 +126,7 @@ def _sources(console: Console, record: Json, target: Json) -> None:
 
 
 def _layers(console: Console, record: Json, row: Json) -> None:
-    """One character a layer: bits of keys and values, and how much each side hurts alone in its cheapest class."""
+    """One character a layer: bits of keys and values, and the loss of each side alone in its cheapest class."""
     layers = reading.specs(row)
     sides = {}
     for side in ("keys", "values"):
@@ -146,7 +146,7 @@ def _layers(console: Console, record: Json, row: Json) -> None:
             console.print(Text(f"  KL at {name}".ljust(16) + levels, "dim"))
     console.print(
         Text(
-            f"F is 16 bits{', of bands the rounded mean stands' if reading.has_bands(row) else ''}. KL: of the model's output with that side of that layer alone stored so, on a log scale from"
+            f"F is 16 bits{', bands are shown by their rounded mean' if reading.has_bands(row) else ''}. KL: of the model's output with only that side of that layer stored in that class, on a log scale from"
             f" {number(low)} ({_LEVELS[0]}) to {number(high)} ({_LEVELS[-1]}) nats.",
             "dim",
         )

@@ -48,7 +48,7 @@ _VARYING: Final = ("tokens", "cache_gib")  # may differ between two starts of th
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two servers, and what it answered."""
+    """One of the two servers, and its answers."""
 
     facts: Facts
     versions: dict[str, str]
@@ -57,7 +57,7 @@ class _Side:
 
 
 class Run:
-    """What both servers share.
+    """The parts of a validation that both servers share.
 
     Raises:
         KVTunerError: if an input cannot be used, before anything is started.
@@ -102,7 +102,7 @@ class Run:
             self.folder.borrow("baseline", options.baseline_from, [name for name in settings if name not in _OWN])
 
     def validate(self) -> Validation:
-        """Measure whatever the folder does not have yet, and judge it."""
+        """Measure what the folder does not have yet, and judge it."""
         options = self.options
         baseline = self._side("baseline", self.urls["baseline"], [], None)
         flags = ["--kvtuner-profile", str(options.profile.resolve()), "--kvtuner-as-stored"]
@@ -113,7 +113,7 @@ class Run:
         return block
 
     def _side(self, name: str, url: str | None, flags: list[str], baseline: Facts | None) -> _Side:
-        """One server's answers: those in the folder, and where some are missing the server's."""
+        """One server's answers: those in the folder, and the missing ones from the server."""
         journal = self.folder.journal(name)
         try:
             if journal.server is None or not self._complete(journal, name):
@@ -221,7 +221,7 @@ class Run:
         )
         checks = judge(options.limits, likelihood, tasks, greedy, capacity, semantics, explained)
         if not checks:
-            raise UsageError("every threshold is none, so there is nothing to pass: set one")
+            raise UsageError("every threshold is none, so there is nothing to judge: set one")
         return Validation(
             profile_digest=digest_without_validation(self.profile),
             verdict="pass" if all(check.passed for check in checks) else "fail",
@@ -293,7 +293,7 @@ def scoring_method(profile: Profile, facts: Facts) -> Method:
         UsageError: if it cannot.
     """
     if all(spec.key.raw and spec.value.raw for spec in profile.layer_specs()):
-        return "decode"  # what is stored is what extend reads anyway
+        return "decode"  # the cache stores exactly what extend reads
     if facts.as_stored:
         return "as-stored-extend"
     if facts.prefix_cache and facts.page_size == 1:
@@ -305,7 +305,7 @@ def scoring_method(profile: Profile, facts: Facts) -> Method:
 
 
 def _identify(journal: Journal, facts: Facts, versions: dict[str, str]) -> None:
-    """Note who answers; answers of different servers are never mixed.
+    """Record which server answers; answers of different servers are never mixed.
 
     Raises:
         UsageError: if earlier answers came from another server.
@@ -323,7 +323,7 @@ def _identify(journal: Journal, facts: Facts, versions: dict[str, str]) -> None:
 
 
 def _vocabulary(model_path: str) -> int | None:
-    """Ids of the model's embedding; None where its config.json does not say."""
+    """Ids of the model's embedding; None if its config.json does not say."""
     found = text_config(served_config(model_path)).get("vocab_size")
     return found if type(found) is int and found > 0 else None
 

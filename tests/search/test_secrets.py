@@ -49,7 +49,7 @@ PLAIN = [
     "http://[::1]:30000/path?email=a@b.c",
     "git+https://github.com/a/b@v1 and sqlite:////tmp/a@b.db",
     "--kvtuner-nbits-key 4 --kvtuner-axis-key 0 --max-total-tokens 1000 --tokenizer t",
-    "no-tokens: an answer without a single token: its latency is not a generation's",
+    "no-tokens: the answer has no tokens: its latency is not that of a generation",
     "a token: 5 bytes, tokens=1000, per token: 0.5 ms, keys: 4 bits, key=4",
     "it requires an API key: --api-key, or KVTUNER_API_KEY; give --api-key or the variable",
     "Basic authentication and Bearer tokens",

@@ -33,8 +33,8 @@ def print_ablation(result: Ablation, name: str) -> None:
     """Print the table and its notes on stdout.
 
     Args:
-        result: what was measured.
-        name: what the model is called.
+        result: the ablation.
+        name: the model's name.
     """
     served = any(row.speed is not None for row in result.rows)
     console = Console()

@@ -53,7 +53,7 @@ def test_a_good_record_passes(check: Run) -> None:
 def test_figures_under_their_floor_fail_with_reasons(check: Run) -> None:
     code, out, err = check("quick.json")
     assert (code, err) == (1, "")
-    assert out.startswith("quick.json: 5 figures cannot be\n")
+    assert out.startswith("quick.json: 5 figures are impossible\n")
     assert "this is 10 times faster" in " ".join(out.split())
     assert "  - tokens were counted as requested, not as returned\n" in out
 
@@ -61,7 +61,7 @@ def test_figures_under_their_floor_fail_with_reasons(check: Run) -> None:
 def test_the_seed_is_flagged(check: Run) -> None:
     code, out, err = check(str(SEED))
     assert (code, err) == (1, "")
-    assert "64 figures cannot be" in out
+    assert "64 figures are impossible" in out
     assert (
         "judged: Qwen2.5-7B with TP=2 x PP=2 on 4 x NVIDIA GeForce RTX 4090 (NVIDIA Ada GPU Architecture white paper)"
         in out
@@ -129,7 +129,7 @@ def test_an_unreadable_file_is_one_line_and_the_others_are_judged(check: Run, co
     assert len(err.splitlines()) == 1
     assert "bad.json" in err or "--model" in err
     assert said in err
-    assert "quick.json: 5 figures cannot be" in out
+    assert "quick.json: 5 figures are impossible" in out
     assert "good.json: no figure is impossible" in out
 
 

@@ -355,7 +355,9 @@ def test_a_model_id_that_a_server_names_is_never_fetched(
 
     monkeypatch.setattr(hub, "cached_file", cached_file)
     url = fake(model_path="evil/model").url
-    with pytest.raises(UsageError, match="name the model with --model-path, for what a server names is not fetched"):
+    with pytest.raises(
+        UsageError, match="name the model with --model-path, because a path or id that a server names is not fetched"
+    ):
         measure(tmp_path / "a", url=url, model=None, steps=STEPS[:1])
     assert asked == [("evil/model", True)]
     assert bench("--url", url, "--folder", str(tmp_path / "b"), "--model-path", "own/model") == 3

@@ -94,7 +94,7 @@ def test_a_server_with_another_profile_is_not_measured(fake: Start, tmp_path: Pa
 @pytest.mark.parametrize(
     ("fault", "check", "said"),
     [
-        ({"garbled": True}, "likelihood", "decoding reads something else"),
+        ({"garbled": True}, "likelihood", "decode reads something else"),
         ({"canned": True}, "answers", "different prompts got the same answer"),
     ],
 )

@@ -128,7 +128,7 @@ def test_a_database_that_is_locked_says_how_to_go_on(tmp_path: Path) -> None:
     study.enqueue(make_space(2), [Anchor("proxy", (1, 1))])
     holder = sqlite3.connect(tmp_path / "study.db")
     holder.execute("begin exclusive")
-    with pytest.raises(DataError, match=r"database is locked.*go on with --resume") as raised:
+    with pytest.raises(DataError, match=r"database is locked.*continue with --resume") as raised:
         study.finished()
     assert "\n" not in str(raised.value)
     holder.close()

@@ -118,9 +118,9 @@ def facts() -> Facts:
     ("fault", "said"),
     [
         ("series", "lines of metrics that are read here, and more"),
-        ("endless-line", "and more: no server has so many ranks"),
+        ("endless-line", "and more: more than any server's ranks need"),
         ("odd-ranks", "a rank is a number"),
-        ("sum", "nothing here comes to so much"),
+        ("sum", "implausibly large"),
         ("drip", "and was not done"),
         ("bomb", "it is compressed"),
     ],

@@ -151,5 +151,5 @@ def test_options_are_read() -> None:
 def test_answers_that_were_cut_are_counted() -> None:
     prompts = [TaskPrompt("gsm8k", (1,), "7", 3, reading="marked")] * 3 + [TaskPrompt("recall", (1,), "7", 1)]
     assert cut_short("stock", prompts, [(1, 2, 3), (1, 2), (4, 5, 6), (1,)]) == [
-        "2 of 3 answers of the stock server to gsm8k were cut at 3 tokens"
+        "2 of 3 answers of the stock server to gsm8k were cut off at 3 tokens"
     ]
