@@ -99,7 +99,7 @@ def check_place(place: Place, which: Served) -> None:
     raw = any(side.raw for layer in which.layers for side in (layer.key, layer.value))
     if place.dtype.itemsize != 2 and (raw or place.device != "cpu"):
         raise UsageError(
-            f"--dtype {place.dtype}: on a GPU, and where a side is stored raw, a profile needs a model of 16 bits; give --dtype"
+            f"--dtype {place.dtype}: on a GPU, and if a side is stored raw, a profile needs a model of 16 bits; give --dtype"
             " bfloat16 or float16"
         )
     if place.kv_heads % place.ranks and place.ranks % place.kv_heads:

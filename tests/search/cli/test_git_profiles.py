@@ -273,7 +273,7 @@ def test_a_new_profile_is_one_finding(command: Run, old: str, new: str) -> None:
     assert found["new"]["bytes_per_token"] == 4 * 144
     assert [layer["old"] for layer in found["layers"]] == ["16/16"] * 4
     for style, text in (
-        ("text", "none, so the 16-bit cache"),
+        ("text", "none: compared with the 16-bit cache"),
         ("markdown", "profile-added"),
         ("github", "::warning file="),
         ("junit", "profile-added"),

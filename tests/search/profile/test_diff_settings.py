@@ -70,7 +70,7 @@ def test_no_file_means_defaults(tmp_path: Path) -> None:
         ("max-bytes-per-token = true", "give a number"),
         ("max-loss-increase = nan", "not negative"),
         ("max-loss-increase = inf", "not negative"),
-        ('memory = "lots"', "no size"),
+        ('memory = "lots"', "not a size"),
         ("severity = 3", "severity is a table"),
         ('severity = { quality-regresed = "info" }', "did you mean quality-regressed"),
         ('severity = { quality-regressed = "fatal" }', "use one of error, warning, info, ignore"),

@@ -144,7 +144,7 @@ def test_a_joined_surrogate_pair_is_a_character() -> None:
         ({"pareto": [{**front(("16/16", 0.1))[0], "bytes_per_token": 7}]}, "says 7 bytes a token"),
         ({"pareto": [{**front(("16/16", 0.1))[0], "layers": ["16/16"]}]}, "a Pareto point has 1 layers"),
         ({"pareto": [{**front(("16/16", 0.1))[0], "layers": ["x"] * 4}]}, "not a layer spec"),
-        ({"pareto": front(("8-g64-asym/8-g64-asym", 0.1), ("4-g64-asym/4-g64-asym", 0.01))}, "no front"),
+        ({"pareto": front(("8-g64-asym/8-g64-asym", 0.1), ("4-g64-asym/4-g64-asym", 0.01))}, "not a Pareto front"),
     ],
 )
 def test_an_inconsistent_profile_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -86,7 +86,7 @@ def test_plan_and_server_agree_on_the_address(
             ["--speculative-algorithm", "NGRAM", "--pp-size", "2"],
             "SGLang cannot combine pipeline stages with speculation",
         ),
-        (["--dtype", "float32"], "--dtype float32: on a GPU, and where a side is stored raw"),
+        (["--dtype", "float32"], "--dtype float32: on a GPU, and if a side is stored raw"),
         (["--dtype", "float"], "--dtype float"),
         (["--enable-unified-memory"], "unified memory cannot be combined with a profile"),
         (["--enable-kv-cache-sharding"], "sharding of the cache by pages cannot"),
@@ -116,4 +116,4 @@ def test_what_the_server_takes_is_planned(command: Run, small: tuple[Path, Path]
     code, _, err = command(
         "--profile", raw, "--model-path", small[1], "--dtype", "float32", "--device", "cpu", "--dry-run"
     )
-    assert (code, "where a side is stored raw" in err) == (2, True)
+    assert (code, "if a side is stored raw" in err) == (2, True)

@@ -197,7 +197,7 @@ HUGE = 10**400
             ({"output_token_logprobs": [[value, 1, None], ROW[1]]}, said)
             for value, said in (
                 (0.5, r"= 0\.5: not a log-probability, which is at most 0"),
-                (1, "= 1: no log-probability"),
+                (1, "= 1: not a log-probability"),
                 (1e-4, "not a log-probability"),
                 (HUGE, "not a log-probability"),
                 (-1e300, "not a log-probability"),
@@ -210,7 +210,7 @@ HUGE = 10**400
                 ([-0.5], "not a finite log-probability"),
             )
         ),
-        ({"output_token_logprobs": [[-0.5, True, None], ROW[1]]}, "of token True, asked was 1"),
+        ({"output_token_logprobs": [[-0.5, True, None], ROW[1]]}, "of token True instead of 1"),
         ({"output_token_logprobs": [[-0.5], ROW[1]]}, "of token None"),
         ({"output_token_logprobs": ["row", ROW[1]]}, "of token None"),
         ({"output_token_logprobs": {}}, "no output_token_logprobs of 2"),

@@ -46,9 +46,9 @@ def test_asks_about_one_token(fake: Start) -> None:
 
 SCORED = Request(PROMPT, 2, logprob_start=0, output_logprobs=True)
 FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"status": 404}, r"answered 404: Not Found; if this is a node of rank above 0, use the first node's address"),
+    ({"status": 404}, r"answered 404: Not Found; use the first node's address"),
     ({"status": 500, "body": b"boom"}, "answered 500: boom"),
-    ({"raw": b"<html>"}, "no JSON: <html>"),
+    ({"raw": b"<html>"}, "did not answer with JSON: <html>"),
     ({"raw": [1]}, "no meta_info"),
     ({"finish_reason": {"type": "abort", "message": "too long"}}, "not finished"),
     ({"finish_reason": None}, "not finished"),
