@@ -246,6 +246,6 @@ def _synchronize(device: torch.device) -> None:
 
 def _refuse_store(what: str) -> NoReturn:
     raise RuntimeError(
-        f"{what}: layers in a fitted basis need them; report this with the model and the options, or serve a profile"
+        f"{what}: layers in a fitted basis need every position; report this with the model and the options, or serve a profile"
         " without bases"
     )
