@@ -77,8 +77,8 @@ def test_heat_map_has_the_records_figures_and_marks_the_choice() -> None:
 def test_bars_of_bands_have_the_mean_bits() -> None:
     record = made.banded()
     drawn = drawing(render(record), "Bits of keys and values by layer")
-    assert "layer 0 keys: b65443322, 3.625 bits in the mean" in titles(drawn)
-    assert "layer 0 values: b44333222, 2.875 bits in the mean" in titles(drawn)
+    assert "layer 0 keys: b65443322, 3.625 bits on average" in titles(drawn)
+    assert "layer 0 values: b44333222, 2.875 bits on average" in titles(drawn)
     assert any(t.startswith("layer 1 values: 4-g64-asym-c-r-x0.95, 4.500 effective") for t in titles(drawn))
     written = [text.text for text in drawn.iter("text")]
     assert {"3.62", "2.88", "4.62"} <= set(written)

@@ -89,8 +89,8 @@ def test_reading_is_part_of_what_was_asked(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "error", "reason"),
     [
-        ("#shots=4", DataError, "train.jsonl: has not 4 rows"),
-        ("#items=5#shots=0", DataError, "test.jsonl: has not 5 rows"),
+        ("#shots=4", DataError, "train.jsonl: has fewer than 4 rows"),
+        ("#items=5#shots=0", DataError, "test.jsonl: has fewer than 5 rows"),
         ("#shots=x", UsageError, "'shots=x' is unknown: use #shots=N, #items=N, #tokens=N, #chat"),
         ("#answer=first", UsageError, "'answer=first' is unknown"),
         ("#tokens=0", UsageError, "leaves no room for an answer"),
