@@ -1,4 +1,4 @@
-"""Where a server is, and the key that it wants, checked before anything is sent."""
+"""A server's address and API key, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_url(url: str, key: str | None = None) -> str:
     """A server's address without the slashes at its end.
 
     Raises:
-        UsageError: if it is none, or holds credentials beside an API key.
+        UsageError: if it is not such an address, or holds credentials beside an API key.
     """
     try:
         parts = urlsplit(url)
@@ -23,7 +23,7 @@ def check_url(url: str, key: str | None = None) -> str:
     except ValueError:  # of the port, or of an IPv6 address
         fits = False
     if not fits or parts.query or parts.fragment or not url.isprintable() or " " in url:
-        raise UsageError(f"{url!r} is no URL of a server: write http://host:port")
+        raise UsageError(f"{url!r} is not a URL of a server: write http://host:port")
     if key is not None and "@" in parts.netloc:
         raise UsageError(
             f"{url} has credentials and there is an API key, which share one header: leave one of them out"
@@ -42,11 +42,11 @@ def check_key(key: str | None) -> str | None:
     remember(key)
     bad = next((index for index, one in enumerate(key) if not "!" <= one <= "~"), None)
     if bad is not None or not key:
-        where = "it is empty" if not key else f"character {bad} is a space, a line end or no ASCII"
+        where = "it is empty" if not key else f"character {bad} is a space, a line end or not ASCII"
         raise UsageError(f"the API key cannot be sent, because {where}: give another with {KEY_OPTION}")
     return key
 
 
 def authorization(key: str | None) -> dict[str, str]:
-    """The header that carries a key, as SGLang and OpenAI's API want it."""
+    """The header that carries a key, as SGLang and OpenAI's API expect it."""
     return {} if key is None else {"Authorization": f"Bearer {key}"}

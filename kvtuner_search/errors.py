@@ -19,17 +19,17 @@ class ExitCode(IntEnum):
     """What a command returns to the shell."""
 
     OK = 0
-    GATE_FAILED = 1  # the command ran, and a threshold that was asked for does not hold
+    GATE_FAILED = 1  # the command ran, and a requested threshold does not hold
     USAGE = 2  # an option or argument cannot be used
     DATA = 3  # an input cannot be read, or is invalid
     NOT_COMPARABLE = 4  # two profiles describe different models or layouts
     SERVER = 5  # a server could not be started as asked, e.g. its ranks disagree or one serves another cache
     INTERRUPTED = 130  # Ctrl-C; what was finished is kept
-    UNREAD = 141  # the reader of standard output went away, as SIGPIPE ends other programs: no verdict was delivered
+    UNREAD = 141  # the reader of standard output closed it, where SIGPIPE ends other programs: no verdict was delivered
 
 
 class KVTunerError(Exception):
-    """Base of all errors that are the caller's to mend. Passwords and keys in the message are masked, wherever it goes."""
+    """Base of all errors that the caller can fix. Passwords and keys in the message are masked, wherever it goes."""
 
     exit_code: ExitCode = ExitCode.DATA
 

@@ -1,7 +1,7 @@
-"""Standard output and standard error, guarded at the last moment against text that steers what reads them.
+"""Standard output and standard error, with a last guard against text that controls what reads them.
 
 A profile, a server's answer or a file name may hold text that a CI service takes for a command (``::error::`` at the start of a
-line, ``##[group]`` anywhere), that a terminal takes for a control sequence, or that turns the direction of what follows. What is
+line, ``##[group]`` anywhere), that a terminal takes for a control sequence, or that changes the direction of what follows. Text
 printed from files goes through ``profile.text.printable``; this guard holds for everything else too, and for what only line
 breaks or folded table cells put at the start of a line.
 """
@@ -32,7 +32,7 @@ _CONTROL_BUT_CSI: Final = re.compile(
 
 
 class OutputError(Exception):
-    """Standard output cannot be written: its reader went away, or its disk is full. No OSError, so that no library handles it."""
+    """Standard output cannot be written: its reader closed it, or its disk is full. Not an OSError, so that no library handles it."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(cause.strerror or str(cause))
@@ -40,11 +40,11 @@ class OutputError(Exception):
 
 
 class Guard:
-    """A text stream that passes on what is written, with whatever steers a reader replaced, character by character.
+    """A text stream that passes on what is written, and replaces what could control a reader character by character.
 
     Args:
         stream: where it goes.
-        required: True: a failure raises OutputError. False: it is dropped, as a lost message must not lose the result.
+        required: True: a failure raises OutputError. False: it is ignored, because a lost message must not lose the result.
     """
 
     def __init__(self, stream: TextIO, *, required: bool) -> None:
@@ -139,7 +139,7 @@ class _Bytes(io.RawIOBase):
 
 
 def _drop(stream: TextIO) -> None:
-    """Let what is still buffered go nowhere, or the interpreter would complain of it when it ends."""
+    """Discard what is still buffered, or the interpreter would complain about it at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

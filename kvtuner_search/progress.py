@@ -55,5 +55,5 @@ class Reporter:
         self.say(f"{name}: {self.seconds[name]:.1f} s")
 
     def say(self, message: str) -> None:
-        """One line of chatter."""
+        """Print one line."""
         self.console.print(mask(message), highlight=False, soft_wrap=True, markup=False)

@@ -1,7 +1,7 @@
 """Passwords and keys are masked wherever text leaves this program: messages, logs, records, pages, profiles.
 
-Two nets. :func:`mask` knows what secrets look like: credentials in URLs, options and fields that are called like one, bearer tokens, keys of
-known shape. :func:`remember` is told what a secret is, and every later text is searched for that very value, however it is quoted or cut out of
+It works in two ways. :func:`mask` knows what secrets look like: credentials in URLs, options and fields with the name of a secret, bearer tokens, keys of
+known shape. :func:`remember` is given a secret, and every later text is searched for that very value, however it is quoted or cut out of
 its place: a server may send a key back, a driver may quote a password alone.
 """
 
@@ -17,7 +17,7 @@ MASK: Final = "***"
 _SHORTEST: Final = 4  # characters of a secret that is searched for by its value; less would blank out ordinary text
 _LONG: Final = 12  # characters from which on it is also found within a word
 
-# Names that end so are secrets: api_key, HF_TOKEN, sslpassword, --admin-api-key. "token" and "key" alone are not: here they are units and tensors.
+# Names with these endings are secrets: api_key, HF_TOKEN, sslpassword, --admin-api-key. "token" and "key" alone are not: here they are units and tensors.
 _NAME: Final = (
     r"(?:[\w.-]*(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|private[_-]?key|secret(?:[_-]?key)?|passw(?:or)?d|passphrase|pwd|credentials?"
     r"|(?:hf|hub|hugging[_-]?face|auth|access|bearer|api|admin|session|refresh|security|git(?:hub|lab)|id)[_-]?token)|authorization)"
@@ -103,7 +103,7 @@ def remember_all(arguments: Sequence[str], environment: Mapping[str, str]) -> No
 
 
 def mask(text: object) -> str:
-    """The text without passwords, keys and tokens; ``***`` stands in their place.
+    """The text with ``***`` in place of passwords, keys and tokens.
 
     >>> mask("mysql://user:secret@host/db cannot be reached")
     'mysql://user:***@host/db cannot be reached'
@@ -156,7 +156,7 @@ def _secret_values(arguments: Sequence[str]) -> Iterable[str]:
 
 
 def _addresses(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterable[str]:
-    """What options and variables that are called so say of where something is, whether it is a URL or not."""
+    """Values of options and variables that hold an address, URL or not."""
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name.startswith("--") and _ADDRESS.search(name):
@@ -165,7 +165,7 @@ def _addresses(arguments: Sequence[str], environment: Mapping[str, str]) -> Iter
 
 
 def _password(address: str) -> str:
-    """What stands before the last @ of an address, however it is written: the password, or the lone name of a web address, often a token."""
+    """The part before the last @ of an address, however it is written: the password, or the lone name of a web address, often a token."""
     before = address.rpartition("@")[0]
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=:/)", before)
     credentials = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*:/+|^//", "", before)
@@ -288,9 +288,9 @@ def _end_of_line(text: str, start: int) -> int:
 
 
 def _credentials(scheme: str, rest: str) -> str:
-    """``user:password`` of what follows ``scheme``; empty if there is none.
+    """``user:password`` in what follows ``scheme``; empty if it has none.
 
-    In a web address it ends before the path, unless what should be a port is none: an unescaped / in a password. Elsewhere
+    In a web address it ends before the path, unless the port is not a number: then a password has an unescaped /. Elsewhere
     (databases) drivers take everything up to the last @ for it.
     """
     end = rest.rfind("@")

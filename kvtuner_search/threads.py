@@ -1,6 +1,6 @@
 """How many threads torch computes with, and how they wait for each other. To be called before torch is imported.
 
-By default a thread that is done spins until the last one is. Where another program has taken a core from that one, all others spin for nothing, at every
+By default a thread that is done spins until the last one is. If another program takes a core from that one, all others spin for nothing, at every
 operation: on two busy cores a pass of the reference model took three times as long as with threads that sleep (docs/log.md).
 """
 
@@ -24,7 +24,7 @@ SAMPLE: Final = 0.1  # seconds in which other programs are watched
 
 
 def limit_threads() -> None:
-    """Let torch's threads sleep while they wait, and be no more than cores are free. What the environment says already, holds."""
+    """Make torch's threads sleep while they wait, and use only as many as cores are free. Variables already set in the environment are kept."""
     if "torch" in sys.modules:
         return
     if not any(name in os.environ for name in WAITING):
@@ -34,7 +34,7 @@ def limit_threads() -> None:
 
 
 def threads_for(cores: int, busy: float) -> int:
-    """Threads on so many cores, of which other programs keep ``busy`` busy: 8 cores and 2.5 busy ones give 5."""
+    """Number of threads for ``cores``, of which other programs keep ``busy`` busy: 8 cores and 2.5 busy ones give 5."""
     return max(1, min(cores, max(LEAST, math.floor(cores - busy))))
 
 
@@ -49,7 +49,7 @@ def allowed_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def busy_cores(seconds: float, stat: Path = Path("/proc/stat")) -> float:
-    """Cores that are busy, in the mean of so many seconds in which this process sleeps; 0 where the system does not say."""
+    """Average number of busy cores over ``seconds`` in which this process sleeps; 0 if the system does not say."""
     before = _busy_seconds(stat)
     begin = time.monotonic()
     time.sleep(seconds)

@@ -60,7 +60,7 @@ def folder_of(path: Path, profile: Profile) -> Path:
 
 
 def check_transforms(profile: Profile, folder: Path) -> bytes | None:
-    """Check the transforms file beside a profile (:func:`folder_of`): its digest, and that it has the float32 tensors of :func:`transform_shapes` and none besides.
+    """Check the transforms file beside a profile (:func:`folder_of`): its digest, and that it has exactly the float32 tensors of :func:`transform_shapes`.
 
     Every number must be finite, and no matrix of a basis may have a row of zeros or the same row twice. Whether it can be inverted
     in all other ways takes torch: :func:`kvtuner_kernels.bands.basis` refuses it where the file is used.
@@ -78,7 +78,7 @@ def check_transforms(profile: Profile, folder: Path) -> bytes | None:
     payload = sum(map(math.prod, shapes.values())) * _FLOAT32
     if payload > MAX_PAYLOAD:
         raise ProfileError(
-            f"the transforms of {profile.name} would take {payload} bytes, more than {MAX_PAYLOAD}: no model here needs as many;"
+            f"the transforms of {profile.name} would take {payload} bytes, more than {MAX_PAYLOAD}, which no supported model needs:"
             " check the profile's layers, KV heads and head_dim"
         )
     data = read_limited(path, f"the transforms of {profile.name}", 8 + MAX_HEADER + payload)
@@ -121,12 +121,12 @@ def read_transforms(path: Path, profile: Profile) -> dict[int, Centres]:
 
 
 def transform_of(spec: TensorSpec, tensor: Tensor | None, device: torch.device | None = None) -> Tensor | None:
-    """What a side's spec needs of what calibration holds for the side: the basis, a centring vector, or nothing.
+    """The tensor that a side's spec needs from calibration: the basis, a centring vector, or nothing.
 
     Args:
         spec: of the side.
         tensor: fp32 [H, D + 2, D], a basis, whose mean is the centring vector; or fp32 [H, D], a centring vector alone.
-        device: where it is wanted. The same tensor comes back every time, since what follows from a basis is worked out once a tensor.
+        device: where it is needed. The same tensor comes back every time, because quantities derived from a basis are cached by tensor.
     """
     if not spec.fitted or tensor is None:
         return None
@@ -191,7 +191,7 @@ def _check_numbers(data: memoryview, shape: list[int], name: str) -> None:
     numbers.frombytes(data)
     if sys.byteorder == "big":
         numbers.byteswap()
-    # In a double, finite float32 numbers never add up to infinity, and nothing makes up for NaN or infinity: 30 ms for 15 MB.
+    # In a double, finite float32 numbers never add up to infinity, and NaN or infinity never cancel: 30 ms for 15 MB.
     if not math.isfinite(sum(numbers)):
         raise ProfileError(f"{name} has a number that is not finite: calibrate again")
     if len(shape) == 3:

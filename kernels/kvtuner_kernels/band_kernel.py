@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
 # ruff: noqa: RUF005 - see operands.py
-"""Store banded sides: bring a tile of tokens to the basis, put it on the grid, and write whole words.
+"""Store banded sides: transform a tile of tokens to the basis, quantize it, and write whole words.
 
 After the product with the matrix the arithmetic is :func:`kvtuner_kernels.bands.quantize_bands` step for step. Keys and values that
-share words are made by one program, so that each word is written once.
+share words are handled by one program, so that each word is written once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WEIGHTS = tl.constexpr(bands.WEIGHTS)
 THRESHOLDS = tl.constexpr(bands.THRESHOLDS)
 ROOTS = tl.constexpr(bands.ROOTS)
 FINE = tl.constexpr(bands.FINE)
-FAR = tl.constexpr(2.0**12)  # steps from zero; what lies beyond has the farthest error anyway
+FAR = tl.constexpr(2.0**12)  # steps from zero; anything beyond has the largest error anyway
 FARTHEST = tl.constexpr(bands.FARTHEST)
 ENDS = tl.constexpr(bands.ENDS)
 RATIOS = tl.constexpr(bands.RATIOS)
@@ -144,7 +144,7 @@ def _add_side(
     for pair in tl.static_range(PAIRS):
         if _holds(SIDE, pair):
             part = tl.where((pair_of == pair)[None, :], code, 0).reshape(SHAPE)
-            result = result + (words[pair] + tl.sum(part, 2),)  # no two have a bit in common
+            result = result + (words[pair] + tl.sum(part, 2),)  # their bits do not overlap
         else:
             result = result + (words[pair],)
 
@@ -163,7 +163,7 @@ def store_bands_kernel(
     row_stride, key_token_stride, key_head_stride, value_token_stride, value_head_stride,
     KEY: tl.constexpr, VALUE: tl.constexpr, RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of tokens, KV heads). A side that is None is none of this kernel's business."""
+    """Grid: (tiles of tokens, KV heads). A side that is None is not stored by this kernel."""
     token = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     head = tl.program_id(1)
     live = token < tokens
@@ -211,7 +211,7 @@ def store_bands(
 
 def store_bands_constants(spec: LayerSpec, heads: int, head_dim: int, tokens: int) -> dict[str, Any]:
     """Compile-time constants of :func:`store_bands_kernel`."""
-    # 64 rows would be multiplied by another instruction on a Hopper: a token's codes must not depend on how many there are.
+    # Hopper multiplies 64 rows with another instruction: a token's codes must not depend on the number of tokens.
     small = head_dim > 128 or triton.cdiv(tokens, 16) * heads <= FEW_TILES
     return {**_store_bands_constants(spec, heads, head_dim), "TILE_ROWS": 16 if small else 32}
 
@@ -230,5 +230,5 @@ def _store_bands_constants(spec: LayerSpec, heads: int, head_dim: int) -> dict[s
 
 
 def store_bands_warps(head_dim: int, tile_rows: int) -> int:
-    """Warps of :func:`store_bands_kernel`: the fewest that spill nothing."""
+    """Warps of :func:`store_bands_kernel`: the fewest without spills."""
     return 4 if head_dim <= 64 or (head_dim <= 128 and tile_rows == 16) else 8

@@ -1,20 +1,20 @@
-"""Storage in a fitted basis, in plain torch: the basis, the codes of its bands, and what they mean.
+"""Storage in a fitted basis, in plain torch: the basis, the codes of its bands, and their meaning.
 
-A side of a layer is ``y = matrix @ (x - mean)``, one matrix a KV head. Calibration fits it so that channels come in the order of what
-they are worth, in :data:`~kvtuner_kernels.layout.BANDS` equal bands, and have a mean square of one in each band. What is stored:
+A side of a layer is ``y = matrix @ (x - mean)``, one matrix per KV head. Calibration fits it so that channels are ordered by
+worth, in :data:`~kvtuner_kernels.layout.BANDS` equal bands, and have a mean square of one in each band. Stored are:
 
-1. number: ``y16 = fp16(y)``; the product with the matrix is a sum that hardware adds up in its own order, so that a code may turn
-   where ``y`` lies between two codes. From here on everything is bit for bit the same everywhere.
+1. number: ``y16 = fp16(y)``; the product with the matrix is a sum that hardware adds up in its own order, so a code may change
+   where ``y`` lies between two codes. Everything after that is bit-identical everywhere.
 2. scale:  a power of ``2 ** (1 / 4)``, its exponent in 7 bits. The one next to the root mean square of ``y16`` over the head, one below and
-   two above it are tried; the one whose errors, each in steps of its band, have the least sum of squares is taken. That is a matter
-   of integers, and costs nothing to read: 5 to 15% less error than the root mean square itself in 16 bits (docs/log.md).
+   two above it are tried; the one whose errors, each in steps of its band, have the smallest sum of squares is taken. This is computed in
+   integers and costs nothing to read: 5 to 15% less error than the root mean square itself in 16 bits (docs/log.md).
 3. code:   ``clamp(floor(y16 / scale / step) + 2 ** (bits - 1), 0, 2 ** bits - 1)``; levels are uniform about zero, with the step that
    is best for a normal distribution of these bits (J. Max, Quantizing for Minimum Distortion, 1960).
 
-The **first token** of a sequence is where attention goes when nothing else fits. Its keys and values depend on nothing but the token, and
-from the third layer or so on little on that: they lie close to one point, far from all others. So they are stored about that point
-(``first``), in the same codes, and the top bit of the scale's byte tells which point a row is about. This keeps what 16 bits for it would
-keep, at no bytes (docs/decisions.md).
+The **first token** of a sequence is the attention sink. Its keys and values depend only on the token, and from about the third layer
+on hardly even on that: they lie close to one point, far from all others. So they are stored relative to that point
+(``first``), in the same codes, and the top bit of the scale's byte marks the row. This preserves them as well as 16 bits would,
+without extra bytes (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ FIRST_MARK: Final = 128  # of a scale's byte
 TRIED: Final = (0, -1, 1, 2)
 RATIOS: Final = tuple(2.0 ** (-by / SCALES_AN_OCTAVE) for by in TRIED)
 WEIGHTS: Final = tuple(2.0 ** (2 * by / SCALES_AN_OCTAVE) for by in TRIED)
-NOT_FINITE: Final = 127  # the number of what cannot be stored, where it is not refused: it reads back as NaN
-ENDS: Final = (1, 124)  # of the nearest's number, so that all that are tried exist
+NOT_FINITE: Final = 127  # the scale number of a head that cannot be stored, if it is not refused: it reads back as NaN
+ENDS: Final = (1, 124)  # limits of the nearest's number, so that all tried scales exist
 # Mantissas, 23 bits, from which on a mean square is nearer to the next scale's square, and to the one after that.
 THRESHOLDS: Final = tuple(round((2 ** (k / SCALES_AN_OCTAVE) - 1) * 2**23) for k in (1, 3))
 ROOTS: Final = tuple(2 ** (k / SCALES_AN_OCTAVE) for k in range(SCALES_AN_OCTAVE))
@@ -54,7 +54,7 @@ class Basis(NamedTuple):
     matrix: Tensor  # [H, D, D]: y = matrix @ (x - mean)
     inverse: Tensor  # [H, D, D]
     mean: Tensor  # [H, D] of all tokens but the first
-    first: Tensor  # [H, D] in the basis: where first tokens lie
+    first: Tensor  # [H, D] in the basis: the point of first tokens
     dual: Tensor  # [H, D, D], the inverse transposed: q . x == (dual @ q) . (matrix @ x)
 
 
@@ -77,7 +77,7 @@ _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def basis(joined: Tensor) -> Basis:
-    """What follows from a basis tensor fp32 [H, D + 2, D], worked out once for each tensor.
+    """The matrices and points of a basis tensor fp32 [H, D + 2, D], computed once for each tensor.
 
     Raises:
         BasisError: if it has another shape, cannot be inverted, or is not finite.
@@ -114,7 +114,7 @@ def _by_channel(numbers: list[float], head_dim: int, device: torch.device) -> Te
 
 
 def quantize_bands(y: Tensor, bands: tuple[int, ...], first: Tensor | None = None) -> BandCodes:
-    """Codes of fp32 ``y`` [..., H, D] in the basis; first tokens come less their point, and are marked.
+    """Codes of fp32 ``y`` [..., H, D] in the basis; first tokens come relative to their point, and are marked.
 
     Args:
         first: bool [...], which tokens are the first of their sequence; none if not given.
@@ -161,13 +161,13 @@ def _quarters(power: Tensor) -> Tensor:
 
 
 def scale_values(stored: Tensor) -> Tensor:
-    """fp32 scales of bytes as they are stored, uint8 or int32 of any shape."""
+    """fp32 scales of stored bytes, uint8 or int32 of any shape."""
     number = stored.int() & (FIRST_MARK - 1)
     return torch.where(number == NOT_FINITE, torch.nan, _quarters(number - SCALE_MIDDLE))
 
 
 def dequantize_bands(found: BandCodes, bands: tuple[int, ...]) -> Tensor:
-    """fp32 [..., H, D] in the basis, first tokens less their point."""
+    """fp32 [..., H, D] in the basis, first tokens relative to their point."""
     head_dim, device = found.codes.shape[-1], found.codes.device
     step = _by_channel([STEPS[b] for b in bands], head_dim, device)
     half = _by_channel([(2.0**b - 1) / 2 for b in bands], head_dim, device)
@@ -176,12 +176,12 @@ def dequantize_bands(found: BandCodes, bands: tuple[int, ...]) -> Tensor:
 
 
 def is_first(scale: Tensor) -> Tensor:
-    """bool, shaped as the scales: whether they are of rows that hold first tokens."""
+    """bool, shaped as the scales: whether their rows hold first tokens."""
     return scale >= FIRST_MARK
 
 
 def to_basis(x: Tensor, side: Basis, first: Tensor | None = None) -> Tensor:
-    """``x`` [..., H, D] in the basis, fp32; first tokens (bool [...]) less their point."""
+    """``x`` [..., H, D] in the basis, fp32; first tokens (bool [...]) relative to their point."""
     y = torch.einsum("hij,...hj->...hi", side.matrix, x.float() - side.mean)
     return y if first is None else torch.where(first[..., None, None], y - side.first, y)
 

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
 # ruff: noqa: RUF005, RET505 - see operands.py
-"""Heads times a matrix, and rows to numbers: what leads to a fitted basis, and out of it.
+"""Heads times a matrix, and rows to numbers: the way into a fitted basis and out of it.
 
 Products take fp32 operands, split into three products of tf32, which is about the accuracy of fp32. Tiles have 16 or 32 rows,
-never the 64 for which a Hopper takes another instruction, and one order of channels: so what a row gives, bit for bit, depends on
-nothing but the row.
+never the 64 for which Hopper uses another instruction, and one order of channels: so a row's result depends, bit for bit, on
+the row alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kvtuner_kernels.operands import (
 from kvtuner_kernels.planes import banded
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 
-FEW_TILES = 512  # of 16 rows, over all heads: up to there tiles are kept small, so that they spread over the chip
+FEW_TILES = 512  # of 16 rows, over all heads: up to this number tiles stay small, so that they spread over the chip
 TRANSFORM_WARPS = 4
 CHUNK = tl.constexpr(32)  # channels that are multiplied at a time
 FIRST_TILE = 1024  # channels a program of first_rows
@@ -45,7 +45,7 @@ FIRST_TILE = 1024  # channels a program of first_rows
 def product(x, live, before, weights, exists, column_stride, HEAD_DIM: tl.constexpr):
     """``weights @ (x - before)`` as fp32 [R, W], for pointers to rows ``x`` [R, 1], ``before``, and matrix rows ``weights`` [W, 1].
 
-    What is neither ``live`` [R, 1] nor ``exists`` [W, 1] is 0.
+    Entries that are neither ``live`` [R, 1] nor ``exists`` [W, 1] are 0.
     """
     acc = tl.zeros([x.shape[0], weights.shape[0]], tl.float32)
     for start in tl.range(0, HEAD_DIM, CHUNK):
@@ -61,7 +61,7 @@ def product(x, live, before, weights, exists, column_stride, HEAD_DIM: tl.conste
 
 @triton.jit
 def _product_later(x, live, weights, exists, column_stride, HEAD_DIM: tl.constexpr):
-    """:func:`product`, bit for bit, of ``x`` that the kernel before writes: the matrix is read while that one runs."""
+    """:func:`product`, bit for bit, for ``x`` written by the previous kernel: the matrix is read while that one runs."""
     matrix = ()
     for start in tl.static_range(0, HEAD_DIM, CHUNK):
         column = start + tl.arange(0, CHUNK)[None, :]
@@ -85,7 +85,7 @@ def transform_kernel(
     """``out = matrix @ (x - before) + after``, and 0 for a token whose span of ``indptr`` is empty.
 
     Grid: (tiles of pairs of a token and a query head of one KV head, KV heads, blocks of channels). LEADS: the next kernel may be
-    scheduled early. FOLLOWS: this one was, and waits for the one before.
+    scheduled early. FOLLOWS: this one was scheduled early, and waits for the previous one.
     """
     if LEADS:
         gdc_launch_dependents()
@@ -177,7 +177,7 @@ def transform_heads(
 def transform_constants(pairs: int, heads: int, group: int, head_dim: int, overlap: Overlap = ALONE) -> dict[str, Any]:
     """Compile-time constants of :func:`transform_kernel` for ``pairs`` of a token and a query head of one KV head."""
     few = triton.cdiv(pairs, 16) * heads <= FEW_TILES
-    # One block of channels wastes a third of the products of heads of 80 or 96, three blocks read x three times.
+    # With heads of 80 or 96, one block of channels wastes a third of the products, three blocks read x three times.
     columns = 32 if few else 64 if head_dim in (64, 192) else 128
     return {
         "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim, "TILE_ROWS": 16 if few else 32, "COLUMNS": columns,
@@ -196,15 +196,15 @@ def bases(spec: LayerSpec, centres: Centres) -> tuple[Basis | None, Basis | None
 
 @triton.jit
 def dequantized(row, head, channel, mask, SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, RAW: tl.constexpr):
-    """Numbers of one side as they are stored: fp32 [R, W] on their grid, but neither turned back nor uncentred.
+    """Stored numbers of one side: fp32 [R, W] on their grid, neither rotated back nor uncentred.
 
-    A banded side's rows that hold first tokens come less their point; of raw sides the numbers are of type RAW.
+    First tokens of a banded side come relative to their point; numbers of raw sides have type RAW.
 
     Args:
         row: pointers to rows, uint8 [R].
         head: KV head of each, [R].
         channel: [W], of the basis where the side is banded.
-        mask: [R, W], what is read; the rest is 0.
+        mask: [R, W], the entries to read; the rest is 0.
 
     Returns:
         the numbers, and whether a row is marked as a first token's [R, 1] (never, unless the side is banded).
@@ -305,7 +305,7 @@ def first_rows(
 ) -> tuple[Tensor, Tensor]:
     """Key and value of each request's first slot, fp32 [B, H, D], in the basis in which kernels attend.
 
-    That is: on its grid, but rotated and centred as it is stored. First tokens of banded sides have their point added. Safe under
+    That is: on its grid, still rotated and centred as stored. First tokens of banded sides have their point added. Safe under
     CUDA-graph capture.
 
     Args:

@@ -1,6 +1,6 @@
-"""Compile kernels ahead of time, without a GPU, and read what they take.
+"""Compile kernels ahead of time, without a GPU, and read their resources.
 
-Needs the ``cuobjdump`` that Triton's package carries.
+Needs the ``cuobjdump`` in Triton's package.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Variant(NamedTuple):
     kernel: Any  # a @triton.jit function
     constants: dict[str, Any]  # compile-time constants; pointers that are not given are None here
     options: dict[str, int]  # num_warps and the like
-    fp32: tuple[str, ...] = ()  # pointers to fp32, of those that otherwise have the model's type
+    fp32: tuple[str, ...] = ()  # pointers to fp32, where others have the model's type
 
 
 class Resources(NamedTuple):
-    """What one thread, and one program, takes."""
+    """Resources of one thread and of one program."""
 
     registers: int  # a thread
     spilled: int  # bytes of stack a thread
@@ -74,9 +74,9 @@ def variants(
     shared: int = HOPPER_SHARED,
     overlap: bool = True,
 ) -> list[Variant]:
-    """The kernels that serving one layer takes, with the launch parameters of :mod:`kvtuner_kernels.tuning`.
+    """The kernels for serving one layer, with the launch parameters of :mod:`kvtuner_kernels.tuning`.
 
-    ``shared`` is the shared memory that a program may take; ``overlap`` lets the merge be launched early, which takes sm_90.
+    ``shared`` is the shared memory that a program may use; ``overlap`` launches the merge early, which needs sm_90.
     """
     row = spec.bytes_per_token(heads, head_dim)
     launch = decode_launch(spec, heads, group, head_dim, shared)
@@ -134,7 +134,7 @@ def variants(
 def _banded_variants(
     spec: LayerSpec, heads: int, group: int, head_dim: int, dtype: torch.dtype, overlap: bool
 ) -> list[Variant]:
-    """The kernels that a layer with a banded side takes besides."""
+    """The additional kernels for a layer with a banded side."""
     result = []
     none = {
         f"{name}_{part}": None
@@ -177,7 +177,7 @@ def _banded_variants(
 
 
 def compile_variant(variant: Variant, capability: int, dtype: torch.dtype = torch.bfloat16) -> Resources:
-    """Compile for an NVIDIA GPU of ``capability`` (90 is sm_90); no GPU is used. Pointers are taken as 16-byte aligned."""
+    """Compile for an NVIDIA GPU of ``capability`` (90 is sm_90); no GPU is used. Pointers are assumed to be 16-byte aligned."""
     compiled = _compiled(variant, capability, dtype)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")

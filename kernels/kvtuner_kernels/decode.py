@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Split-KV decode attention over packed rows: the launch, and the merge of the splits.
 
-The kernel, and what it is built on, is in :mod:`kvtuner_kernels.decode_kernel`.
+The kernel and its parts are in :mod:`kvtuner_kernels.decode_kernel`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors,
 
 @triton.jit
 def _first_number(row, head, channel, seen, point, SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, RAW: tl.constexpr):
-    """What ``row`` [1] holds in channels [W] of ``head`` [1], in the basis, as fp32 [1, W]; 0 where it is not ``seen``."""
+    """Numbers of ``row`` [1] in channels [W] of ``head`` [1], in the basis, as fp32 [1, W]; 0 where it is not ``seen``."""
     exists = (channel < HEAD_DIM)[None, :] & seen
     number, marked = dequantized(row, head, channel, exists, SIDE, HEAD_DIM, RAW)
     if banded(SIDE):
@@ -53,7 +53,7 @@ def merge_kernel(
     WINDOW: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
     FIRST: tl.constexpr, CAP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
-    """Softmax-weighted mean of a request's partial results, and of its first token where that is apart (FIRST).
+    """Softmax-weighted mean of a request's partial results, and of its first token if that is handled separately (FIRST).
 
     A request without tokens gives 0. Grid: (batch, query heads, blocks of WIDTH channels); to rotate back, one block has all channels.
     """
@@ -79,7 +79,7 @@ def merge_kernel(
     top = tl.full([1, 1], -1.0e30, tl.float32)
     total = tl.zeros([1, 1], tl.float32)
     acc = tl.zeros([1, WIDTH], tl.float32)
-    if FIRST:  # nothing that the kernels before write: read while they run
+    if FIRST:  # not written by the previous kernels: read while they run
         begins = tl.load(kv_indptr + request)
         token = tl.full([1, 1], begins, tl.int32)
         seen = token < high
@@ -135,13 +135,13 @@ class Workspace(NamedTuple):
 
 
 class Workspaces:
-    """The workspace of all decode calls of a model, which grows with the batches that come.
+    """The workspace of all decode calls of a model, which grows with the batches.
 
-    An earlier workspace is freed when a larger one takes its place, unless a CUDA graph was captured with it: replays write there. At most
+    An earlier workspace is freed when a larger one replaces it, unless a CUDA graph was captured with it: replays write there. At most
     half more is held than the largest batch took.
 
     Args:
-        parts: how many partial results a batch of so many requests may take, runs counted: the most of any layer.
+        parts: maps a number of requests to the most partial results of any layer, runs included.
         query_heads: local ones.
         head_dim: channels of a head.
         device: where they are kept.
@@ -156,10 +156,10 @@ class Workspaces:
         self._parts, self._query_heads, self._head_dim, self._device = parts, query_heads, head_dim, device
         self._captured: list[Workspace] = []
         self._current: Workspace | None = None
-        self._capacity = 0  # requests that the current one is enough for
+        self._capacity = 0  # requests that fit into the current one
 
     def of(self, requests: int) -> Workspace:
-        """Space that is enough for a batch of so many requests: two fp32 buffers, in one dimension."""
+        """Space for a batch of ``requests`` requests: two fp32 buffers, in one dimension."""
         capturing = is_capturing(self._device)
         if self._current is None or requests > self._capacity:
             self._let_go(capturing)
@@ -178,7 +178,7 @@ class Workspaces:
         current, self._current = self._current, None
         if current is None or any(kept is current for kept in self._captured):
             return
-        if capturing:  # what a capture frees or waits for belongs to its graph
+        if capturing:  # frees and waits during a capture belong to its graph
             self._captured.append(current)
         elif self._device.type == "cuda":
             for buffer in current:  # its last call may still run, on another stream than it was allocated on
@@ -186,7 +186,7 @@ class Workspaces:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is called now on ``device`` becomes part of a CUDA graph."""
+    """Whether calls on ``device`` are now captured in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -252,7 +252,7 @@ def decode(
     if (num_kv_splits is not None) != bool(max_kv_splits):
         raise LayoutError(f"max_kv_splits={max_kv_splits}: give it exactly when num_kv_splits is given")
     if query.dtype == torch.float32 and ASSEMBLY:
-        raise LayoutError("fp32 queries are for the interpreter alone: convert to bf16 or fp16")
+        raise LayoutError("fp32 queries are for the interpreter only: convert to bf16 or fp16")
     query = within_reach(query, "queries")
     out = torch.empty_like(query) if out is None else out
     if batch == 0:
@@ -283,9 +283,9 @@ def decode(
         num_warps=launch.warps, **launch.options(), **({"launch_pdl": True} if overlap and key_basis is not None else {}),
     )  # fmt: skip
     rotated_later = value_side.rotated and rotation_block(head_dim) < head_dim
-    later = rotated_later or bool(value_side.bands)  # undone by a kernel of its own
+    later = rotated_later or bool(value_side.bands)  # undone by a separate kernel
     merged = torch.empty(query.shape, dtype=torch.float32, device=query.device) if later else out
-    # With splits of a request's own, what merges them must not depend on the batch either.
+    # If splits depend on the request alone, their merge must not depend on the batch either.
     constants = merge_constants(
         spec, 1 if max_kv_splits else batch, splits, heads, group, head_dim, model, launch, window, overlap, soft_cap
     )
@@ -311,7 +311,7 @@ def decode(
 
 
 def _has_first(spec: LayerSpec) -> bool:
-    """Whether a request's first token is left to the merge: banded sides keep it about a point of its own."""
+    """Whether a request's first token is left to the merge: banded sides store it relative to a point of its own."""
     return spec.key.banded or spec.value.banded
 
 

@@ -10,8 +10,8 @@ from shared memory to registers in the layout of the matrix instruction and are 
 Scores are ``scale * (q . code) + minimum * sum(q)``; for values, scales are multiplied into the probabilities and minima
 are summed with them. Nothing is dequantized.
 
-A banded side is a symmetric one whose planes have bits, a place and a step of their own. Queries come, and results are left, in its
-basis. Its first token lies about another point than all others, so the loop leaves it out and the merge adds it.
+A banded side is a symmetric one whose planes have individual bits, places and steps. Queries and results are in its
+basis. Its first token is stored relative to another point than all others, so the loop skips it and the merge adds it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def bounds(kv_indptr, request, WINDOW: tl.constexpr, FIRST: tl.constexpr):
-    """Where a request's visible tokens begin and end, without its first token if that is added apart (FIRST)."""
+    """Begin and end of a request's visible tokens, without its first token if that is added separately (FIRST)."""
     low = tl.load(kv_indptr + request)
     high = tl.load(kv_indptr + request + 1)
     start = low
@@ -76,7 +76,7 @@ def _scores(
 ):  # fmt: skip
     """q . k as [BATCH, TOKENS, N] in the query's unit; ``slot`` int64 [1 or BATCH, TOKENS], ``heads`` [BATCH, 1].
 
-    ``scales`` are those of a banded side.
+    ``scales`` belong to a banded side.
     """
     GROUPS: tl.constexpr = SIDE.groups
     PLANES: tl.constexpr = plane_count(SIDE)
@@ -122,7 +122,7 @@ def _value_grids(rows, slot, heads, SIDE: tl.constexpr, ROW: tl.constexpr, SHAPE
 
 @triton.jit
 def _transposed(weights, ASM: tl.constexpr):
-    """``weights`` [BATCH, TOKENS, N] as they are, but laid over the lanes of a warp as a right operand wants them."""
+    """``weights`` [BATCH, TOKENS, N] with the same values, distributed over the lanes of a warp as a right operand needs them."""
     if ASM and weights.shape[2] == 8:
         BLOCKS: tl.constexpr = [weights.shape[0], weights.shape[1] // 8, 8, 8]
         moved = tl.inline_asm_elementwise(
@@ -144,7 +144,7 @@ def _add_values(
 ):  # fmt: skip
     """Decay the accumulators and add the tile's values, weighted with ``p`` [BATCH, TOKENS, N].
 
-    The product takes codes, weighted with ``p * scale``. What it lacks is gathered in ``offsets``: the weighted minima of each
+    The product uses codes, weighted with ``p * scale``. ``offsets`` collects the rest: the weighted minima of each
     lane's tokens [BATCH, 8, N] or, for a symmetric side, the sum of the weights, to be taken ``n / 2`` times, in all of 16 rows.
     """
     BATCH: tl.constexpr = p.shape[0]
@@ -178,7 +178,7 @@ def _add_values(
 
 @triton.jit
 def _store_plane(target, acc, offset, inverse, found, SIDE: tl.constexpr, PLANE: tl.constexpr):
-    """What a plane's accumulator [BATCH, words, N] and its offsets come to, times ``inverse``, to their channels from ``target`` on."""
+    """Store a plane's accumulator [BATCH, words, N] with its offsets, times ``inverse``, to their channels from ``target`` on."""
     WORDS: tl.constexpr = acc.shape[1]
     RUNS: tl.constexpr = WORDS // SIDE.padded
     word = tl.arange(0, WORDS)[None, :, None]
@@ -236,7 +236,7 @@ def decode_kernel(
     if HEADS % (BATCH // RUNS) == 0:
         stored_heads = heads
     else:
-        stored_heads = tl.minimum(heads, HEADS - 1)  # where heads are padded, the last is read again
+        stored_heads = tl.minimum(heads, HEADS - 1)  # with padded heads, the last is read again
     # Low halves: a slot's number fits in 32 bits, its address does not.
     slots = kv_indices.to(tl.pointer_type(tl.int32))
     run = entry % RUNS if RUNS > 1 else tl.full([1, 1], 0, tl.int32)
@@ -287,7 +287,7 @@ def decode_kernel(
 
         columns = request * query_token_stride + query_heads * query_head_stride
         operands, sums, unit = query_operands(query, columns, mask, KEY, KEY_DTYPE)
-        # fp32 [batch, query heads]: what centring took from the scores, seen only by a soft cap.
+        # fp32 [batch, query heads]: the part of the scores removed by centring, which only a soft cap needs.
         if query_shift is not None:
             shift = tl.load(query_shift + request * QUERY_HEADS + query_heads, mask=mask, other=0.0)
             shift *= inverse_power(unit)
@@ -301,7 +301,7 @@ def decode_kernel(
         largest = tl.full([BATCH, 1, COLUMNS], 2.0**-24, tl.float32)
         for tile in tl.range(low, high, TILE, num_stages=STAGES):
             token = tile + run * TOKENS + tl.arange(0, TOKENS)[None, :]
-            # Beyond the end the last token is read again and weighted with 0: no mask, and no row that is not in use.
+            # Beyond the end the last token is read again and weighted with 0: no mask, and no unused row.
             slot = tl.load(slots + tl.minimum(token, high - 1) * 2).to(tl.int64)
             key_tiles = load_tiles(rows, slot[:, :, None], stored_heads[:, :, None], 2, KEY, ROW, [1, 2, 1])
             key_scales = None
@@ -329,7 +329,7 @@ def decode_kernel(
             inside = run[:, :, None] * TOKENS + tl.arange(0, TOKENS)[None, :, None] < high - tile
             scores = tl.where(inside, scores, float("-inf"))
             top = tl.maximum(top, tl.max(scores, 1, keep_dims=True) * factor)
-            # Exponents are taken from a reference that makes the largest p * scale up to 2**14: fp16 weights neither overflow
+            # Exponents are relative to a reference that makes the largest p * scale at most 2**14: fp16 weights neither overflow
             # nor lose what counts.
             if VALUE.bits < 16:
                 if banded(VALUE):

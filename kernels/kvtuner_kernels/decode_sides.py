@@ -2,7 +2,7 @@
 # ruff: noqa: RUF005, RET505 - see operands.py
 """How decode reads one side of a row: tiles of words, planes of codes as matrix operands, and the query that goes with them.
 
-What lies where is in :mod:`kvtuner_kernels.planes`.
+The positions of codes are in :mod:`kvtuner_kernels.planes`.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def plane_codes(words, PLANE: tl.constexpr, AXIS: tl.constexpr, SIDE: tl.constex
 def query_operands(query, columns, mask, SIDE: tl.constexpr, DTYPE: tl.constexpr):
     """Per plane one [BATCH, words, N] operand, per group a sum of q [BATCH, 1, N], and the unit of scores [BATCH, 1, N].
 
-    Operands and sums are in units of powers of two, so that a query of any magnitude is exact in fp16 and operands make up for
-    those of :func:`small`. Sums are what minima are multiplied with; for a symmetric side, what its codes are about, less.
+    Operands and sums are in units of powers of two, so that a query of any magnitude is exact in fp16 and operands compensate for
+    those of :func:`small`. Sums are the factors of minima; for a symmetric side, with the centre of its codes subtracted.
     """
     operands = ()
     sums = ()
@@ -87,7 +87,7 @@ def query_operands(query, columns, mask, SIDE: tl.constexpr, DTYPE: tl.constexpr
         part, step, one, run = _query_part(query, columns, mask, SIDE, x)
         part = (part * (inverse_power(unit) * (step * (LEAST / one)))).to(DTYPE)
         if SIDE.bits < 16:
-            # Summed by a product: a second use keeps the operand in registers, instead of bringing it there for every tile.
+            # Summed by a product: a second use keeps the operand in registers, instead of loading it for every tile.
             weight = one / ONE
             if SIDE.symmetric:
                 weight *= -by_run(run, middles(SIDE, x), tile_words(SIDE, plane_tile(SIDE, x)) // SIDE.padded)
@@ -152,7 +152,7 @@ def load_tiles(rows, slot, heads, AXIS: tl.constexpr, SIDE: tl.constexpr, ROW: t
 
 @triton.jit
 def digit_weights(BATCH: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """What a tile's digits are multiplied with to give the number of a scale, [BATCH, words, N], N columns alike."""
+    """Factors that turn a tile's digits into the number of a scale, [BATCH, words, N], N equal columns."""
     word = tl.arange(0, RUNS * SIDE.padded)[None, :, None]
     digit = word - SIDE.digits.channel
     mine = (digit >= 0) & (digit < 8 // SIDE.digits.bits)
@@ -175,6 +175,6 @@ def scale_digits(words, SIDE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def scales_of(digits, weights, SHAPE: tl.constexpr, SIDE: tl.constexpr):
-    """fp32 scales [BATCH, TOKENS, N], N columns alike; rows hold no first tokens."""
+    """fp32 scales [BATCH, TOKENS, N], N equal columns; rows hold no first tokens."""
     number = tl.dot(digits, weights, tl.zeros(SHAPE, tl.float32))
     return scale_of(number * (1 / digit_unit(SIDE, ASSEMBLY_BODY)))

@@ -1,6 +1,6 @@
 """Attention of new tokens over a packed prefix and their own chunk: the launch.
 
-The kernel, and what it is built on, is in :mod:`kvtuner_kernels.extend_kernel`.
+The kernel and its parts are in :mod:`kvtuner_kernels.extend_kernel`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def extend(
     Args:
         query: [T, Hq, D] bf16 or fp16, all requests' new tokens in turn; query head ``h`` reads KV head ``h // (Hq // H)``.
         key, value: [T, H, D] of the new tokens, read unquantized; both None if ``kv_indices`` covers the new tokens too, which are
-            then read as stored. Where values are stored centred, rotated or banded, the chunk's are brought to that basis in 16 bits.
+            then read as stored. If values are stored centred, rotated or banded, the chunk's are transformed to that basis in 16 bits.
         rows: the pool, uint8 [R, row bytes].
         spec: how the layer is stored.
         heads: local KV heads H.
@@ -68,7 +68,7 @@ def extend(
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
         window: number of latest tokens that a token sees, itself included; 0 is all.
         batch_invariant: the tile does not depend on ``max_new``. Then a token's result depends, bit for bit, on its own
-            request alone, and where nothing is read but stored rows also not on how much of it is prefix.
+            request alone and, if only stored rows are read, not on how much of it is prefix.
 
     Returns:
         ``out``. A token that sees nothing gives zeros.
@@ -88,7 +88,7 @@ def extend(
     if (key is None) != (value is None) or (custom_mask is None) != (mask_indptr is None):
         raise LayoutError("give both of key and value, and both of custom_mask and mask_indptr, or neither")
     if query.dtype == torch.float32 and ASSEMBLY:
-        raise LayoutError("fp32 queries are for the interpreter alone: convert to bf16 or fp16")
+        raise LayoutError("fp32 queries are for the interpreter only: convert to bf16 or fp16")
     out = torch.empty_like(query) if out is None else out
     if tokens == 0:
         return out

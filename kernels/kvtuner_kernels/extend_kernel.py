@@ -4,11 +4,11 @@
 
 A program takes one KV head and a tile of rows; a row is one query head of one new token, so that a tile of keys is read and
 unpacked once for the whole query group. Keys are multiplied as integer codes, and scale and minimum folded into the scores; values
-are put on their grid in registers, in the model's dtype. Splits of the prefix are not covered: a short chunk over a long prefix leaves
+are put on their grid in registers, in the model's dtype. The prefix is not split: a short chunk over a long prefix leaves
 multiprocessors idle.
 
-A banded side is attended in its basis. There a request's first stored token may lie about another point than all others, so the
-loop leaves it out, and it is added as a number of its own (:func:`kvtuner_kernels.basis_kernel.first_rows`).
+A banded side is attended in its basis. There a request's first stored token may be relative to another point than all others, so the
+loop skips it, and it is added separately (:func:`kvtuner_kernels.basis_kernel.first_rows`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _padded(side):
 
 @triton.constexpr_function
 def _step(side, plane):
-    """Distance of two levels, in scales; any number but 0 without bits, for there is one level, which is 0."""
+    """Distance of two levels, in scales; any number but 0 without bits, because the only level is 0."""
     return plane_step(side, plane) or 1.0
 
 
@@ -75,7 +75,7 @@ def _column_channel(column, GROUP: tl.constexpr, SIDE: tl.constexpr):
 def _load_query(query, at, live, SIDE: tl.constexpr, DTYPE: tl.constexpr):
     """Per group of the keys one [M, columns] operand, columns as in :func:`_tile`, and the sum of q [M, 1].
 
-    Where keys are banded, the operand makes up for the steps of their bands.
+    If keys are banded, the operand includes the steps of their bands.
     """
     GROUPS: tl.constexpr = SIDE.groups
     PLANES: tl.constexpr = SIDE.planes_a_group
@@ -84,7 +84,9 @@ def _load_query(query, at, live, SIDE: tl.constexpr, DTYPE: tl.constexpr):
     operands = ()
     sums = ()
     for group in tl.static_range(GROUPS):
-        if banded(SIDE):  # read as it lies; neighbouring planes would take an address a number, and registers for each
+        if banded(
+            SIDE
+        ):  # read in stored order; neighbouring planes would need an address and registers for each number
             channel = column // PADDED * SIDE.words + column % PADDED
             exists = column % PADDED < SIDE.words
         else:
@@ -125,7 +127,7 @@ def _words(rows, slot, head, RUN: tl.constexpr, SIDE: tl.constexpr, ROW: tl.cons
 
 @triton.jit
 def _tile(words, GROUP: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes of one group as [N, words * planes]; planes of a word are neighbours, so that no thread gives codes away."""
+    """Codes of one group as [N, words * planes]; planes of a word are neighbours, so that no thread passes codes to another."""
     FIRST: tl.constexpr = GROUP * SIDE.planes_a_group % SIDE.planes
     PLANES: tl.constexpr = SIDE.planes_a_group
     BITS: tl.constexpr = SIDE.bits
@@ -182,7 +184,7 @@ def _band_tile(rows, slot, head, factor, SIDE: tl.constexpr, ROW: tl.constexpr, 
 
 @triton.jit
 def _band_scale(rows, slot, head, SIDE: tl.constexpr, ROW: tl.constexpr):
-    """fp32 scales [N] of a banded side; finite for the first token too, whose row is read, and hidden."""
+    """fp32 scales [N] of a banded side; finite for the first token too, whose row is read but hidden."""
     return scale_of(scale_byte(_words(rows, slot, head, 0, SIDE, ROW), SIDE) & (FIRST_MARK - 1))
 
 
@@ -212,7 +214,7 @@ def _packed_scores(rows, slot, head, operands, sums, SIDE: tl.constexpr, ROW: tl
 def _add_packed(rows, slot, head, p, decay, acc, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr):
     """Decay the accumulators and add a packed tile's values, weighted with ``p`` [M, N].
 
-    Values are put on their grid in registers: unlike in decode, a tile of them is multiplied with many rows. Those of a banded side
+    Values are put on their grid in registers: unlike in decode, a tile of them is multiplied with many rows. Values of a banded side
     lack the steps of their bands.
     """
     GROUPS: tl.constexpr = SIDE.groups
@@ -275,7 +277,7 @@ def extend_kernel(
     SKIP_PREFIX_MASK: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of rows, KV heads, requests). With ``first_key``, a request's first stored token is read there alone."""
+    """Grid: (tiles of rows, KV heads, requests). With ``first_key``, a request's first stored token is read only there."""
     request = tl.program_id(2)
     head = tl.program_id(1)
     first_query = tl.load(qo_indptr + request)
@@ -314,11 +316,11 @@ def extend_kernel(
     at = (first_query + token) * query_token_stride + query_head * query_head_stride
     channel = tl.arange(0, power_of_2(HEAD_DIM))[None, :]
     shift = tl.zeros([TILE_ROWS, 1], tl.float32)
-    # What centring took from the scores: the chunk's keys have it, and a soft cap sees it.
+    # The part of the scores removed by centring: the chunk's keys have it, and a soft cap needs it.
     if key_centre is not None and (not AS_STORED or CAP != 0):
         shift = _times(query + at, live, key_centre + head * HEAD_DIM, HEAD_DIM)
 
-    busy = first_row < new * GROUP  # else nothing is read and nothing written
+    busy = first_row < new * GROUP  # otherwise nothing is read or written
     end = tl.where(busy, stored, 0)
     if AS_STORED and CAUSAL and not masked:
         end = tl.minimum(end, last + 1)
@@ -367,7 +369,7 @@ def extend_kernel(
     if banded(VALUE):
         acc = (acc[0] * _steps(place // PADDED, VALUE),)
 
-    # Rows, worked out anew from a number that the compiler cannot know to be 0: else their addresses keep registers through the loop.
+    # Rows, recomputed from a number that the compiler cannot know to be 0: otherwise their addresses occupy registers through the loop.
     row = first_row + tl.load(qo_indptr + request, volatile=True) - first_query + tl.arange(0, TILE_ROWS)
     token = (row // GROUP)[:, None]
     query_head = head * GROUP + (row % GROUP)[:, None]

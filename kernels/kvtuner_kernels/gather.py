@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""Dequantize rows by slot (what FlashInfer attends to, offload, export, debugging) and move rows."""
+"""Dequantize rows by slot (for FlashInfer's prefill, offload, export, debugging) and move rows."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def gather(
     for side, centre, found in zip(plain, centres, found_bases, strict=True):
         if side.bits == 16 and dtype.itemsize != 2:
             raise TypeError(f"a 16-bit side cannot be read as {dtype}: give the dtype that was stored")
-        later = found is not None or _rotated_later(side, head_dim)  # turned back by a second kernel
+        later = found is not None or _rotated_later(side, head_dim)  # transformed back by a second kernel
         out_dtype = torch.float32 if later else dtype
         out = torch.empty(len(slots), heads, head_dim, dtype=out_dtype, device=rows.device)
         outputs.append(out)
@@ -127,7 +127,7 @@ def gather_constants(spec: LayerSpec, heads: int, head_dim: int) -> dict[str, An
 
 
 def _rotated_later(side: Side, head_dim: int) -> bool:
-    """Whether a side is rotated back by a kernel of its own: Hadamard blocks that do not line up with a tile."""
+    """Whether a side is rotated back by a separate kernel: Hadamard blocks that do not line up with a tile."""
     return side.rotated and rotation_block(head_dim) < head_dim
 
 

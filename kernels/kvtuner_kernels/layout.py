@@ -1,4 +1,4 @@
-"""What is stored for one token: specs, row offsets, bytes and effective bits. Pure Python, no torch.
+"""The storage of one token: specs, row offsets, bytes and effective bits. Pure Python, no torch.
 
 A **row** holds everything that one layer stores for one token and all local KV heads, in this order::
 
@@ -8,14 +8,14 @@ A **row** holds everything that one layer stores for one token and all local KV 
   of 16-bit little-endian words: with ``b`` bits a segment takes ``W = L*b/16`` words, and word ``j`` holds the codes of
   channels ``j, j + W, j + 2*W, ...`` from its low bits to its high bits. So the words of a segment are the tile that a
   16-bit matrix instruction loads, each plane is that tile with one shift and one mask, and a plane lies within one group.
-* A **banded** side is stored in a fitted basis whose channels form :data:`BANDS` equal bands, each with bits of its own. A band's
-  ``U = head_dim / BANDS`` codes lie at one place of ``U`` consecutive 16-bit words, code ``j`` in word ``j``. Bands are put into
-  the fewest words (:func:`place_bands`). Where keys and values are both banded they share the words of a head.
+* A **banded** side is stored in a fitted basis whose channels form :data:`BANDS` equal bands, each with its own bits. A band's
+  ``U = head_dim / BANDS`` codes lie at one place of ``U`` consecutive 16-bit words, code ``j`` in word ``j``. Bands are packed into
+  the fewest words (:func:`place_bands`). If keys and values are both banded they share the words of a head.
 * Metadata of a head is, for each group of ``group_size`` consecutive channels, one fp16 scale, followed for an asymmetric
   spec by one fp16 minimum.
 * A banded side has no metadata. Its scale is one byte a head (:mod:`kvtuner_kernels.bands`), whose digits lie in the top bits of the words
-  of the head's first run, the lowest digit in the first word: one bit a word, or two where a run has fewer than 16 words. Where keys and
-  values are both banded, the keys' byte comes first. So a head is whole words, a row is aligned, and whoever reads codes has the scale.
+  of the head's first run, the lowest digit in the first word: one bit a word, or two if a run has fewer than 16 words. If keys and
+  values are both banded, the keys' byte comes first. So a head is whole words, a row is aligned, and the words with codes include the scale.
 * 16 bits means the model's own dtype, stored raw: two bytes a channel, no metadata.
 
 The order of bytes is part of ``LAYOUT_VERSION``: a profile made for another version is refused. Version 2 added bands; everything
@@ -119,7 +119,7 @@ class TensorSpec:
 
     @property
     def banded(self) -> bool:
-        """True if the side is stored in a fitted basis, in bands of channels with bits of their own."""
+        """True if the side is stored in a fitted basis, with separate bits for each band of channels."""
         return bool(self.bands)
 
     @property
@@ -129,7 +129,7 @@ class TensorSpec:
 
     @property
     def mean_bits(self) -> float:
-        """Bits of a code, in the mean over the channels."""
+        """Bits of a code, averaged over the channels."""
         return sum(self.bands) / BANDS if self.bands else float(self.bits)
 
     def check(self, head_dim: int) -> None:
@@ -152,7 +152,7 @@ class TensorSpec:
             )
 
     def groups(self, head_dim: int) -> int:
-        """Number of groups (scales) in one head; 0 for a banded side, whose scale is no metadata."""
+        """Number of groups (scales) in one head; 0 for a banded side, whose scale is not metadata."""
         return 0 if self.raw or self.banded else head_dim // self.group_size
 
     def segment(self, head_dim: int) -> int:
@@ -164,7 +164,7 @@ class TensorSpec:
         return self.group_size * min(16 // self.bits, groups & -groups) if groups else head_dim
 
     def code_bytes(self, head_dim: int) -> int:
-        """Bytes of codes (or of raw channels) for one head of one token; of a banded side's, with its scale, if it has its words to itself."""
+        """Bytes of codes (or of raw channels) for one head of one token; for a banded side with its scale, if it does not share its words."""
         if self.banded:
             return place_bands(digit_bits(head_dim), self.bands)[1] * head_dim // BANDS * 2
         return head_dim * self.bits // 8
@@ -174,7 +174,7 @@ class TensorSpec:
         return self.groups(head_dim) * METADATA_BYTES * (1 if self.symmetric else 2)
 
     def effective_bits(self, head_dim: int) -> float:
-        """Bits per channel with the metadata counted; row padding is counted by LayerSpec."""
+        """Bits per channel including metadata; LayerSpec includes row padding."""
         return (self.code_bytes(head_dim) + self.metadata_bytes(head_dim)) * 8 / head_dim
 
     def __str__(self) -> str:
@@ -193,7 +193,7 @@ class TensorSpec:
         """The inverse of ``str``.
 
         Raises:
-            LayoutError: if the text is no spec.
+            LayoutError: if the text is not a spec.
         """
         if text == "16":
             return cls()
@@ -203,7 +203,7 @@ class TensorSpec:
         match = _SPEC.fullmatch(text)
         if match is None:
             raise LayoutError(
-                f"{text!r} is no tensor spec: write 16, BITS-gGROUP-asym|sym[-c][-r][-xCLIP], e.g. 4-g64-asym-c, or b and the bits of"
+                f"{text!r} is not a tensor spec: write 16, BITS-gGROUP-asym|sym[-c][-r][-xCLIP], e.g. 4-g64-asym-c, or b and the bits of"
                 f" {BANDS} bands, e.g. b65443322"
             )
         return cls(
@@ -217,11 +217,11 @@ class TensorSpec:
 
 
 RAW: Final = TensorSpec()
-_side = functools.lru_cache(4096)(TensorSpec.parse)  # layers are many, sides are few
+_side = functools.lru_cache(4096)(TensorSpec.parse)  # many layers, few distinct sides
 
 
 class Place(NamedTuple):
-    """Where a band's codes lie within the words of a head."""
+    """The place of a band's codes within the words of a head."""
 
     word: int  # which run of U words
     start: int  # lowest bit within each word
@@ -229,7 +229,7 @@ class Place(NamedTuple):
 
 
 class Digits(NamedTuple):
-    """Where a banded side's scale lies: its digits, the lowest first, in one word each of a head's first run."""
+    """The place of a banded side's scale: its digits, the lowest first, in one word each of a head's first run."""
 
     word: int  # the lowest digit's
     start: int  # lowest bit within each word
@@ -237,13 +237,13 @@ class Digits(NamedTuple):
 
 
 def digit_bits(head_dim: int) -> int:
-    """Bits of a digit of a scale: as few as bring two scales into the words of one run."""
+    """Bits of a digit of a scale: as few as fit two scales into the words of one run."""
     return -(-2 * SCALE_BITS // (head_dim // BANDS))
 
 
 @functools.cache
 def place_bands(digit: int, *sides: tuple[int, ...]) -> tuple[tuple[tuple[Place, ...], ...], int]:
-    """Put bands into 16-bit words: into as few as a side needs, then so that decode reads it in few planes.
+    """Pack bands into 16-bit words: as few words as a side needs, then so that decode reads it in few planes.
 
     The top ``digit`` bits of the first word are left to the scales. A side begins in the last word of the side before it, so that both lie in neighbouring words, which are read at once. Within a word
     a side's bands lie in the order of their bits, the most first.
@@ -259,7 +259,7 @@ def place_bands(digit: int, *sides: tuple[int, ...]) -> tuple[tuple[tuple[Place,
         >>> place_bands(1, (8, 7, 4, 0))
         (((Place(word=1, start=0, bits=8), Place(word=1, start=8, bits=7), Place(word=0, start=0, bits=4), Place(word=0, start=0, bits=0)),), 2)
     """
-    words, room, used = 1, WORD_BITS - digit, 0  # runs in use, and what the last has left and where
+    words, room, used = 1, WORD_BITS - digit, 0  # runs in use, free bits of the last, and where they start
     placed = []
     for number, side in enumerate(sides):
         bits = tuple(sorted((b for b in side if b), reverse=True))
@@ -282,7 +282,7 @@ def place_bands(digit: int, *sides: tuple[int, ...]) -> tuple[tuple[tuple[Place,
 
 @functools.cache
 def _best_way(bits: tuple[int, ...], room: int, last: bool) -> tuple[tuple[int, ...], ...]:
-    """Of all ways, one with little in the last word, unless no side follows that could use the room, and of those one of few planes."""
+    """The way with the fewest bits in the last word, if a side follows that can use the room, and among those one with few planes."""
     return min(_ways(bits, room), key=lambda way: (0 if last else sum(way[-1]), _planes(way), way))
 
 
@@ -298,10 +298,10 @@ def _ways(bits: tuple[int, ...], room: int) -> frozenset[tuple[tuple[int, ...], 
 
 @functools.cache
 def _fill(bits: tuple[int, ...], rooms: tuple[int, ...]) -> frozenset[tuple[tuple[int, ...], ...]]:
-    """Every way to put ``bits`` into words of these rooms."""
+    """Every way to put ``bits`` into words with this room."""
     if not rooms:
         return frozenset() if bits else frozenset({()})
-    least = sum(bits) - sum(rooms[1:])  # what does not fit into the other words
+    least = sum(bits) - sum(rooms[1:])  # bits that do not fit into the other words
     return frozenset(
         (word, *others)
         for word, held, rest in _parts(bits)
@@ -312,7 +312,7 @@ def _fill(bits: tuple[int, ...], rooms: tuple[int, ...]) -> frozenset[tuple[tupl
 
 @functools.cache
 def _parts(bits: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]:
-    """Every part of ``bits``, its sum, and what it leaves; all fall, and equal bits are alike."""
+    """Every part of ``bits``, its sum, and the rest; all in falling order, and equal bits are interchangeable."""
     if not bits:
         return (((), 0, ()),)
     same = bits.count(bits[0])
@@ -344,7 +344,7 @@ class LayerSpec:
 
     @property
     def name(self) -> str:
-        """The bits alone, as in ``K8V4``, or ``K3.5V2.75`` where sides are banded."""
+        """The bits alone, as in ``K8V4``, or ``K3.5V2.75`` for banded sides."""
         return f"K{self.key.mean_bits:g}V{self.value.mean_bits:g}"
 
     def __str__(self) -> str:
@@ -356,11 +356,11 @@ class LayerSpec:
         """The inverse of ``str``.
 
         Raises:
-            LayoutError: if the text is no pair of specs.
+            LayoutError: if the text is not a pair of specs.
         """
         key, slash, value = text.partition("/")
         if not slash:
-            raise LayoutError(f"{text!r} is no layer spec: write KEY/VALUE, e.g. 8-g64-asym/4-g64-asym")
+            raise LayoutError(f"{text!r} is not a layer spec: write KEY/VALUE, e.g. 8-g64-asym/4-g64-asym")
         return cls(_side(key), _side(value))
 
     def places(self, head_dim: int) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
@@ -369,7 +369,7 @@ class LayerSpec:
         return key, value
 
     def digits(self, head_dim: int) -> tuple[Digits | None, Digits | None]:
-        """Where the scales of keys and of values lie; None for a side that is not banded."""
+        """The places of the scales of keys and of values; None for a side that is not banded."""
         bits = digit_bits(head_dim)
         key, value = (Digits(first, WORD_BITS - bits, bits) for first in (0, SCALE_BITS // bits * self.key.banded))
         return key if self.key.banded else None, value if self.value.banded else None
@@ -380,7 +380,7 @@ class LayerSpec:
         return self.key.banded and self.value.banded
 
     def row(self, kv_heads: int, head_dim: int) -> RowLayout:
-        """Where everything of one token lies.
+        """The byte offsets of one token's parts.
 
         Raises:
             LayoutError: if a head of ``head_dim`` channels cannot be stored this way.
@@ -408,11 +408,11 @@ class LayerSpec:
         )
 
     def bytes_per_token(self, kv_heads: int, head_dim: int) -> int:
-        """Bytes that this layer stores for one token, everything counted."""
+        """Bytes that this layer stores for one token, including metadata and padding."""
         return self.row(kv_heads, head_dim).nbytes
 
     def effective_bits(self, kv_heads: int, head_dim: int) -> float:
-        """Stored bits per cached number, everything counted."""
+        """Stored bits per cached number, including metadata and padding."""
         return self.bytes_per_token(kv_heads, head_dim) * 8 / (2 * kv_heads * head_dim)
 
 
@@ -435,5 +435,5 @@ def bytes_per_token(layers: Sequence[LayerSpec], kv_heads: int, head_dim: int) -
 
 
 def effective_bits(layers: Sequence[LayerSpec], kv_heads: int, head_dim: int) -> float:
-    """Stored bits per cached number over all given layers, everything counted."""
+    """Stored bits per cached number over all given layers, including metadata and padding."""
     return bytes_per_token(layers, kv_heads, head_dim) * 8 / (2 * kv_heads * head_dim * len(layers))

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
-# ruff: noqa: RUF005, RET505, SIM300 - Triton compiles what follows a return, has no starred tuples, and DTYPE is no constant
+# ruff: noqa: RUF005, RET505, SIM300 - Triton compiles what follows a return, has no starred tuples, and DTYPE is not a constant
 """What all Triton kernels share: one side of a row as constants, words to matrix operands, Hadamard butterflies.
 
 A matrix operand holds codes as exact small numbers. The **assembly body** turns one 32-bit register (the same bits of two
 16-bit words) into two numbers with at most one shift and one ``lop3``: code bits become mantissa bits of a power of two, so an
-operand reads, say, ``128 + code``; callers take that :func:`bias` off, times the sum of what the operand was multiplied with.
+operand reads, say, ``128 + code``; callers subtract that :func:`bias`, times the sum of the operand's factors.
 The **plain body** computes codes with integer arithmetic; Triton's interpreter runs that one.
 """
 
@@ -22,7 +22,7 @@ from kvtuner_kernels.bands import EXTRA_ROWS, STEPS
 from kvtuner_kernels.layout import BANDS, Digits, LayerSpec, LayoutError, Place, TensorSpec
 from kvtuner_kernels.planes import Field, Plane, Tile, band_planes, digit_field, uniform_planes, window
 
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # what the kernels are compiled and tested for
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # the kernels are compiled and tested for these
 SCALES_AN_OCTAVE = tl.constexpr(bands.SCALES_AN_OCTAVE)
 SCALE_MIDDLE = tl.constexpr(bands.SCALE_MIDDLE)
 FIRST_MARK = tl.constexpr(bands.FIRST_MARK)
@@ -50,7 +50,7 @@ class Side:
     padded: int  # the power of two that holds `words`; at least 16, the depth of a matrix instruction
     tiles: tuple[Tile, ...]
     fields: tuple[Plane, ...]  # of the tiles
-    # Of a banded side: where each band lies; it has one plane a band for kernels that go by bands, one group, and no segments.
+    # For a banded side: the place of each band; it has one plane per band for kernels that process bands, one group, and no segments.
     bands: tuple[Place, ...] = ()
     digits: Field | None = None  # of its scale, in a head's first run
 
@@ -65,7 +65,7 @@ class Side:
         return len(self.bands) or self.segments * self.planes
 
 
-@functools.cache  # a prompt asks for every layer, while the GPU waits
+@functools.cache  # prefill calls this for every layer, while the GPU waits
 def sides(spec: LayerSpec, heads: int, head_dim: int) -> tuple[Side, Side]:
     """The key side and the value side of a layer.
 
@@ -168,13 +168,13 @@ def check_centre(side: Side, centre: torch.Tensor | None, heads: int, head_dim: 
 
 
 def within_reach(x: torch.Tensor, what: str) -> torch.Tensor:
-    """``x``, or a dense copy where its last number lies 2**31 numbers or more from the first: for kernels with no register left for 64 bits.
+    """``x``, or a dense copy if its last number is 2**31 numbers or more from the first: for kernels without a register for 64 bits.
 
     Raises:
         LayoutError: if it has more than 2**31 numbers.
     """
     if x.numel() > 2**31:
-        raise LayoutError(f"{what} of {list(x.shape)} are more than 2**31 numbers: give fewer at once")
+        raise LayoutError(f"{what} of {list(x.shape)} are more than 2**31 numbers: pass fewer at once")
     far = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
     return x.contiguous() if far else x
 
@@ -205,7 +205,7 @@ def plane_step(side, plane):
 
 @triton.constexpr_function
 def plane_half(side, plane):
-    """What a symmetric plane's codes are about: half of the largest code."""
+    """The centre of a symmetric plane's codes: half of the largest code."""
     return (2 ** plane_bits(side, plane) - 1) / 2
 
 
@@ -237,7 +237,7 @@ def rotation_shift(head_dim: int, inverse: bool) -> int:
 
 @triton.constexpr_function
 def pieces(bits, dtype):
-    """Operands that one plane takes: 2 for bytes in a type that holds no byte exactly, the halves of each, else 1."""
+    """Operands for one plane: 2 for bytes in a type that cannot hold a byte exactly, one for each half, otherwise 1."""
     return 2 if bits == 8 and dtype != tl.float16 else 1
 
 
@@ -274,7 +274,7 @@ def _subnormal(bits, start):
 
 @triton.constexpr_function
 def piece_bias(bits, plane, piece, dtype, asm):
-    """What an operand exceeds its part of the code by."""
+    """Excess of an operand over its part of the code."""
     if bits == 16 or not asm:
         return 0.0
     return (1024.0 if dtype == tl.float16 else 128.0) * 2.0 ** (4 * piece - _place(bits, plane, piece, dtype)[1])
@@ -282,7 +282,7 @@ def piece_bias(bits, plane, piece, dtype, asm):
 
 @triton.constexpr_function
 def bias(bits, plane, dtype, asm):
-    """What the sum of a plane's operands exceeds the code by."""
+    """Excess of the sum of a plane's operands over the code."""
     return sum(piece_bias(bits, plane, piece, dtype, asm) for piece in range(pieces(bits, dtype)))
 
 
@@ -327,7 +327,7 @@ def small(words, BITS: tl.constexpr, START: tl.constexpr, DTYPE: tl.constexpr, A
 
 @triton.constexpr_function
 def _by_position(fields, registers):
-    """Assembly that takes codes out of words: of every ``registers`` registers, in turn, those of one of ``fields``."""
+    """Assembly that extracts codes from words: for each group of ``registers`` registers in turn, the codes of one of ``fields``."""
     count = registers * len(fields)
     lines = []
     for i in range(count):
@@ -347,10 +347,10 @@ def _registers(count):
 
 @triton.jit
 def small_by_position(words, FIELDS: tl.constexpr, EACH: tl.constexpr):
-    """:func:`small` for words of several runs, of which a thread holds EACH words of one after as many of another (assembly body).
+    """:func:`small` for words of several runs, of which a thread alternately holds EACH words of each (assembly body).
 
-    This goes by where a thread holds what: words must be in the layout of a matrix instruction's left operand, which they are
-    because nothing else is done with them, and which a test and the comparison before serving hold the compiler to.
+    This depends on which words a thread holds: they must be in the layout of a matrix instruction's left operand. They are,
+    because nothing else uses them; a test and the comparison before serving verify it.
     """
     return tl.inline_asm_elementwise(
         _by_position(FIELDS, EACH // 2),
@@ -364,7 +364,7 @@ def small_by_position(words, FIELDS: tl.constexpr, EACH: tl.constexpr):
 
 @triton.jit
 def codes(words, BITS: tl.constexpr, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """One plane of uint16 ``words`` as plain codes in DTYPE, for kernels in which conversion is not what takes the time."""
+    """One plane of uint16 ``words`` as plain codes in DTYPE, for kernels in which conversion does not dominate the time."""
     result = operand(words, BITS, PLANE, 0, DTYPE, ASM)
     if BITS < 16:
         result -= piece_bias(BITS, PLANE, 0, DTYPE, ASM)
@@ -440,9 +440,9 @@ def grid_of(rows, slot, heads, GROUP: tl.constexpr, SIDE: tl.constexpr, ROW: tl.
 
 @triton.jit
 def scale_of(number):
-    """The scale that ``number``, int32 or fp32, stands for, to the accuracy of the exponential (:func:`kvtuner_kernels.bands.scale_values`)."""
+    """The scale of ``number``, int32 or fp32, to the accuracy of the exponential (:func:`kvtuner_kernels.bands.scale_values`)."""
     power = number.to(tl.float32) * (1 / SCALES_AN_OCTAVE) - SCALE_MIDDLE // SCALES_AN_OCTAVE
-    if ASSEMBLY_BODY:  # never near the subnormal numbers, which the compiler would take care of
+    if ASSEMBLY_BODY:  # never near the subnormal numbers, which the compiler would handle
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=r,r", [power], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -452,7 +452,7 @@ def scale_of(number):
 
 @triton.jit
 def scale_byte(words, SIDE: tl.constexpr):
-    """A banded side's scale as it is stored, int32 [N], from the words of a head's first run, integers [N, words or more]."""
+    """A banded side's stored scale, int32 [N], from the words of a head's first run, integers [N, words or more]."""
     BITS: tl.constexpr = SIDE.digits.bits
     digit = tl.arange(0, words.shape[1])[None, :] - SIDE.digits.channel
     mine = (digit >= 0) & (digit < 8 // BITS)

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""How decode reads a side: in tiles of neighbouring runs of words, and in planes that lie across the runs of a tile.
+"""How decode reads a side: in tiles of neighbouring runs of words, and in planes that span the runs of a tile.
 
-Loads of 64 bytes a token and head take half as long as twice as many of 32, and a matrix instruction takes the words of a tile as they
-lie. So two runs of a banded side are one tile, and a plane takes from each of them the codes of one band: one shift and one mask a
+Loads of 64 bytes per token and head take half as long as twice as many of 32, and a matrix instruction uses the words of a tile in
+order. So two runs of a banded side are one tile, and a plane takes from each of them the codes of one band: one shift and one mask a
 register, as in a plane of uniform codes, but not the same in the registers of both runs.
 """
 
@@ -29,14 +29,14 @@ class Field(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """What one matrix operand holds."""
+    """The content of one matrix operand."""
 
     tile: int
     fields: tuple[Field, ...]  # one a run of the tile
 
 
 class Tile(NamedTuple):
-    """Words that are read at once."""
+    """Words that are read together."""
 
     run: int  # the first
     runs: int  # 1 or 2
@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 
 @triton.constexpr_function
 def window(bits, start):
-    """Right shift that brings code bits into fp16's mantissa (10 bits), and where they then start in it.
+    """Right shift that brings code bits into fp16's mantissa (10 bits), and their start within it.
 
     Nearly all codes need no shift or one of 6, which brings the upper ten bits there, so that planes share it.
     """
@@ -66,7 +66,7 @@ def uniform_planes(bits: int, segments: int, words: int) -> tuple[tuple[Tile, ..
 
 
 def band_planes(places: Sequence[Place], words: int, leads: bool) -> tuple[tuple[Tile, ...], tuple[Plane, ...]]:
-    """Tiles and planes of a banded side, whose runs have ``words`` words; of one that ``leads`` the first run is read for the scales.
+    """Tiles and planes of a banded side, whose runs have ``words`` words; for a side that ``leads`` the first run is read for the scales.
 
     Example:
         >>> band_planes([Place(0, 0, 8), Place(1, 0, 4), Place(0, 8, 7)], 16, True)[1][0].fields[1].channel
@@ -90,7 +90,7 @@ def band_planes(places: Sequence[Place], words: int, leads: bool) -> tuple[tuple
 
 
 def _paired(left: list[Field], right: list[Field]) -> list[tuple[Field, Field]]:
-    """Each field of one run with one of the other, of the same shift as far as there are; what is left with what is left, or nothing."""
+    """Each field of one run with one of the other, with the same shift if possible; the rest are paired in order, or stay single."""
     pairs = []
     for one in list(left):
         alike = [other for other in right if other.shift == one.shift]
@@ -111,19 +111,19 @@ def digit_field(digits: Digits) -> Field:
 
 @triton.constexpr_function
 def digit_fields(side, runs):
-    """The digits in the first of so many runs, and nothing in the others."""
+    """The digits in the first of ``runs`` runs, and nothing in the others."""
     return (side.digits,) + (side.digits._replace(bits=0),) * (runs - 1)
 
 
 @triton.constexpr_function
 def digit_unit(side, asm):
-    """What a digit of one is in an operand."""
+    """The value of a digit of one in an operand."""
     return 2.0 ** (side.digits.low - 24) if asm else 1.0
 
 
 @triton.constexpr_function
 def banded(side):
-    """Whether a side lies in a fitted basis."""
+    """Whether a side is stored in a fitted basis."""
     return len(side.bands) > 0
 
 
@@ -195,19 +195,19 @@ def steps(side, plane):
 
 @triton.constexpr_function
 def middles(side, plane):
-    """What a symmetric plane's codes are about, by run: half of the largest code."""
+    """The centres of a symmetric plane's codes, by run: half of the largest code."""
     return tuple((2**f.bits - 1) / 2 for f in side.fields[plane].fields)
 
 
 @triton.constexpr_function
 def units(side, plane, asm):
-    """What a code of one is in an operand, by run: code bits alone are a subnormal number in the assembly body."""
+    """The value of a code of one in an operand, by run: code bits alone are a subnormal number in the assembly body."""
     return tuple(2.0 ** (f.low - 24) if asm and 0 < f.bits < 16 else 1.0 for f in side.fields[plane].fields)
 
 
 @triton.constexpr_function
 def least_unit(side, asm):
-    """The least of all :func:`units`: what operands are brought to."""
+    """The least of all :func:`units`, to which operands are normalized."""
     held = [f for plane in side.fields for f in plane.fields if f.bits]
     return min(2.0 ** (f.low - 24) if asm and f.bits < 16 else 1.0 for f in held)
 

@@ -2,7 +2,7 @@
 """Quantize and store: one launch writes the keys and values of a layer's new tokens into their rows.
 
 The arithmetic is :func:`kvtuner_kernels.reference.quantize` step for step, so codes, scales and minima are the same bits. Banded sides
-have a launch of their own (:mod:`kvtuner_kernels.band_kernel`).
+have a separate launch (:mod:`kvtuner_kernels.band_kernel`).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _store_side(
     inverse = tl.where(
         scale > 0, tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
     )
-    # Clamping first keeps the rounding trick in its range; the order does not matter, for the bounds are integers.
+    # Clamping first keeps the rounding trick in its range; the order does not matter, because the bounds are integers.
     scaled = (grouped - offset[:, :, None]) * inverse[:, :, None]
     code = (tl.minimum(tl.maximum(scaled, 0.0), TOP * 1.0) + ROUND) - ROUND
     planes = code.to(tl.int32).reshape([TILE_ROWS, SEGMENTS_PADDED, PLANES, PADDED])
@@ -143,13 +143,13 @@ def store(
     """Quantize ``key`` and ``value`` and write each token's row.
 
     Args:
-        key, value: [N, H, D] bf16 or fp16, contiguous along D. Values beyond fp16, NaN and infinities are not looked for.
+        key, value: [N, H, D] bf16 or fp16, contiguous along D. Values beyond fp16, NaN and infinities are not checked.
         rows: the pool, uint8 [R, row bytes].
         slots: int64 [N], the row of each token; no slot occurs twice. Not checked.
         spec: how the layer is stored.
         centres: centring vectors and basis tensors, given exactly where the spec asks for them.
-        positions: int64 [N], of each token in its sequence; where it is 0, banded sides are stored as first tokens are. None is
-            first if not given.
+        positions: int64 [N], of each token in its sequence; tokens at 0 are stored as first tokens in banded sides. If not given,
+            no token is first.
 
     Raises:
         LayoutError: for shapes, dtypes or strides that the kernel does not cover.
@@ -189,7 +189,7 @@ def store(
 
 @functools.cache
 def store_constants(spec: LayerSpec, heads: int, head_dim: int) -> dict[str, Any]:
-    """Compile-time constants of :func:`store_kernel`; a banded side is None, for it has a kernel of its own."""
+    """Compile-time constants of :func:`store_kernel`; a banded side is None, because it has its own kernel."""
     key_side, value_side = (
         None if side.bands else replace(side, centred=False, rotated=False) if _goes_first(side, head_dim) else side
         for side in sides(spec, heads, head_dim)
@@ -199,5 +199,5 @@ def store_constants(spec: LayerSpec, heads: int, head_dim: int) -> dict[str, Any
 
 
 def _goes_first(side: Side, head_dim: int) -> bool:
-    """Whether a side is centred and rotated by a kernel of its own: Hadamard blocks that do not line up with words."""
+    """Whether a side is centred and rotated by a separate kernel: Hadamard blocks that do not line up with words."""
     return side.rotated and rotation_block(head_dim) < head_dim

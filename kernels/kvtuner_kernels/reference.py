@@ -1,4 +1,4 @@
-"""The truth in plain torch: transform, quantize, pack, unpack, dequantize and attend. Also the CPU path.
+"""The reference in plain torch: transform, quantize, pack, unpack, dequantize and attend. Also the CPU path.
 
 Every step up to the codes is a fixed sequence of fp32 operations without a product that feeds a sum inexactly, so that a
 kernel with or without fused multiply-add produces the same codes, scales and minima, bit for bit:
@@ -12,7 +12,7 @@ kernel with or without fused multiply-add produces the same codes, scales and mi
 A symmetric spec has ``scale = fp16(max|x| * (2 * clip / n))`` and the unrounded minimum ``-scale * n / 2``, so no code is wasted
 and zero is not on the grid. A group of equal values has scale 0 and is restored to fp16 precision from its minimum.
 
-A banded side is put on another grid: :mod:`kvtuner_kernels.bands`.
+A banded side uses another grid: :mod:`kvtuner_kernels.bands`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def quantize(x: Tensor, spec: TensorSpec, centre: Tensor | None = None, *, check
         x: [..., H, D], floating point.
         spec: bits below 16, groups along D.
         centre: fp32 [H, D]; given exactly when ``spec.centred``.
-        check: look for NaN, infinity and values beyond fp16 (a pass over the data).
+        check: check for NaN, infinity and values beyond fp16 (a pass over the data).
 
     Raises:
         QuantizationError: if ``check`` finds a value that cannot be stored.
@@ -127,7 +127,7 @@ def _check_peak(x: Tensor, check: bool) -> None:
 
 
 def transform(x: Tensor, spec: TensorSpec, centre: Tensor | None) -> Tensor:
-    """``x`` [..., H, D] as fp32, centred and rotated as the spec says: what is put on the grid.
+    """``x`` [..., H, D] as fp32, centred and rotated as the spec says, before quantization.
 
     Raises:
         LayoutError: as for :func:`quantize`.
@@ -155,7 +155,7 @@ def _check_centre(spec: TensorSpec, centre: Tensor | None, shape: torch.Size) ->
 
 
 def dequantize(quantized: Quantized, spec: TensorSpec, centre: Tensor | None = None) -> Tensor:
-    """fp32 [..., H, D] in the model's own basis; the error is at most ``scale / 2`` a channel where nothing was clipped."""
+    """fp32 [..., H, D] in the model's own basis; the error is at most ``scale / 2`` a channel if nothing was clipped."""
     return untransform(on_grid(quantized, spec), spec, centre)
 
 
@@ -173,7 +173,7 @@ def as_stored(
     """``x`` [..., H, D] as attention reads it back from the cache, in ``x``'s dtype.
 
     Args:
-        first: bool [...], which tokens are the first of their sequence (banded specs alone look at it).
+        first: bool [...], which tokens are the first of their sequence (used by banded specs only).
     """
     if spec.raw:
         return x
@@ -206,7 +206,7 @@ def unpack(packed: Tensor, bits: int, segment: int = 0) -> Tensor:
 
 
 class Centres(NamedTuple):
-    """What one layer needs from the transforms file; None for a side that is neither centred nor banded.
+    """One layer's tensors of the transforms file; None for a side that is neither centred nor banded.
 
     A centring vector is fp32 [H, D], a basis fp32 [H, D + 2, D] (:func:`kvtuner_kernels.bands.basis`).
     """
@@ -230,9 +230,9 @@ def pack_rows(
     """Keys and values [N, H, D] of N tokens to uint8 rows [N, row bytes].
 
     Args:
-        first: bool [N], which tokens are the first of their sequence; none if not given. Banded specs alone look at it.
-        refuse: raise for a token that cannot be stored. If not, its row reads back as NaN in at least one of key and value, and all other
-            rows are what they would be without it.
+        first: bool [N], which tokens are the first of their sequence; none if not given. Only banded specs use it.
+        refuse: raise for a token that cannot be stored. Otherwise its row reads back as NaN in at least one of key and value, and all other
+            rows are unaffected.
 
     Raises:
         QuantizationError: if ``refuse``, as for :func:`quantize`.
@@ -263,7 +263,7 @@ def pack_rows(
 def _pack_rows(
     key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres, first: Tensor | None, bad: Tensor | None = None
 ) -> Tensor:
-    """:func:`pack_rows`; scales of banded sides say of the tokens ``bad`` that they are not finite."""
+    """:func:`pack_rows`; scales of banded sides mark the tokens ``bad`` as not finite."""
     tokens, heads, head_dim = key.shape
     row = spec.row(heads, head_dim)
     rows = torch.zeros(tokens, row.nbytes, dtype=torch.uint8, device=key.device)
@@ -364,7 +364,7 @@ def attend(
         rows: uint8 [S, row bytes], S >= T.
         spec: how the rows are stored.
         heads: KV heads H; Hq is a multiple of H and query head ``h`` reads KV head ``h // (Hq // H)``.
-        centres: what the layer needs from the transforms file.
+        centres: the layer's tensors of the transforms file.
         softmax_scale: factor of the scores; ``D ** -0.5`` if not given.
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
         window: number of latest rows that a query sees, itself included; 0 is all.

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""Hadamard transform of queries, outputs, and keys or values whose head is no power of two."""
+"""Hadamard transform of queries, outputs, and keys or values whose head is not a power of two."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from kvtuner_kernels.layout import BITS, LayerSpec, TensorSpec
 
 HOPPER_SHARED = 232448  # bytes of shared memory that a program may take on sm_90 and sm_100
-LONG = 4096  # rows of a request for which extend takes its largest tile
+LONG = 4096  # rows of a request from which extend uses its largest tile
 INTERPRETED_MULTIPROCESSORS = 3  # for tensors on the CPU: small, and odd, so that tests see runs that cross requests
 
 
@@ -19,7 +19,7 @@ class DecodeLaunch:
     """How :func:`kvtuner_kernels.decode.decode` is launched."""
 
     batch: int  # entries of a tile's first axis: KV heads times runs of tokens; a multiple of warps
-    runs: int  # neighbouring runs of tokens a tile; fills the warps where there are few KV heads
+    runs: int  # neighbouring runs of tokens a tile; fills the warps if there are few KV heads
     tokens: int  # a run
     columns: int  # query heads of a group in one program; a multiple of 8
     stages: int  # software pipelining: tiles in flight, plus two for the indirect load of slots
@@ -57,7 +57,7 @@ def decode_launch(
         tokens = 128
     if head_dim > 128 and (spec.key.banded or spec.value.banded):
         tokens = 16  # two runs of wide words are one tile
-    # Deeper pipelines pay where rows are short; with bytes they cost occupancy.
+    # Deeper pipelines pay for short rows; with 8-bit codes they cost occupancy.
     stages = 5 if tokens == 64 and wide == 4 else 4
     if shared < HOPPER_SHARED:
         tokens, stages = min(tokens, 32), 4
@@ -93,12 +93,12 @@ def extend_launch(spec: LayerSpec, head_dim: int, rows: int, shared: int = HOPPE
 
 
 def _width(side: TensorSpec) -> int:
-    """Bits of the uniform codes that a side's rows are about as long as."""
+    """Bits of uniform codes with about the same row length as the side."""
     return next(bits for bits in BITS if side.mean_bits <= bits)
 
 
 def _plain(spec: LayerSpec, head_dim: int) -> bool:
-    """Whether a head has few groups: each takes accumulators and scales of its own."""
+    """Whether a head has few groups: each needs its own accumulators and scales."""
     return max(spec.key.groups(head_dim), spec.value.groups(head_dim)) <= 2
 
 

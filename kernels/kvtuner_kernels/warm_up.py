@@ -1,4 +1,4 @@
-"""Compile every kernel that serving takes before the first request, on several threads, and compare each with the reference.
+"""Compile every kernel for serving before the first request, on several threads, and compare each with the reference.
 
 A profile of a dozen different layers is a hundred compilations of about a second. Triton compiles outside of Python's lock.
 """
@@ -24,7 +24,7 @@ from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_kernels.quantize import store
 from kvtuner_kernels.reference import Centres, attend, rotate, unpack_rows
 
-TOLERANCE: Final = 0.02  # several times what rounding costs, far below what a wrong order of tokens does
+TOLERANCE: Final = 0.02  # several times the effect of rounding, far below that of a wrong order of tokens
 PREFIX: Final = 96  # tokens, more than a chunk has
 THREADS: Final = 16  # at most
 
@@ -35,7 +35,7 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Use:
-    """How a server calls the kernels; other ways are other variants."""
+    """How a server calls the kernels; other calls compile other variants."""
 
     heads: int  # local KV heads
     group: int  # query heads of a KV head
@@ -43,17 +43,17 @@ class Use:
     dtype: torch.dtype  # bf16 or fp16
     batches: tuple[int, ...] = (1, 64)  # of decode: the merge of partial results differs
     as_stored: bool = False  # extend reads the chunk from the pool
-    splits: int = 0  # of each request, where results must not depend on the batch; 0 where they may
+    splits: int = 0  # of each request, if results must not depend on the batch; 0 if they may
 
 
 def warm_up(layers: Iterable[LayerSpec], use: Use, device: torch.device, threads: int = 0) -> int:
     """Run each kernel once for every distinct spec, on rows of this call's own. Returns the number of specs.
 
-    All results are compared with the reference: decode relies on how this version of Triton lays a tile over registers, which no
-    interpreter sees. The rows lie densely; a pool with another distance between rows compiles again. So do a soft cap and a window.
+    All results are compared with the reference: decode relies on how this version of Triton distributes a tile over registers, which no
+    interpreter shows. The rows are dense; a pool with another distance between rows compiles again. So do a soft cap and a window.
 
     Args:
-        threads: that compile at a time; 0 is as many as there are processors for each GPU.
+        threads: number of compiling threads; 0 is the number of processors for each GPU.
 
     Raises:
         KernelError: if a kernel differs from the reference.
@@ -95,10 +95,10 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
     banded = spec.key.banded or spec.value.banded
 
     def write(begin: int) -> None:
-        """Store all tokens, as those of a prompt whose first token is in row ``begin``."""
+        """Store all tokens as a prompt whose first token is in row ``begin``."""
         store(key, value, rows, slots, spec, centres, slots - begin if banded else None)
 
-    if banded:  # another variant: as decode stores, which says nothing of positions
+    if banded:  # another variant: decode stores without positions
         store(key, value, rows, slots, spec, centres, None)
     write(0)
     stored = unpack_rows(rows, spec, use.heads, use.head_dim, centres, use.dtype)
@@ -118,7 +118,7 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
     write(0)
     start = torch.tensor([0, 1], device=device)
     for new in chunks:
-        ends = start * new  # int64, as SGLang's; only the prefix's are int32, where it is read apart from the chunk
+        ends = start * new  # int64, as SGLang's; only the prefix's are int32, if it is read separately from the chunk
         if use.as_stored:
             found = extend(
                 query[:new], None, None, rows, spec, use.heads, ends, start * PREFIX, slots, new,
@@ -136,9 +136,9 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
 
 
 def example_centres(spec: LayerSpec, heads: int, head_dim: int, device: torch.device) -> Centres:
-    """Vectors and bases of the shapes that a layer needs, the same numbers each time; no model's.
+    """Synthetic vectors and bases of the shapes that a layer needs, the same numbers each time.
 
-    A basis turns and stretches the channels, and first tokens lie apart from all others, so that no part of it can be left out unnoticed.
+    A basis rotates and scales the channels, and first tokens are far from all others, so that leaving out any part of it is noticed.
     """
     return Centres(*(_example(side, heads, head_dim, device) for side in (spec.key, spec.value)))
 

@@ -1,4 +1,4 @@
-"""What the journal keeps of the server that answered, so that a run that is resumed goes on with the same one."""
+"""The journal's description of the server, so that a resumed run continues with the same one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _VARYING: Final = ("token_capacity", "cache_gib")  # may differ between two star
 
 
 class Account(Strict):
-    """A server, and what was checked before it was measured."""
+    """A server, and the checks before it was measured."""
 
     served: Served
     """How it serves."""
@@ -33,13 +33,13 @@ class Account(Strict):
         return all(check.passed for check in self.checks)
 
     def differences(self, other: Account) -> list[str]:
-        """Names of what is not alike, apart from checks and what varies between two starts."""
+        """Names of fields that differ, except checks and fields that vary between two starts."""
         ours, theirs = (one.model_dump(exclude={"checks": True, "served": set(_VARYING)}) for one in (self, other))
         return [name for name in ours if ours[name] != theirs[name]]
 
 
 class SessionRecord(Strict):
-    """What was known when a server was left."""
+    """The state at the end of a session with a server."""
 
     checks: list[Check]
     """Of all that it had answered."""

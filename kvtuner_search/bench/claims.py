@@ -46,7 +46,7 @@ class _Part(BaseModel):
 
 
 class Gpus(_Part):
-    """What it ran on."""
+    """Its hardware."""
 
     gpus: Size
     gpu: Annotated[str, Field(min_length=1, max_length=200)]
@@ -131,7 +131,7 @@ class LayoutComparison(_Part):
 
 
 class Targets(_Part):
-    """What monitoring was to watch."""
+    """Its monitoring targets."""
 
     ttft_ms_below: Time | None = None
     success_rate_above: Fraction | None = None
@@ -158,10 +158,10 @@ class AdapterReport(_Part):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be said of a report."""
+    """The verdict on a report."""
 
-    violations: list[Violation]  # figures that cannot be
-    remarks: list[str]  # figures that say less than they seem to
+    violations: list[Violation]  # impossible figures
+    remarks: list[str]  # figures that show less than they seem to
 
 
 def recognise(content: object) -> bool:
@@ -179,7 +179,7 @@ def parse(content: object, source: str) -> AdapterReport:
         return AdapterReport.model_validate(content)
     except ValidationError as error:
         raise DataError(
-            f"{source}: {first_error(error, 'report')}: it is no test report of this form; restore it"
+            f"{source}: {first_error(error, 'report')}: it is not a test report of this form; restore it"
         ) from error
 
 
@@ -282,7 +282,7 @@ def _batch(rows: Sequence[Batch], setup: Setup) -> Iterator[Violation]:
 
 
 def _rate(where: str, rate: float, at_once: int, setup: Setup, latency: Violation | None) -> Iterator[Violation]:
-    """A rate of requests: too high by itself, or of the same requests as a latency that cannot be."""
+    """A rate of requests: too high by itself, or for the same requests as an impossible latency."""
     b = _bounds(setup, 1, 1, at_once)
     found = above(where, "requests/s", rate, 1 / b.request, b.request_bound)
     if found is None and latency is not None:
@@ -290,7 +290,7 @@ def _rate(where: str, rate: float, at_once: int, setup: Setup, latency: Violatio
             "same-requests",
             where,
             f"{rate:,.6g} requests/s",
-            f"it counts the same requests as the mean {latency.figure}, which cannot be: what was counted were not answers. By itself the"
+            f"it counts the same requests as the mean {latency.figure}, which is impossible: what was counted were not answers. By itself the"
             f" rate is possible for answers of one token only, at most {number(1 / b.request)}",
         )
     yield from _one(found)
@@ -306,7 +306,7 @@ def _long(rows: Sequence[Long], setup: Setup) -> Iterator[Violation]:
         found = above(where, "tokens/s", row.tok_per_s, row.output / least, took)
         requested = 1e3 * row.output / row.latency_ms
         if found is not None and abs(row.tok_per_s / requested - 1) < 0.02:
-            told = f"it is the {row.output} tokens that were asked for over {row.latency_ms:g} ms"
+            told = f"it is the {row.output} requested tokens over {row.latency_ms:g} ms"
             found = found.model_copy(update={"reason": f"{told}; {found.reason}"})
         yield from _one(found)
     for prompt in sorted({row.input for row in rows}):
@@ -335,7 +335,7 @@ def _comparison(report: AdapterReport, least: float, why: str) -> Iterator[Viola
             if row.metric == "mean_ttft_ms" and numbers:
                 yield from _one(below(where, "ttft", max(numbers), least, why))
             elif row.metric == "peak_req_per_s" and value in peaks:
-                said = "it is a row of the throughput table again, whose latencies cannot be"
+                said = "it is a row of the throughput table again, whose latencies are impossible"
                 yield _violation("same-requests", where, f"{value:g} requests/s", f"{said}: {NO_ANSWER}")
 
 
@@ -350,7 +350,7 @@ def _estimates(estimates: dict[str, float]) -> Iterator[Violation]:
             "not-linear",
             "memory estimates",
             ", ".join(f"{gigabytes:g} GB at {bits} bits" for bits, gigabytes in known),
-            f"weights stay as they are, so each bit of the cache costs equally much, but here a bit costs {told} (GB): they were not"
+            f"weights stay as they are, so each bit of the cache costs the same, but here a bit costs {told} (GB): they were not"
             " computed from one model and one number of tokens",
         )
 
@@ -364,9 +364,9 @@ def _remarks(report: AdapterReport) -> Iterator[str]:
             " Token capacity would"
         )
     if report.memory_stress is not None and used:
-        yield "memory stress, fluctuation: memory that was set aside does not move, so that it did not says nothing of leaks. Free slots would"
+        yield "memory stress, fluctuation: reserved memory does not change, so this says nothing about leaks. Free slots would"
     singles = [row for row in report.single_node_vs_distributed if row.metric == "peak_req_per_s"]
     for row in singles:
         yield f"single node, {row.single_tp2} requests/s: neither concurrency nor tokens are given, so it cannot be judged by itself"
     if report.throughput or report.batch:
-        yield "throughput and batch: tokens in and out are not given, so the floor is that of one token in answer to one; a row that stays above it is not shown to be true"
+        yield "throughput and batch: tokens in and out are not given, so the floor is that of one token in answer to one; a row above it is not thereby shown to be true"

@@ -1,9 +1,9 @@
-"""One streaming request to SGLang's ``/generate``, distrusted: what came is counted token by token and compared with what was asked and what is claimed.
+"""One streaming request to SGLang's ``/generate``, untrusted: returned tokens are counted one by one and compared with the request and with the server's claim.
 
 aiohttp is what SGLang's own ``sglang.bench_serving`` sends with. Nothing is retried, no redirect is followed, no proxy of the environment is used.
 
 SGLang 0.5.14 and 0.5.23 answer ``data: {"text", "output_ids", "meta_info"}`` lines and ``data: [DONE]``. ``output_ids`` are all ids so far, or with
-``--incremental-streaming-output`` those since the last line. The two are told apart by the ids and the claimed count together, for either alone can
+``--incremental-streaming-output`` those since the last line. The ids and the claimed count together distinguish the two, because either alone can
 mislead: an answer that repeats one token looks like both, and intermediate cumulative lines of 0.5.14 can hold more ids than they claim (the list grows
 between being referenced and being sent). Only the last line's claim is judged.
 """
@@ -25,23 +25,23 @@ from kvtuner_search.errors import DataError
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, remember
 
-# Kinds of failure, with what usually causes them. The names are stable: they stand in records.
+# Kinds of failure, with their usual causes. The names are stable: records contain them.
 FAILURES: Final = {
     "refused": "no connection: the server is down, or the address is wrong",
-    "http-status": "the server answered, but generated nothing: a wrong path, or a node of rank > 0, which answers 404 to all but /health",
-    "dropped": "the connection ended before the answer did: the server crashed, restarted, or a proxy cut it",
-    "stalled": "not a byte came for the time allowed: the server hangs, or its queue is longer than that",
+    "http-status": "the server answered, but generated nothing: a wrong path, or a node of rank > 0, which answers 404 to everything but /health",
+    "dropped": "the connection ended before the answer did: the server crashed or restarted, or a proxy closed it",
+    "stalled": "no byte arrived within the time allowed: the server hangs, or its queue is longer than that",
     "timeout": "the whole answer took longer than allowed",
-    "malformed": "what came is no event stream of SGLang's /generate: another server, or one that does not stream",
+    "malformed": "the answer is not an event stream of SGLang's /generate: another server, or one that does not stream",
     "server-error": "the stream carried an error instead of an answer",
     "aborted": "the server aborted the request",
-    "wrong-request": "the answer bears another request's id: it was swapped, or replayed from a cache in between",
-    "wrong-prompt": "the server counted another number of prompt tokens than were sent: it cut or replaced the prompt",
-    "no-tokens": "an answer without a single token: its latency is no generation's",
-    "too-few-tokens": "the answer ended before the tokens that were asked for: counting requested tokens would inflate throughput",
-    "too-many-tokens": "more tokens came than were asked for",
-    "miscounted": "the server claims another number of tokens than came",
-    "uncounted": "the answer lacks the server's own counts, so nothing says that prompt and answer are whole: a proxy or another server drops them",
+    "wrong-request": "the answer has another request's id: it was swapped, or replayed from a cache in between",
+    "wrong-prompt": "the server counted a different number of prompt tokens than were sent: it cut or replaced the prompt",
+    "no-tokens": "the answer has no tokens: its latency is not that of a generation",
+    "too-few-tokens": "the answer ended before the requested number of tokens: counting requested tokens would inflate throughput",
+    "too-many-tokens": "more tokens came than were requested",
+    "miscounted": "the server claims a different number of tokens than came",
+    "uncounted": "the answer lacks the server's own counts, so prompt and answer cannot be checked for completeness: a proxy or another server drops them",
     "wrong-finish": "all tokens came, but the answer did not end by its length",
     "not-sent": "given up after too many failures in a row",
 }
@@ -53,17 +53,17 @@ _HEADERS: Final = {
     "Accept": "text/event-stream",
     "Accept-Encoding": "identity",  # compression collects tokens, in a proxy if not in the server
 }
-_EVENT_LIMIT: Final = 1 << 20  # bytes of one line, and for each token that was asked for
-_TOKEN_LIMIT: Final = 1 << 10  # as many more; what is longer is no answer
+_EVENT_LIMIT: Final = 1 << 20  # bytes of one line, and for each requested token
+_TOKEN_LIMIT: Final = 1 << 10  # more for each token; anything longer is not an answer
 _READ_BUFFER: Final = 10 << 20  # bytes, as in sglang.bench_serving
 _DETAIL: Final = 200  # characters of a failure's detail that are kept
 _EXCERPT: Final = 4096  # bytes of an error's body that are read; masked before they are cut
-_IDS: Final = 2**31  # where the vocabulary is not known
+_IDS: Final = 2**31  # if the vocabulary is not known
 
 
 @dataclass(frozen=True)
 class TimedRequest:
-    """What is sent; made before the clock runs."""
+    """One request, made before the clock starts."""
 
     index: int  # position among the cell's measured prompts; negative: warm-up
     id: str  # travels with the request and must come back with its answer
@@ -83,16 +83,16 @@ class TimedRequest:
 
 @dataclass(frozen=True)
 class RequestResult:
-    """What came of one request."""
+    """The outcome of one request."""
 
     index: int  # position among the cell's measured prompts; negative: warm-up
     round: int  # of the cell, from 0
-    sent: float  # seconds since 1970, by a clock that does not jump during a cell; of an open loop: when it was due
+    sent: float  # seconds since 1970, by a clock that does not jump during a cell; in an open loop: when it was due
     asked: int  # tokens
     prompt_tokens: int  # that were sent
     status: int | None = None  # of HTTP; None: no answer
-    failure: str = ""  # one of FAILURES; empty: the answer is whole
-    detail: str = ""  # what was seen of the failure
+    failure: str = ""  # one of FAILURES; empty: the answer is complete
+    detail: str = ""  # description of the failure
     finish: str | None = None  # reason, as the server gave it
     counted_prompt: int | None = None  # tokens of the prompt, as the server counted
     claimed: int | None = None  # tokens of the answer, as the server counted
@@ -104,7 +104,7 @@ class RequestResult:
 
     @property
     def warmup(self) -> bool:
-        """Not to be measured."""
+        """Whether the request is not measured."""
         return self.index < 0
 
     @property
@@ -114,12 +114,12 @@ class RequestResult:
 
     @property
     def ttft(self) -> float:
-        """Milliseconds to the first token; of whole answers only."""
+        """Milliseconds to the first token; for complete answers only."""
         return self.arrivals[0][0]
 
     @property
     def latency(self) -> float:
-        """Milliseconds to the last token; of whole answers only."""
+        """Milliseconds to the last token; for complete answers only."""
         return self.arrivals[-1][0]
 
     @property
@@ -130,7 +130,7 @@ class RequestResult:
 
     @property
     def gaps(self) -> list[float]:
-        """Milliseconds between tokens. What came at once shares the wait for it evenly, as in ``sglang.bench_serving``."""
+        """Milliseconds between tokens. Tokens that came together share the wait evenly, as in ``sglang.bench_serving``."""
         together: dict[float, int] = {}
         for at, count in self.arrivals:
             together[at] = together.get(at, 0) + count
@@ -150,7 +150,7 @@ class RequestResult:
         """The result that ``to_json`` wrote.
 
         Raises:
-            DataError: if it is none.
+            DataError: if it is not a result.
         """
         try:
             tokens = tuple(content["tokens"])
@@ -158,7 +158,7 @@ class RequestResult:
             return cls(**(content | {"tokens": tokens, "arrivals": arrivals}))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"no result of a request ({type(error).__name__}: {error}): delete the file and run again"
+                f"not the result of a request ({type(error).__name__}: {error}): delete the file and run again"
             ) from error
 
 
@@ -243,13 +243,13 @@ class _Answer:
             self.finish = _word(reason)
 
     def _new(self, ids: list[Any]) -> list[Any]:
-        """The ids that had not come before."""
+        """The ids that are new."""
         seen = len(self.tokens)
         if not seen:
             return ids
         repeats = ids[:seen] == self.tokens
         if self._cumulative is None:
-            # Where the ids allow both readings, that which is nearer to the claim.
+            # If the ids allow both readings, the one nearer to the claim.
             claimed = self.count("completion_tokens") or len(ids)
             self._cumulative = repeats and abs(len(ids) - claimed) <= abs(seen + len(ids) - claimed)
         if not self._cumulative:
@@ -259,7 +259,7 @@ class _Answer:
         return ids[seen:]
 
     def judge(self) -> None:
-        """Raise _Fault unless the answer is whole."""
+        """Raise _Fault unless the answer is complete."""
         count, asked = len(self.tokens), self.request.asked
         prompt, claimed = self.count("prompt_tokens"), self.count("completion_tokens")
         if self.finish is None:
@@ -304,7 +304,7 @@ def session(timeout: float, stall: float, key: str | None = None) -> aiohttp.Cli
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
         read_bufsize=_READ_BUFFER,
         headers=authorization(key),
-        auto_decompress=False,  # what unpacks to gigabytes is no stream of tokens
+        auto_decompress=False,  # what unpacks to gigabytes is not a stream of tokens
         trust_env=False,
     )
 
@@ -336,12 +336,12 @@ async def ask(
             answer.status = response.status
             coding = response.headers.get("Content-Encoding", "identity").strip().lower()
             if coding not in ("identity", ""):
-                raise _Fault("malformed", f"it is compressed ({coding}), which was not asked for")
+                raise _Fault("malformed", f"it is compressed ({coding}), which was not requested")
             if response.status != 200:
                 raise _Fault("http-status", f"{response.status}: {await _excerpt(response)}")
             while data := await response.content.readany():
                 answer.take(data, (time.perf_counter() - began) * 1e3)
-            answer.take(b"\n", (time.perf_counter() - began) * 1e3)  # what stands behind the last line's end
+            answer.take(b"\n", (time.perf_counter() - began) * 1e3)  # the text after the last line's end
         answer.judge()
     except _Fault as error:
         fault = error

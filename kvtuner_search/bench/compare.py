@@ -1,6 +1,6 @@
-"""``bench compare A B``: the same cells of two records, paired; how much faster or slower B is, and whether that is more than scatter.
+"""``bench compare A B``: the same cells of two records, paired; how much faster or slower B is, and whether that exceeds scatter.
 
-A record that is no result (a check failed, a figure cannot be, a request went wrong) is refused, and so are records of other models or presets.
+A record that is not a result (a check failed, a figure is impossible, a request failed) is refused, and so are records of other models or presets.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Ratio(NamedTuple):
     """B over A."""
 
     value: float
-    interval: Interval | None  # None: too few requests, or figures that have none, as capacity
+    interval: Interval | None  # None: too few requests, or a figure without one, such as capacity
     basis: Basis  # what the interval is from
     samples: tuple[int, int]  # requests in A and in B
 
@@ -68,7 +68,7 @@ class ComparedFigure(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """better, worse or undecided, said of B; unjudged without an interval."""
+        """better, worse or undecided, for B; unjudged without an interval."""
         if self.ratio.interval is None:
             return "unjudged"
         low, high = self.ratio.interval
@@ -78,7 +78,7 @@ class ComparedFigure(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Something that is not alike; ``warn``: it moves the figures and is not what a comparison of caches or layouts is about."""
+    """A difference; ``warn``: it changes the figures and is not the subject of a comparison of caches or layouts."""
 
     what: str
     a: str
@@ -98,7 +98,7 @@ class RecordComparison(NamedTuple):
 
     @property
     def layouts_differ(self) -> bool:
-        """Whether the two were spread over devices otherwise."""
+        """Whether the two were spread over devices differently."""
         return layout(self.a) != layout(self.b)
 
 
@@ -123,7 +123,7 @@ _PER_TOKEN: Final = _mean_time("time per token", lambda speed: speed.per_token, 
 
 
 def _rate(values: Floats) -> Floats:
-    """With so many always in flight, the rate is their number over the mean latency (Little's law); the number cancels in a ratio."""
+    """With a fixed number in flight, the rate is that number over the mean latency (Little's law); the number cancels in a ratio."""
     found: Floats = 1 / values.mean(axis=-1)
     return found
 
@@ -157,7 +157,7 @@ def compare(a: Record, b: Record, paths: tuple[Path, Path] | None = None) -> Rec
         paths: where they were read from, so that the raw requests beside them are found; without, intervals are from summaries.
 
     Raises:
-        NotComparableError: if a record is no result, the models or presets differ, or no cell is in both.
+        NotComparableError: if a record is not a result, the models or presets differ, or no cell is in both.
     """
     _refuse(a, b)
     pairs, unpaired = _pair(a, b)
@@ -180,17 +180,17 @@ def _refuse(a: Record, b: Record) -> None:
         if record.violations:
             first = record.violations[0]
             raise NotComparableError(
-                f"{name} has {len(record.violations)} violations, the first {first.rule} at {first.where}: it is no result;"
+                f"{name} has {len(record.violations)} violations, the first {first.rule} at {first.where}: it is not a result;"
                 " `kvtuner-search bench check` lists them"
             )
     for field in _SHAPE:
         old, new = getattr(a.model, field), getattr(b.model, field)
         if old != new:
             raise NotComparableError(
-                f"A is of {_of_model(a.model)} and B of {_of_model(b.model)} ({field} {old} and {new}): compare one model"
+                f"A measured {_of_model(a.model)} and B {_of_model(b.model)} ({field} {old} and {new}): compare one model"
             )
     if a.preset != b.preset:
-        raise NotComparableError(f"A is of preset {a.preset} and B of {b.preset}: run the same preset for both")
+        raise NotComparableError(f"A used preset {a.preset} and B {b.preset}: run the same preset for both")
 
 
 def _of_model(model: Model) -> str:
@@ -230,7 +230,7 @@ def _rows(old: Cell, new: Cell, raw_old: dict[str, Timings], raw_new: dict[str, 
 def _values(
     metric: Metric, *sides: tuple[Cell, Speed, dict[str, Timings]]
 ) -> tuple[tuple[Floats, Floats], Literal["requests", "summaries"]]:
-    """One value a request on both sides if the raw requests of both are there, else what stands in for them."""
+    """One value a request on both sides if the raw requests of both are there, otherwise their stand-ins."""
     new, old = sides
     if new[0].title in new[2] and old[0].title in old[2]:
         return (metric.of_request(new[2][new[0].title]), metric.of_request(old[2][old[0].title])), "requests"
@@ -246,7 +246,7 @@ def _differences(a: Record, b: Record) -> list[Difference]:
     pairs: list[tuple[str, object, object, bool]] = [
         ("cache", _cache(a), _cache(b), False),
         ("layout", layout_text(a), layout_text(b), False),
-        # another cache may need another back end, so it is part of what is compared
+        # another cache may need another back end, so it is part of the comparison
         (
             "attention back end",
             a.served.attention_backend,
@@ -292,7 +292,7 @@ def layout_text(record: Record) -> str:
 
 
 def to_json(comparison: RecordComparison) -> dict[str, Any]:
-    """What ``bench compare --json`` prints."""
+    """The output of ``bench compare --json``."""
     return {
         "a": {
             "cache": comparison.a.cache.model_dump(),

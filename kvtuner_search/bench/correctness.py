@@ -1,6 +1,6 @@
-"""What must hold before any speed is believed, asked of the server itself, one request at a time.
+"""Checks that must pass before any speed is measured, one request at a time.
 
-No tokenizer is needed: prompts are token ids, and the text whose likelihood is judged is what the server itself wrote.
+No tokenizer is needed: prompts are token ids, and the likelihood is that of the server's own text.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from kvtuner_search.servers.facts import Facts
 PROMPTS: Final = 3
 PROMPT_TOKENS: Final = 32
 ANSWER_TOKENS: Final = 16
-SAME: Final = 0.25  # nats; the same prompt's first token, twice: rounding may turn a tie, nothing may move this far
+SAME: Final = 0.25  # nats; the same prompt's first token, twice: rounding may decide a tie, but not change it this much
 
 
 def check_profile(profile: Profile | None, facts: Facts) -> Check:
-    """Whether the server has the profile that was asked for."""
+    """Whether the server has the requested profile."""
     serves = "a 16-bit cache" if facts.profile_digest is None else f"profile {facts.profile_digest[:19]}…"
     if profile is None:
-        return Check(name="profile", passed=True, detail=f"the server has {serves}; no profile was asked for")
+        return Check(name="profile", passed=True, detail=f"the server has {serves}; no profile was requested")
     return Check(
         name="profile",
         passed=facts.profile_digest == profile.digest,
-        detail=f"the server has {serves}, asked for was {profile.name}, {profile.digest[:19]}…",
+        detail=f"the server has {serves}; requested: {profile.name}, {profile.digest[:19]}…",
     )
 
 
@@ -46,7 +46,7 @@ async def check_answers(client: Client, prompts: Sequence[Sequence[int]], model:
             request = Request(tuple(prompt), max_new_tokens=ANSWER_TOKENS, output_logprobs=True)
             pair = []
             for _ in range(2):
-                await client.flush()  # else the second answer may come from the first's prefix
+                await client.flush()  # otherwise the second answer may come from the first's prefix
                 pair.append((await client.generate(request))[0])
             answers.append((pair[0], pair[1]))
     except ServerError as error:
@@ -69,10 +69,10 @@ def _judge_answers(answers: Sequence[tuple[Answer, Answer]]) -> Check:
     repeated = sum(first.output_ids == second.output_ids for first, second in answers)
     faults = []
     if len(said) < len(answers):
-        faults.append("different prompts got the same answer: one prompt's answer is given for another")
+        faults.append("different prompts got the same answer: one prompt's answer was returned for another")
     if not moved <= SAME:
         faults.append(
-            "the same prompt, asked twice, was answered by tokens of other likelihood: answers are not greedy"
+            "the same prompt, sent twice, was answered with tokens of different likelihood: answers are not greedy"
         )
     seen = (
         f"{len(answers)} greedy prompts, twice each: {ANSWER_TOKENS} tokens came back each time, {repeated} of {len(answers)}"
@@ -85,17 +85,17 @@ def _judge_likelihood(scored: Sequence[Sequence[float]], model: Model) -> Check:
     """The server's own greedy continuations, scored again as part of a prompt.
 
     Greedy tokens are each at least as likely as 1 / vocabulary. If decoding read a broken cache, the tokens are not what the model would
-    write, and scoring them as a prompt, which computes their keys anew, says so.
+    write, and scoring them as a prompt, which recomputes their keys, shows it.
     """
     own = [value for logprobs in scored for value in logprobs[-ANSWER_TOKENS:]]
     nll, uniform = -sum(own) / len(own), math.log(model.vocabulary)
     seen = f"the server's own continuations, scored again as a prompt: {nll:.3f} nats a token, uniform is {uniform:.3f}"
     if model.dummy_weights:
         return Check(
-            name="likelihood", passed=True, detail=f"{seen}; finite, which is all that random weights can show"
+            name="likelihood", passed=True, detail=f"{seen}; finite, the only test possible with random weights"
         )
     fault = (
-        "" if nll < uniform else ": decoding reads something else than was stored, or these are not the model's weights"
+        "" if nll < uniform else ": decode reads something else than was stored, or these are not the model's weights"
     )
     return Check(name="likelihood", passed=not fault, detail=seen + fault)
 

@@ -1,6 +1,6 @@
 """The same load through SGLang's own client, ``python -m sglang.bench_serving``: do two clients that share no code see the same server?
 
-It gets the very prompts of the cell (its ``autobench`` dataset takes token ids), the same concurrency and answer length, and a flushed cache. It opens a
+It gets the same prompts as the cell (its ``autobench`` dataset takes token ids), the same concurrency and answer length, and a flushed cache. It opens a
 connection for each request and starts a request as soon as another ends, as a closed loop does; so figures agree up to noise and the connections' cost.
 It counts what the server claims, and *requested* tokens where an answer has no text (``--skip-tokenizer-init``), and knows neither failed counts nor
 cached prompts: it checks our clock, not the other way round.
@@ -20,7 +20,7 @@ from kvtuner_search.bench.record import Cell
 from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.profile.text import printable
 
-# Figure -> where bench_serving has it. All of both are over successful requests.
+# Figure -> its name in bench_serving. Both are over successful requests.
 _FIGURES: Final[dict[str, tuple[str, Callable[[Any], float]]]] = {
     "requests_per_second": ("request_throughput", lambda speed: speed.requests_per_second),
     "output_tokens_per_second": ("output_throughput", lambda speed: speed.output_tokens_per_second),
@@ -50,7 +50,7 @@ def cross_check(
         prompts: of the cell's measured requests.
         cell: our figures.
         timeout: seconds for the whole run of that client.
-        key: sent as bearer token. That client takes one from OPENAI_API_KEY and API_KEY, which are other services' and are taken out.
+        key: sent as bearer token. That client takes one from OPENAI_API_KEY and API_KEY, which belong to other services and are removed.
 
     Returns:
         Our figure over theirs, for each that both have.
@@ -85,16 +85,16 @@ def cross_check(
         except OSError as error:
             raise UsageError(f"{python} cannot be run ({error}): name the SGLang environment's Python") from error
         if done.returncode or not result.is_file():
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it printed nothing"]
             raise DataError(
-                f"sglang.bench_serving ended with {done.returncode}: {printable(lines[-1])[:300]}: try it by hand, or leave it out"
+                f"sglang.bench_serving ended with {done.returncode}: {printable(lines[-1])[:300]}: run it by hand, or leave it out"
             )
         theirs = json.loads(result.read_text().splitlines()[-1])
     return compare(cell, theirs, len(prompts))
 
 
 def _environment(key: str | None) -> dict[str, str]:
-    """This process's, with no key but that of the server that is measured."""
+    """This process's environment, with only the measured server's key."""
     kept = {name: value for name, value in os.environ.items() if name not in ("OPENAI_API_KEY", "API_KEY")}
     return kept if key is None else kept | {"OPENAI_API_KEY": key}
 

@@ -1,4 +1,4 @@
-"""A record's file: canonical JSON, written whole or not at all; anything doubtful is refused with one line. Neither torch nor SGLang is imported here."""
+"""A record's file: canonical JSON, written completely or not at all; anything doubtful is refused with one line. Neither torch nor SGLang is imported here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(path: Path) -> Record:
     """Read and check a record.
 
     Raises:
-        DataError: if the file is missing, too large, no JSON, no record, of a newer version, or contradicts itself.
+        DataError: if the file is missing, too large, not JSON, not a record, of a newer version, or contradicts itself.
     """
     return loads(read_limited(path, "a benchmark record", MAX_BYTES), str(path))
 

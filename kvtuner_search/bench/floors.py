@@ -1,6 +1,6 @@
-"""What no server can do better on given hardware: least TTFT, time per token and latency, greatest throughput. Pure Python, no torch.
+"""Limits that no server can beat on given hardware: least TTFT, time per token and latency, greatest throughput. Pure Python, no torch.
 
-Only what must happen is counted: the weights and the cache are read from memory, and the multiplications are done. Communication, launches,
+Only unavoidable work counts: the weights and the cache are read from memory, and the multiplications are done. Communication, launches,
 sampling, scheduling and the network take more, so a correct server stays well above; docs/bench-floors.md derives every formula.
 """
 
@@ -20,14 +20,14 @@ BANDWIDTH_HEADROOM: Final = 1.03  # H200: 4.8 TB/s on the data sheet, 4.92 by it
 _QUANTIZED_RATE: Final = 4.0  # fp4 on Blackwell, int4 on Ampere; fp8 and int8 are twice as fast
 _FLOAT16_RATE: Final = 2.0  # fp16 accumulation on GeForce
 
-# Decoders with grouped-query attention and a gated MLP of three matrices, whose every weight but the input embedding is read for every token.
+# Decoders with grouped-query attention and a gated MLP of three matrices, in which every weight except the input embedding is read for every token.
 _DENSE: Final = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 _MIXTURE: Final = ("mixtral", "qwen2_moe", "qwen3_moe")  # the same with experts
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything but the requests that a floor depends on."""
+    """Everything except the requests that a floor depends on."""
 
     model: Model
     hardware: Hardware
@@ -73,17 +73,17 @@ class Setup:
 
     @property
     def kept(self) -> int:
-        """Bytes that the chips of the model's ranks can keep from one step to the next, and need not read again."""
+        """Bytes that the chips of the model's ranks can keep from one step to the next without reading them again."""
         return self.ranks * self.hardware.on_chip
 
     def pass_seconds(self, cache_rows: float) -> float:
-        """Reading the weights and ``cache_rows`` rows of the cache once. Stages are passed one after the other, so only tensor ranks share it."""
+        """Reading the weights and ``cache_rows`` rows of the cache once. Stages run one after the other, so only tensor ranks share it."""
         rows = cache_rows if self.model.whole_context else 0.0
         read = self.model.weight_bytes + rows * self.cache_bytes - self.kept
         return max(0.0, read) / (self.tensor_parallel * self.bandwidth)
 
     def prompt_operations(self, computed: float, pairs: float) -> float:
-        """For a prompt of which ``computed`` tokens are no cache hits; its output embedding is multiplied for the last token only.
+        """For a prompt of which ``computed`` tokens are not cache hits; its output embedding is multiplied for the last token only.
 
         Args:
             computed: tokens.
@@ -101,7 +101,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The figures of record.Floor in seconds, and what binds each."""
+    """The figures of record.Floor in seconds, and the limit behind each."""
 
     ttft: float
     step: float  # one decode step of a request that runs alone, at the length of its prompt
@@ -126,7 +126,7 @@ def bounds(setup: Setup, shape: Shape, cached_tokens: int = 0, answered: int | N
     most_cached = min(cached_tokens, n - 1)  # of one request; a server computes at least the last token
     mean_cached = min(cached_tokens / answered, n - 1.0)
 
-    # One request, alone, with all the cache hits that one can have had.
+    # One request, alone, with as many cache hits as one request can have.
     computed = n - most_cached
     prompt = setup.prompt_operations(computed, computed * most_cached + computed * (computed + 1) / 2)
     read, work = setup.pass_seconds(0), prompt / (setup.ranks * setup.operations)
@@ -141,7 +141,7 @@ def bounds(setup: Setup, shape: Shape, cached_tokens: int = 0, answered: int | N
     running = min(shape.requests, shape.concurrency)
     latency = (ttft + decode) / running  # Little's law
     generated = (tokens - 1) * (2 * setup.model.multiplications) + setup.attention((tokens - 1) * (n + tokens / 2))
-    # Of prompts with equally many hits in all, those need least attention of which some hit wholly and the others not at all.
+    # For a given number of hits, prompts need least attention if some hit entirely and the others not at all.
     operations = setup.prompt_operations(n - mean_cached, (n - mean_cached) * (n + 1) / 2) + generated
     arithmetic = operations / (setup.devices * setup.operations)
     memory = _traffic(setup, running, n - mean_cached, steps) / (setup.devices * setup.bandwidth)
@@ -167,13 +167,13 @@ def floor(
     cached_tokens: int = 0,
     answered: int | None = None,
 ) -> Floor:
-    """The floors of a cell: no figure that is measured rightly lies under its times or over its rates.
+    """The floors of a cell: no correctly measured figure is below its times or above its rates.
 
     Args:
-        model: what is read and multiplied for a token.
+        model: bytes read and multiplications for a token.
         served: tensor and pipeline ranks, speculative decoding, dtype and quantization.
         cache: bytes of a token.
-        hardware: what the devices can do.
+        hardware: capabilities of the devices.
         shape: the cell's requests.
         cached_tokens: prompt tokens that the prefix cache had, over all requests that were answered.
         answered: requests that were answered; None: all.
@@ -207,7 +207,7 @@ def _decode(setup: Setup, prompt_tokens: int, steps: int) -> float:
 def _traffic(setup: Setup, running: int, own_rows: float, steps: int) -> float:
     """Bytes that all devices read for one request: its share of the weights, and its own rows of the cache at every decode step.
 
-    Rows of a common prefix are left out, since a kernel may read them once for all. Where the chips could keep all weights, nothing is certain.
+    Rows of a common prefix are left out, because a kernel may read them once for all. If the chips could keep all weights, this gives no bound.
     """
     weights = setup.model.weight_bytes - setup.kept
     if weights <= 0:
@@ -246,13 +246,13 @@ def number(value: float) -> str:
 def model_facts(
     config: dict[str, Any], *, name: str, dtype: str, quantization: str | None = None, dummy: bool = False
 ) -> Model:
-    """What the floors need of a model, from its config.json. Biases and norms are left out; of a mixture only the experts that a token visits count.
+    """The facts about a model that floors need, from its config.json. Biases and norms are left out; for a mixture only the experts that a token visits count.
 
-    For a class that is not known here only the output embedding counts, and the cache not at all: floors that are low, but true.
+    For an unknown class only the output embedding counts, and the cache does not: the floors are low, but true.
 
     Args:
         config: content of config.json.
-        name: what to call the model.
+        name: the model's name in messages.
         dtype: of the weights as served, e.g. bfloat16.
         quantization: of the weights as served, e.g. fp8 or awq; also read from config.
         dummy: random weights.
@@ -341,7 +341,5 @@ def _windowed(text: dict[str, Any]) -> bool:
 def _count(text: dict[str, Any], field: str, name: str) -> int:
     value = text.get(field)
     if type(value) is not int or not 0 < value <= 2**31:
-        raise DataError(
-            f"config.json of {name}: {field}={value!r} is no positive integer: no floor can be drawn for it"
-        )
+        raise DataError(f"config.json of {name}: {field}={value!r} is not a positive integer: so it has no floor")
     return value

@@ -1,4 +1,4 @@
-"""What devices can do at most: a table of GPUs from their makers' data sheets, detection, and figures that are given. No torch."""
+"""Upper limits of devices: a table of GPUs from their makers' data sheets, detection, and figures from the user. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvtuner_search.profile.text import printable
 class GpuModel(NamedTuple):
     """One GPU of the table."""
 
-    name: str  # as nvidia-smi says it, without memory and form factor where they decide nothing
+    name: str  # as nvidia-smi reports it, without memory and form factor where they do not matter
     pattern: str  # of the name in lower case, without the maker's words and separators (see _plain)
     bandwidth: float  # of its memory, bytes/s
     flops: float  # dense bf16 with fp32 accumulation, operations/s
@@ -34,7 +34,7 @@ _B200: Final = (
     "an eighth of 64 TB/s and 1,440 GB (NVIDIA DGX B200 data sheet) and 36 PFLOP/s (HGX B200, with sparsity, halved)"
 )
 
-# docs/bench-floors.md says how on_chip and boost are made up.
+# docs/bench-floors.md says how on_chip and boost are derived.
 TABLE: Final = (
     GpuModel("NVIDIA B200", "b200( 180gb| 192gb)?", 8.0e12, 2250e12, 180, 0.25e9, 1.1, _B200),
     GpuModel("NVIDIA H200", "h200( sxm5?)?( 141gb)?( hbm3e)?", 4.8e12, 989.5e12, 141, 0.13e9, 1.1, _H200),
@@ -55,22 +55,22 @@ TABLE: Final = (
 )  # fmt: skip
 
 _GIVEN: Final = {"bandwidth": "bytes/s", "flops": "operations/s", "memory": "bytes", "on_chip": "bytes"}
-_TIMEOUT: Final = 20.0  # seconds; a driver that starts up answers after a few
+_TIMEOUT: Final = 20.0  # seconds; a starting driver answers after a few
 
-# Of a processor nothing is looked up. These are upper bounds for every processor that can be bought, so its floors are loose.
+# Processors are not looked up. These are upper bounds for every processor on the market, so its floors are loose.
 CLOCK: Final = 6.2e9  # cycles/s: the highest boost clock sold (Core i9-14900KS)
 CYCLE_BYTES: Final = 64  # a cycle and core, from beyond the core's own caches: one cache line
 CYCLE_OPERATIONS: Final = 128  # a cycle and core: two 512-bit bf16 dot products of 32 multiply-adds each
 CYCLE_OPERATIONS_MATRIX: Final = (
     1024  # with a matrix unit: one AMX tile product of 16 x 16 x 32 multiply-adds in 16 cycles
 )
-_CORE_CACHE: Final = 32 * 2**20  # bytes a core, where the system does not tell: more than any has of its own
+_CORE_CACHE: Final = 32 * 2**20  # bytes a core, if the system does not tell: more than any core has
 
 
 def find(name: str, count: int = 1) -> Hardware | None:
     """The table's figures for a name such as nvidia-smi, torch or a person gives it; None if the table lacks it.
 
-    Variants are told apart: a laptop's, a ``4090 D``'s or a MIG slice's name fits no row.
+    Variants are distinguished: the name of a laptop GPU, a ``4090 D`` or a MIG slice fits no row.
 
     Args:
         name: e.g. ``NVIDIA GeForce RTX 4090``, ``NVIDIA A100-SXM4-80GB``, ``h200``.
@@ -95,11 +95,11 @@ def find(name: str, count: int = 1) -> Hardware | None:
 def parse(text: str, count: int = 1) -> Hardware:
     """Hardware as an option gives it: ``NAME[,bandwidth=BYTES/S][,flops=OPERATIONS/S][,memory=BYTES][,on_chip=BYTES]``.
 
-    What is not given comes from the table, or for the name ``cpu`` from this machine's processor. For a name that the table lacks,
-    bandwidth and flops must be given; size and boost of the chip are then the table's largest, as too much keeps the floors true.
+    Missing figures come from the table, or for the name ``cpu`` from this machine's processor. For a name that the table lacks,
+    bandwidth and flops must be given; size and boost of the chip are then the table's largest, because an overestimate keeps the floors true.
 
     Raises:
-        UsageError: for an unknown key, a figure that is no positive number, or figures that are missing.
+        UsageError: for an unknown key, a figure that is not a positive number, or figures that are missing.
     """
     name, *pairs = (part.strip() for part in text.split(","))
     given: dict[str, float] = {}
@@ -112,7 +112,7 @@ def parse(text: str, count: int = 1) -> Hardware:
         if key not in _GIVEN or not 0 < number < 1e18:
             known = ", ".join(f"{known}= ({unit})" for known, unit in _GIVEN.items())
             raise UsageError(
-                f"{printable(pair)!r} of hardware {printable(text)!r} is none of {known} with a positive number"
+                f"{printable(pair)!r} of hardware {printable(text)!r} is not one of {known} with a positive number"
             )
         given[key] = number
     if not 0 < len(name) <= 200:
@@ -133,7 +133,7 @@ def parse(text: str, count: int = 1) -> Hardware:
 
 
 def detect(served_on_cpu: bool, count: int) -> Hardware | None:
-    """This machine's GPUs by nvidia-smi, or its processor; None if they are of several kinds, unknown, or not there.
+    """This machine's GPUs by nvidia-smi, or its processor; None if they are of several kinds, unknown, or missing.
 
     Args:
         served_on_cpu: the server runs on the processor.
@@ -149,7 +149,7 @@ def detect(served_on_cpu: bool, count: int) -> Hardware | None:
 def processor(count: int = 1) -> Hardware:
     """Upper bounds for this machine's processor, from its cores alone.
 
-    Ranks on one machine share its cores, and a rank may at times have all of them: each of the ``count`` is credited with the
+    Ranks on one machine share its cores, and a rank may have all of them at times: each of the ``count`` is credited with the
     whole machine, which keeps the floors true.
     """
     cores = os.cpu_count() or 1
@@ -184,7 +184,7 @@ def _plain(name: str) -> str:
 
 
 def _nvidia_smi() -> list[tuple[str, int]]:
-    """Name and memory in bytes of this machine's GPUs; none where nvidia-smi is missing or fails."""
+    """Name and memory in bytes of this machine's GPUs; none if nvidia-smi is missing or fails."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True)

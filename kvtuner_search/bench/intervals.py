@@ -1,11 +1,11 @@
 """Confidence intervals of ratios between two runs: the bootstrap over blocks of requests. numpy is imported here, and scipy where an interval is made.
 
-Requests that are in flight together share the server's steps, so they are no independent samples: what is drawn again are blocks of as
-many consecutive requests as were in flight. An interval says how far requests of these two runs scatter; it does not know how a server
-drifts from one start to the next, which only repeated runs show.
+Requests that are in flight together share the server's steps, so they are not independent samples: the bootstrap resamples blocks of as
+many consecutive requests as were in flight. An interval covers the scatter of requests in these two runs, not the
+variation from one server start to the next, which only repeated runs show.
 
 Source: E. Carlstein, The use of subseries values for estimating the variance of a general statistic from a stationary sequence, 1986;
-B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13. Few blocks make the plain percentile interval too narrow; it is
+B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13. With few blocks the plain percentile interval is too narrow; it is
 expanded as in T. Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69(4), 2015, section 3.3.
 """
 
@@ -23,7 +23,7 @@ from kvtuner_search.bench.record import Summary
 
 RESAMPLES: Final = 4000
 CONFIDENCE: Final = 0.95
-MIN_BLOCKS: Final = 6  # fewer do not show how far they scatter
+MIN_BLOCKS: Final = 6  # fewer do not show their scatter
 _MAX_DRAWN: Final = 2**24  # values held at once
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]  # [resamples, values] -> [resamples]
@@ -52,7 +52,7 @@ def percentile(share: float) -> Statistic:
 
 
 def ratio(new: Floats, old: Floats, block: tuple[int, int], statistic: Statistic, seed: int = 0) -> Interval | None:
-    """Interval of ``statistic(new) / statistic(old)`` by the expanded percentile bootstrap over blocks; the runs are drawn apart.
+    """Interval of ``statistic(new) / statistic(old)`` by the expanded percentile bootstrap over blocks; the runs are resampled separately.
 
     Args:
         new, old: [n] values above zero, one a request, in the order in which requests were sent.
@@ -61,7 +61,7 @@ def ratio(new: Floats, old: Floats, block: tuple[int, int], statistic: Statistic
         seed: of the resampling; the same input gives the same interval.
 
     Returns:
-        None where either run has fewer than MIN_BLOCKS blocks.
+        None if either run has fewer than MIN_BLOCKS blocks.
     """
     rng = np.random.default_rng(seed)
     drawn = [_drawn(values, size, statistic, rng) for values, size in zip((new, old), block, strict=True)]
@@ -97,10 +97,10 @@ def _drawn(values: Floats, size: int, statistic: Statistic, rng: np.random.Gener
 
 
 def values_from_summary(summary: Summary, block: int) -> Floats:
-    """[samples // block] values that have the summary's percentiles: evenly spaced on the broken line through them.
+    """[samples // block] values that have the summary's percentiles: evenly spaced on the piecewise linear curve through them.
 
-    One value stands for a whole block, because a summary does not say which requests ran together: requests that ran together then
-    count as one, which is the cautious end.
+    One value represents a whole block, because a summary does not say which requests ran together: requests that ran together then
+    count as one, which is cautious.
     """
     count = summary.samples // block
     at = (np.arange(count) + 0.5) / max(count, 1)

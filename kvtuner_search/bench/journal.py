@@ -5,8 +5,8 @@ A line is one of
 ``{"cell": key, "begin": {"section": ..., "shape": {...}}}``: an attempt at a cell; what stands of that cell before is void;
 ``{"cell": key, "result": {...}}``: one request, a ``client.RequestResult`` as JSON;
 ``{"cell": key, "reading": {...}}``: free slots and memory between two rounds;
-``{"cell": key, "end": true}``: the attempt was finished; a cell without it is measured again;
-``{"session": {"checks": [...], "scrapes": [...]}}``: what was known at the end of a session with a server.
+``{"cell": key, "end": true}``: the attempt is complete; a cell without it is measured again;
+``{"session": {"checks": [...], "scrapes": [...]}}``: the state at the end of a session with a server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REQUESTS: Final = "requests.jsonl"
 
 @dataclass
 class CellLog:
-    """What the journal has of the latest attempt at one cell."""
+    """The latest attempt at one cell in the journal."""
 
     section: Section
     shape: Shape
@@ -41,7 +41,7 @@ def cell_key(section: Section, shape: Shape) -> str:
 
 @dataclass
 class Contents:
-    """All that a journal has."""
+    """The content of a journal."""
 
     server: dict[str, Any] | None = None  # the latest server's account
     cells: dict[str, CellLog] = field(default_factory=dict)  # by key, in the order of their latest attempts
@@ -49,7 +49,7 @@ class Contents:
     length: int = 0  # bytes up to the end of the last whole line
 
     def take(self, line: dict[str, Any]) -> None:
-        """Add what a line says."""
+        """Add a line."""
         if "server" in line:
             self.server = line["server"]
         elif "session" in line:
@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, CellLog]:
 
 
 def open_contents(path: Path) -> Contents:
-    """What a journal has. A line that a kill cut short ends it; a file that is not there is empty.
+    """The content of a journal. A line truncated by a kill ends it; a missing file counts as empty.
 
     Raises:
         DataError: if a line is not of the form above.
@@ -83,7 +83,7 @@ def open_contents(path: Path) -> Contents:
             contents.take(line)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{path}, line {number}, is none of a benchmark's ({type(error).__name__}: {error}): it was edited or"
+                f"{path}, line {number}, does not belong to a benchmark ({type(error).__name__}: {error}): it was edited or"
                 " damaged; run again with --overwrite"
             ) from error
         contents.length = end

@@ -1,4 +1,4 @@
-"""Which figures of a record cannot be: those beyond their physical floor, and those that contradict each other. No torch."""
+"""Impossible figures of a record: those beyond their physical floor, and those that contradict each other. No torch."""
 
 from __future__ import annotations
 
@@ -10,37 +10,35 @@ from kvtuner_search.bench.hardware import find
 from kvtuner_search.bench.record import Cell, Hardware, Record, Speed, Violation
 
 CLOCK_MARGIN: Final = 0.02  # of a figure: clocks, and the moment between a token's arrival and the reading of the clock
-LATE: Final = (
-    5.0  # ms by which a first token may usually be seen late: all but it then look quicker, with few tokens by much
-)
+LATE: Final = 5.0  # ms by which the client usually sees a first token late: the others then look faster, with few tokens much faster
 _ROUNDING: Final = 0.01  # between figures that were derived from the same counts
 
 _USUAL: Final = ". Usual causes: "
-NO_ANSWER: Final = "the requests went to a node that does not serve (ranks above 0 answer 404) or failed otherwise, and the status was not looked at"
+NO_ANSWER: Final = "the requests went to a node that does not serve (ranks above 0 answer 404) or failed otherwise, and the status was not checked"
 _CACHED: Final = "the prompts were in the prefix cache and its hits not counted"
 _OTHER: Final = "the hardware, layout, model or dtype is not the one named"
 CAUSES: Final[dict[str, tuple[str, ...]]] = {
-    "ttft": (NO_ANSWER, "headers or an empty chunk were taken for a token", _CACHED, _OTHER),
+    "ttft": (NO_ANSWER, "headers or an empty chunk were counted as a token", _CACHED, _OTHER),
     "per token": (
         "tokens came in bursts (a proxy or the client held back the first)",
         "tokens were counted as requested, not as returned",
         "speculative decoding that the record does not name",
         _OTHER,
     ),
-    "latency": (NO_ANSWER, "the answers were shorter than asked for", _CACHED, _OTHER),
+    "latency": (NO_ANSWER, "the answers were shorter than requested", _CACHED, _OTHER),
     "requests/s": (NO_ANSWER, "failed requests were counted", _CACHED, _OTHER),
     "tokens/s": ("tokens were counted as requested, not as returned", NO_ANSWER, _CACHED, _OTHER),
 }
 
 
 def judge(record: Record, hardware: Hardware | None = None) -> list[Violation]:
-    """Every figure of the record that cannot be.
+    """Every impossible figure of the record.
 
-    Least values are compared with floors of a request that runs alone, rates with the greatest rate at the cell's concurrency. Of the time per
-    token the median is: a single first token that the client saw late makes the remaining ones look quick.
+    Least values are compared with the floors of a single request, rates with the greatest rate at the cell's concurrency. For the time per
+    token the median is used: a first token that the client saw late makes the rest of its request look fast.
 
     Args:
-        record: of any preset; the floors that it holds are not trusted but drawn again.
+        record: of any preset; its own floors are not trusted but computed again.
         hardware: in place of the record's own.
     """
     hardware = hardware or record.environment.hardware
@@ -57,7 +55,7 @@ def judge(record: Record, hardware: Hardware | None = None) -> list[Violation]:
 
 
 def below(where: str, what: str, value: float, least: float, why: str) -> Violation | None:
-    """A violation where ``value`` ms lies under ``least`` ms by more than the margin; ``what`` is one of CAUSES."""
+    """A violation if ``value`` ms is below ``least`` ms by more than the margin; ``what`` is one of CAUSES."""
     if value >= least * (1 - CLOCK_MARGIN):
         return None
     need = f"at least {number(least)} ms is needed ({why}); this is {_times(least, value)} faster"
@@ -65,7 +63,7 @@ def below(where: str, what: str, value: float, least: float, why: str) -> Violat
 
 
 def above(where: str, what: str, value: float, most: float, why: str) -> Violation | None:
-    """A violation where a rate lies over the greatest by more than the margin; ``what`` is one of CAUSES."""
+    """A violation if a rate exceeds the greatest by more than the margin; ``what`` is one of CAUSES."""
     if value <= most / (1 - CLOCK_MARGIN):
         return None
     need = f"at most {number(most)} {what} are possible ({why}); this is {_times(value, most)} as many"
@@ -73,12 +71,12 @@ def above(where: str, what: str, value: float, most: float, why: str) -> Violati
 
 
 def with_causes(text: str, what: str) -> str:
-    """The text, and what usually causes such a figure; :func:`split_causes` takes them apart again."""
+    """The text, and the usual causes of such a figure; :func:`split_causes` separates them again."""
     return f"{text}{_USUAL}{'; '.join(CAUSES[what])}"
 
 
 def split_causes(reason: str) -> tuple[str, str]:
-    """A violation's reason without its usual causes, and these; many violations share them."""
+    """A violation's reason without its usual causes, and the causes; many violations share them."""
     text, _, causes = reason.partition(_USUAL)
     return text, causes
 
@@ -107,14 +105,14 @@ def _floors(cell: Cell, speed: Speed, setup: Setup) -> list[Violation]:
 
 
 def whole(b: Bounds, tokens: int) -> str:
-    """What binds an answer of ``tokens`` tokens."""
+    """The limit on an answer of ``tokens`` tokens."""
     first = f"{number(1e3 * b.ttft)} ms for the first token: {b.ttft_bound}"
     later = tokens - 1
     return f"{first}; {number(1e3 * b.decode / later)} for each of {later} more: {b.step_bound}" if later else first
 
 
 def _counts(cell: Cell) -> Iterator[Violation]:
-    """What came back against what was asked for."""
+    """Returned tokens against requested ones."""
     for what, asked, counted in (
         ("returned", cell.shape.output_tokens, cell.returned_tokens),
         ("prompt", cell.shape.input_tokens, cell.prompt_tokens),
@@ -176,7 +174,7 @@ def _per(count: float, seconds: float) -> str:
 
 
 def _hardware(hardware: Hardware) -> Iterator[Violation]:
-    """Figures of a device of the table that flatter it: every floor would be too low."""
+    """Figures of a device that exceed the table's: every floor would be too low."""
     row = find(hardware.name)
     if row is None:
         return
@@ -189,7 +187,7 @@ def _hardware(hardware: Hardware) -> Iterator[Violation]:
                 rule="hardware",
                 where=f"hardware {hardware.name}",
                 figure=f"{what} {value:.4g} {unit}",
-                reason=f"{row.source} has {known:.4g}: floors drawn with more are too low; for rates with sparsity take half, for"
+                reason=f"{row.source} has {known:.4g}: floors computed with more are too low; for rates with sparsity take half, for"
                 " another device give its name",
             )
 

@@ -1,6 +1,6 @@
 """Load on a server: many requests at once, by one process or several. Errors are failures of the request, and nothing is retried.
 
-A closed loop keeps so many requests in flight and sends the next when one has ended. An open loop sends at random times whatever the server does;
+A closed loop keeps a fixed number of requests in flight and sends the next when one has ended. An open loop sends at random times whatever the server does;
 there the clock of a request runs from when it was due, so that a busy client or server does not hide waiting (coordinated omission).
 """
 
@@ -53,17 +53,17 @@ def run_cell(
 
     Args:
         url: ``http://host:port``.
-        prompts: token ids, ``warmup + shape.requests`` of them, those of the warm-up first.
-        shape: how many requests are measured, and how many tokens each asks for.
+        prompts: token ids, ``warmup + shape.requests`` of them, the warm-up's first.
+        shape: number of measured requests, and tokens requested by each.
         concurrency: most requests in flight. An open loop that reaches it sends late, which counts as latency.
         rate: requests a second of an open loop (Poisson arrivals); None: closed loop.
         warmup: requests that are sent first and not returned; they open the connections that the others use.
-        rounds: the requests go out in so many equal blocks, each when the one before has been answered.
+        rounds: number of equal blocks of requests; each is sent when the previous one has been answered.
         timeout: seconds that one request may take.
         stall: seconds without a byte after which a request is given up.
         journal: gets every result as it comes, the warm-up's too.
         advance: called once for every measured request.
-        workers: processes; None: one, and more where concurrency is high and cores are there.
+        workers: processes; None: one, or more at high concurrency if there are cores.
         seed: of the arrival times of an open loop.
         key: sent as bearer token.
         vocabulary: ids of the model's embedding; None: not known.
@@ -84,7 +84,7 @@ def run_cell(
     if rate is not None and not 0 < rate < float("inf"):
         raise UsageError(f"a rate of {rate} requests/s: give a positive number, or none for a closed loop")
     url = check_url(url, key)
-    name = secrets.token_hex(8)  # an answer to an earlier request with the same prompt must not pass for this one's
+    name = secrets.token_hex(8)  # an answer to an earlier request with the same prompt must not count as this one's
     requests = tuple(
         TimedRequest.of(index - warmup, f"{name}-{index}", prompt, shape.output_tokens, vocabulary)
         for index, prompt in enumerate(prompts)
@@ -115,7 +115,7 @@ def run_cell(
 
 
 def _workers(concurrency: int) -> int:
-    """Processes for so many requests in flight, leaving most cores to a server on the same machine."""
+    """Processes for ``concurrency`` requests in flight, leaving most cores to a server on the same machine."""
     return max(1, min(concurrency // REQUESTS_A_WORKER, len(os.sched_getaffinity(0)) // 4, 4))
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark run is asked to do."""
+"""The options of a benchmark run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BenchOptions:
     timeout: float  # seconds for one request
     stall: float  # seconds without a byte after which a request counts as stalled
     start_timeout: float  # seconds until a server is ready
-    workers: int | None  # processes of the load generator; None: as many as the concurrency asks for
+    workers: int | None  # processes of the load generator; None: depends on the concurrency
     cross_check: bool  # also send one cell through SGLang's own client
     folder: Path
     resume: bool

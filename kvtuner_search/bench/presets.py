@@ -1,11 +1,11 @@
-"""What a run measures: a list of cells for each preset. Data only.
+"""The cells of each preset. Data only.
 
-How many requests a cell sends follows from what is shown of it. A percentile p needs 100 / (100 - p) requests until it lies between two of them
+The number of requests in a cell follows from its statistics. A percentile p needs 100 / (100 - p) requests until it lies between two of them
 rather than beyond the greatest: 2 for the median, 10 for p90, 100 for p99. ``full`` therefore sends at least 100 to every cell of short requests. Requests
 that run alone for seconds hardly vary, so the long grid settles for p90 in ``full`` and ``legacy``. ``quick`` is there to show that everything works in
 minutes on two cores: it supports medians, and p90 in its throughput table. Every summary carries its number of samples.
 
-The first requests of a cell open connections and compile or capture what the server has not yet seen of that shape: the warm-up, which is not counted.
+The first requests of a cell open connections and make the server compile or capture what that shape needs: the warm-up, which does not count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CellPlan:
 
     section: Section
     shape: Shape  # requests of all rounds together
-    rounds: int = 1  # equal parts of the requests; each is sent when the one before has been answered
+    rounds: int = 1  # equal parts of the requests; each is sent when the previous one has been answered
     warmup: int = 1  # requests before, not measured
 
 
@@ -52,7 +52,7 @@ def _ttft(prompts: Iterable[int], requests: int, output: int = FIRST_TOKENS) -> 
 
 
 def _throughput(levels: Iterable[int], least: int, each: int, prompt: int, output: int) -> list[CellPlan]:
-    """A closed loop of at least ``each`` requests a lane: its ramp and its tail, in which lanes stand idle, are then a small part."""
+    """A closed loop of at least ``each`` requests a lane: its ramp and its tail, with idle lanes, are then a small part."""
     return [
         CellPlan("throughput", _shape(max(least, each * level), level, prompt, output), warmup=level)
         for level in levels

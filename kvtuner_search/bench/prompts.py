@@ -16,7 +16,7 @@ def draw(seed: int | str, length: int, count: int, vocabulary: int) -> list[list
     No two begin with the same id, so that not even one token of a prompt can be found in the prefix cache of another.
 
     Args:
-        seed: of Python's Mersenne Twister; name cells apart, e.g. ``"0:ttft:1000"``.
+        seed: of Python's Mersenne Twister; different for each cell, e.g. ``"0:ttft:1000"``.
         length: tokens of a prompt, at least 1.
         count: prompts, at most ``vocabulary - 10``.
         vocabulary: size of the vocabulary; ids 0 to 9 are left out.

@@ -16,9 +16,9 @@ TICK: Final = 0.010  # seconds
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Keep Python's cyclic collector from running in the block: with the results of 20,000 requests it stops everything for 0.2 s now and then.
+    """Keep Python's cyclic collector from running in the block: with the results of 20,000 requests it pauses everything for 0.2 s now and then.
 
-    What is freed by reference counts is freed as ever; requests leave few cycles behind.
+    Reference counting still frees objects; requests leave few cycles.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -30,7 +30,7 @@ def without_gc() -> Iterator[None]:
 
 
 class EventLoopLag:
-    """A task that wants to wake every 10 ms and notes how late it is, and the processor time of its thread: what a request could not be served with."""
+    """A task that tries to wake every 10 ms and records how late it is, and the processor time of its thread: time lost to requests."""
 
     def __init__(self) -> None:
         self._times, self._lags, self._used = (
@@ -60,7 +60,7 @@ class EventLoopLag:
         self._used.append(time.thread_time())
 
     def since(self, start: float) -> tuple[float, float]:
-        """From a time on the performance counter until now: mean lag in seconds (by so much, on average, a token was noticed late), and the
+        """From a time on the performance counter until now: mean lag in seconds (the average delay in noticing a token), and the
         share of a core that the loop's thread used. To the nearest tick outside.
         """
         first = min(bisect_right(self._times, start), len(self._times) - 1)

@@ -1,6 +1,6 @@
-"""The record of one benchmark run: what was measured, on what, and whether it can be believed. Neither torch nor SGLang is imported here.
+"""The record of one benchmark run: measurements, hardware, and validity. Neither torch nor SGLang is imported here.
 
-Speed is only kept beside a correctness check of the same run that passed, and a figure under its physical floor is a violation, not a result.
+Speed is kept only with a passed correctness check of the same run, and a figure below its physical floor is a violation, not a result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Hardware(Strict):
-    """What the server runs on, as far as the floors depend on it."""
+    """The server's hardware, as far as the floors depend on it."""
 
     name: Name
     """Name of one device, e.g. NVIDIA H200, or of the processor."""
@@ -37,33 +37,35 @@ class Hardware(Strict):
     memory: Count | None = None
     """Memory of one device, bytes."""
     on_chip: Count = 0
-    """Caches, shared memory and registers of one device, bytes: what they keep from step to step need not be read again."""
+    """Caches, shared memory and registers of one device, bytes; data kept there from step to step need not be read again."""
     boost: Annotated[float, Field(ge=1, le=4)] = 1.35
-    """How far the clock can rise above the one that `flops` is stated at."""
+    """Highest clock over the one that `flops` is stated at."""
     source: Text
-    """Where bandwidth and rate are from: a data sheet, or `given`."""
+    """Source of bandwidth and rate: a data sheet, or `given`."""
 
 
 class Environment(Strict):
-    """On what, and with which versions."""
+    """Hardware and versions."""
 
     hardware: Hardware | None
-    """None: unknown, so no floor could be drawn; the record says so."""
+    """None: unknown, so there are no floors; the record says so."""
     client: Text
     """Processor and cores of the machine that sent the requests."""
     versions: dict[Name, Name]
-    """Package -> version: at least sglang (the server's own account) and kvtuner-search."""
+    """Package -> version: at least sglang (as the server reports it) and kvtuner-search."""
 
     @model_validator(mode="after")
     def _versioned(self) -> Self:
         missing = [name for name in ("sglang", "kvtuner-search") if name not in self.versions]
         if missing:
-            raise ValueError(f"no version of {' and '.join(missing)}: a figure belongs to the versions that gave it")
+            raise ValueError(
+                f"no version of {' and '.join(missing)}: a record needs the versions that produced its figures"
+            )
         return self
 
 
 class Model(Strict):
-    """What the floors need to know of the model."""
+    """The facts about the model that floors need."""
 
     name: Name
     """Name, without folders."""
@@ -80,24 +82,24 @@ class Model(Strict):
     vocabulary: Positive
     """Entries of the output embedding."""
     weight_bytes: Large
-    """Bytes of weights that one decode step reads, over all ranks: everything but the input embedding's unused rows."""
+    """Bytes of weights that one decode step reads, over all ranks: everything except the input embedding's unused rows."""
     multiplications: Large
     """Multiply-adds of one token outside attention, over all ranks."""
     whole_context: bool = True
     """Every layer attends to the whole context; False for sliding windows and the like: the floors then leave attention and cache out."""
     dummy_weights: bool
-    """Random weights (`--load-format dummy`): speed means something, answers do not."""
+    """Random weights (`--load-format dummy`): speed is meaningful, answers are not."""
 
 
 class Served(Strict):
-    """The server, by its own account."""
+    """The server, as it reports itself."""
 
     version: Name
     """SGLang's version."""
     arguments: list[Text]
-    """What it was started with; paths cut to their last part. Empty for a server that was pointed at."""
+    """Its arguments, with paths cut to their last part. Empty for a server given by its URL."""
     started: bool
-    """Started by this run, or pointed at."""
+    """Whether this run started it; otherwise it was given by its URL."""
     attention_backend: Name
     """SGLang's attention backend."""
     dtype: Name
@@ -109,7 +111,7 @@ class Served(Strict):
     pipeline_parallel: Positive
     """Stages that share the layers."""
     nodes: Positive
-    """Machines, or launchers that stand for them."""
+    """Machines, or launchers that represent them."""
     page_size: Positive
     """Tokens of a page of the cache."""
     prefix_cache: bool
@@ -121,18 +123,18 @@ class Served(Strict):
     token_capacity: Positive
     """Tokens that the KV cache holds."""
     cache_gib: Amount | None = None
-    """Memory of the first rank's cache, GiB, by its own account."""
+    """Memory of the first rank's cache, GiB, as the server reports it."""
 
 
 class Cache(Strict):
-    """How the KV cache is stored. Mandatory, also for a 16-bit cache."""
+    """How the KV cache is stored. Mandatory, even for a 16-bit cache."""
 
     profile: Name
     """Name of the profile; `16-bit` for a stock server."""
     digest: Digest | None
     """Digest of the profile; None only for a stock server, whose cache is 16-bit."""
     effective_bits: Annotated[float, Field(gt=0, le=32)]
-    """Bits of a stored number, everything counted."""
+    """Bits of a stored number, including metadata and padding."""
     bytes_per_token: Positive
     """Of all layers and ranks."""
 
@@ -146,14 +148,14 @@ class Cache(Strict):
 
 
 class Check(Strict):
-    """One thing that had to hold before any speed was believed."""
+    """A check that had to pass before any speed was measured."""
 
     name: Name
     """E.g. answers, counting, profile, likelihood."""
     passed: bool
     """Whether it held."""
     detail: Text
-    """What was seen."""
+    """The observation."""
 
 
 class Summary(Strict):
@@ -170,7 +172,7 @@ class Summary(Strict):
     p90: Amount
     """90th percentile."""
     p99: Amount
-    """99th percentile; with fewer than 100 samples this is near the greatest."""
+    """99th percentile; with fewer than 100 samples this is close to the maximum."""
     maximum: Amount
     """Greatest."""
 
@@ -179,12 +181,12 @@ class Summary(Strict):
         order = (self.minimum, self.p50, self.p90, self.p99, self.maximum)
         inside = self.minimum * (1 - 1e-9) <= self.mean <= self.maximum * (1 + 1e-9)  # a mean is rounded
         if list(order) != sorted(order) or not inside:
-            raise ValueError(f"mean {self.mean:g} and percentiles {order} are of no one sample")
+            raise ValueError(f"mean {self.mean:g} and percentiles {order} cannot come from one sample")
         return self
 
 
 class Speed(Strict):
-    """What the clock said. Milliseconds, and tokens that came back."""
+    """Measured times in milliseconds, and rates of returned tokens."""
 
     seconds: Amount
     """From the first request sent to the last token received."""
@@ -203,13 +205,13 @@ class Speed(Strict):
     output_tokens_per_second: Amount
     """Tokens returned by requests that succeeded / seconds."""
     client_lag: Amount | None = None
-    """By how much the load generator's own event loop was late, ms: median over requests of the mean lag during each. Above its limit the cell is client-bound."""
+    """Lag of the load generator's own event loop, ms: median over requests of the mean lag during each. Above its limit the cell is client-bound."""
     client_busy: Amount | None = None
     """Share of a core that the load generator's event loop used, weighted by latency; of each process if there were several."""
 
 
 class Floor(Strict):
-    """What the hardware cannot do better than, for the requests of a cell. docs/bench-floors.md derives it."""
+    """Limits of the hardware for the requests of a cell. docs/bench-floors.md derives them."""
 
     ttft: Amount
     """Least time to the first token, ms."""
@@ -222,24 +224,24 @@ class Floor(Strict):
     requests_per_second: Amount
     """Greatest rate."""
     bound: Text
-    """What binds, in words: e.g. reading 14.1 GB of weights at 4.8 TB/s."""
+    """The binding limits in words, e.g. reading 14.1 GB of weights at 4.8 TB/s."""
 
 
 class Violation(Strict):
-    """A figure that cannot be, or an answer that is not what was asked for."""
+    """An impossible figure, or an answer that is not as requested."""
 
     rule: Name
     """Id of the rule, e.g. below-floor, http-status, no-tokens, miscounted, stalled, dropped, cached."""
     where: Text
     """Section and cell."""
     figure: Text
-    """What was reported, with its unit."""
+    """The reported value, with its unit."""
     reason: Text
-    """Why it cannot be, and what usually causes it."""
+    """Why it is impossible, and the usual causes."""
 
 
 class Shape(Strict):
-    """What a cell asked for."""
+    """The requests of a cell."""
 
     requests: Positive
     """Requests, warm-up excluded."""
@@ -255,9 +257,9 @@ class Reading(Strict):
     """State of an idle server whose prefix cache was flushed."""
 
     free_tokens: Count | None
-    """Slots of the cache that no request holds; None where the server does not tell."""
+    """Slots of the cache that no request holds; None if the server does not tell."""
     device_bytes: Count | None
-    """Memory in use on the first device; None where it cannot be seen."""
+    """Memory in use on the first device; None if it cannot be read."""
 
 
 class Cell(Strict):
@@ -266,9 +268,9 @@ class Cell(Strict):
     section: Section
     """Its table."""
     shape: Shape
-    """What was asked for."""
+    """The requests."""
     succeeded: Count
-    """Requests whose answer was whole: status 200, every token that was asked for, ended by length."""
+    """Requests with a complete answer: status 200, every requested token, ended by length."""
     failures: dict[Name, Positive]
     """Kind -> requests."""
     finish_reasons: dict[Name, Positive]
@@ -276,7 +278,7 @@ class Cell(Strict):
     prompt_tokens: Count
     """Tokens of the prompts that succeeded, as the server counted them."""
     returned_tokens: Count
-    """Tokens that came back, counted one by one."""
+    """Returned tokens, counted one by one."""
     cached_tokens: Count
     """Prompt tokens that the prefix cache had."""
     speed: Speed | None
@@ -333,11 +335,11 @@ class Gate(Strict):
     name: Name
     """As in `--slo`, e.g. ttft_p99 or throughput.latency_mean; docs/bench-records.md lists them."""
     relation: Literal["at most", "at least"]
-    """How the value must lie to the limit."""
+    """The required relation of the value to the limit."""
     limit: Number
-    """What was asked for, in the unit of its name: ms, a fraction, requests/s or tokens/s."""
+    """The requested limit, in the unit of its name: ms, a fraction, requests/s or tokens/s."""
     value: Number | None
-    """The worst cell's (of a peak: the best cell's); None where nothing was measured, which fails."""
+    """The worst cell's value (for a peak: the best cell's); None if nothing was measured, which fails."""
     where: Text
     """The cell, or why there is no value."""
     passed: bool
@@ -348,7 +350,7 @@ class Record(Strict):
     """One run of `bench`. The raw requests lie beside it (bench/files.py)."""
 
     format: Literal["kvtuner-bench"] = "kvtuner-bench"
-    """Says what the file is."""
+    """Identifies the kind of file."""
     version: Literal[1] = 1
     """Of this schema."""
     created: Name
@@ -360,17 +362,17 @@ class Record(Strict):
     environment: Environment
     """Mandatory."""
     model: Model
-    """What was served."""
+    """The served model."""
     served: Served
     """How."""
     cache: Cache
-    """With which cache."""
+    """The cache."""
     correctness: list[Check]
     """At least one; if any failed there is no speed in the record."""
     cells: list[Cell]
     """Tables of the report."""
     quality: list[Measure] = []
-    """Offline quality of the same profile, where it was measured or is part of the profile."""
+    """Offline quality of the same profile, if it was measured or is part of the profile."""
     scrapes: list[Scrape] = []
     """The server's metrics."""
     cross_check: dict[Name, Number] = {}
@@ -378,7 +380,7 @@ class Record(Strict):
     gates: list[Gate] = []
     """Service-level objectives."""
     violations: list[Violation] = []
-    """Why this is no result; empty for a good run."""
+    """Why this is not a result; empty for a good run."""
 
     @field_validator("preset")
     @classmethod

@@ -74,10 +74,10 @@ class BenchRun:
         )
 
     def measure(self) -> Record:
-        """Measure whatever the folder does not have yet, judge it, and write the record.
+        """Measure what the folder does not have yet, judge it, and write the record.
 
         Raises:
-            ServerError: if a server cannot be started or asked. What was measured is kept.
+            ServerError: if a server cannot be started or queried. Finished measurements are kept.
         """
         journal = RequestJournal(self.folder.path / REQUESTS)
         try:
@@ -153,7 +153,7 @@ class BenchRun:
         return record.model_copy(update={"gates": slo.judge(self.options.objectives, record)})
 
     def _cell(self, account: Account, log: CellLog, correct: bool) -> Cell:
-        """One cell with its floor; without speed where a check failed."""
+        """One cell with its floor; without speed if a check failed."""
         cell = load.summarise(log.section, log.shape, log.results)
         more: dict[str, object] = {"readings": log.readings}
         if log.readings:
@@ -196,7 +196,7 @@ def leaks(cell: Cell) -> list[Violation]:
             where=cell.title,
             figure=f"{before - after} of {before} free slots",
             reason="they were free before the rounds and are not after, with no request running and the prefix cache flushed:"
-            " requests leave slots behind, or others use the server",
+            " requests leak slots, or others use the server",
         )
     ]
 

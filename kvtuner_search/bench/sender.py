@@ -1,4 +1,4 @@
-"""What one process sends of a cell's load: the requests of a block, so many in flight at once."""
+"""One process's part of a cell's load: the requests of a block, with a limit on requests in flight."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvtuner_search.bench import client
 from kvtuner_search.bench.client import RequestResult, TimedRequest
 from kvtuner_search.bench.pulse import EventLoopLag
 
-GIVE_UP: Final = 8  # failures in a row, in one process, after which the rest is not sent (two if nothing comes): a dead server is not asked for hours
+GIVE_UP: Final = 8  # failures in a row, in one process, after which the rest is not sent (two if nothing comes): a dead server is not queried for hours
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive requests that are sent under one clock: the warm-up, or a round. The next block starts when all have been answered."""
+    """Consecutive requests that share one clock: the warm-up, or a round. The next block starts when all have been answered."""
 
     first: int
     last: int  # exclusive
@@ -29,7 +29,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process needs to send its part of a cell."""
+    """Everything that a process needs to send its part of a cell."""
 
     url: str  # of /generate
     requests: tuple[TimedRequest, ...]  # warm-up first

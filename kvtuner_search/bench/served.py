@@ -1,4 +1,4 @@
-"""What is served, read out of ``/server_info``, config.json and the profile: the parts of a record that describe a server."""
+"""The parts of a record that describe a server, from ``/server_info``, config.json and the profile."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def describe(
     started: bool,
     arguments: Sequence[str],
 ) -> ServerDescription:
-    """Everything that the record says of a server.
+    """Everything that the record says about a server.
 
     Args:
         content: ``/server_info``.
         url: for messages.
         model: folder or hub id with the config.json; None: the path that the server names.
-        profile: what it should serve; None: whatever it says.
+        profile: the profile that it should serve; None: any.
         started: by this run.
-        arguments: what it was started with.
+        arguments: its arguments.
 
     Raises:
         ServerError: if a field is missing.
-        UsageError: if the model's config.json or the stored bytes cannot be known.
-        NotComparableError: if a server with several ranks has another profile, whose stored bytes it does not tell.
+        UsageError: if the model's config.json or the stored bytes are unknown.
+        NotComparableError: if a server with several ranks has another profile, whose stored bytes it does not report.
     """
     info = ServerInfo.of(content, url)
     facts = Facts.from_info(info)
@@ -72,7 +72,7 @@ def describe(
             raise
         raise UsageError(
             f"{url} serves {facts.model}, whose config.json cannot be read here ({error}): name the model with --model-path,"
-            " for what a server names is not fetched"
+            " because a path or id that a server names is not fetched"
         ) from error
     dtype = resolve_dtype(facts.dtype, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     try:
@@ -99,7 +99,7 @@ def describe(
 
 
 def public_arguments(arguments: Sequence[str]) -> list[str]:
-    """Server arguments without passwords and keys, and with paths cut to their last part: a record names no machine's places."""
+    """Server arguments without passwords and keys, and with paths cut to their last part: a record contains no paths of a machine."""
     shown = []
     for argument in mask_arguments(arguments):
         option, equals, value = argument.rpartition("=")
@@ -127,7 +127,7 @@ def _served(info: ServerInfo, facts: Facts, dtype: str, started: bool, arguments
         page_size=facts.page_size,
         prefix_cache=facts.prefix_cache,
         speculative=speculative,
-        # The greater of the two, because the floors must stay below what can be: a chain of n steps yields up to n + 1 tokens.
+        # The greater of the two, because the floors must stay below the possible: a chain of n steps yields up to n + 1 tokens.
         draft_tokens=max(1, drafts, steps + 1) if speculative else 1,
         token_capacity=facts.tokens,
         cache_gib=facts.cache_gib,
@@ -156,7 +156,7 @@ def _cache(info: ServerInfo, facts: Facts, profile: Profile | None, model: Model
         if profile is not None:
             facts.check_profile(profile, url)
         raise UsageError(
-            f"{url} serves profile {facts.profile_digest[:19]}… on several ranks and tells the bytes of the first only: name"
+            f"{url} serves profile {facts.profile_digest[:19]}… on several ranks and reports the bytes of the first only: name"
             " that profile with --profile"
         )
     stored_bytes = info.kvtuner.bytes_per_token if info.kvtuner else None
@@ -185,7 +185,7 @@ def first_device(base: object) -> str:
 
 
 def _longest(info: ServerInfo, config: dict[str, Any]) -> int:
-    """Most tokens of a sequence. SGLang 0.5 keeps some of the context for itself, and says how many of a prompt are left."""
+    """Most tokens of a sequence. SGLang 0.5 reserves some of the context, and reports how many are left for a prompt."""
     if info.max_req_input_len is not None:
         return info.max_req_input_len + _RESERVED
     positions = config.get("max_position_embeddings")

@@ -1,4 +1,4 @@
-"""The time with one server: what it is, whether it is right, and the cells that the journal does not have yet."""
+"""A session with one server: its description, its correctness, and the cells that the journal does not have yet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kvtuner_search.progress import Reporter
 from kvtuner_search.servers.client import Client
 from kvtuner_search.servers.process import Server
 
-CROSS_CHECK_SECONDS: Final = 1800.0  # SGLang's own client may take as long in any case
+CROSS_CHECK_SECONDS: Final = 1800.0  # SGLang's own client may always take this long
 LEAST_ANSWER: Final = 6  # tokens
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 T = TypeVar("T")
@@ -41,22 +41,22 @@ class BenchServer:
 
     url: str
     server: Server | None = None  # the process, if this run started it
-    arguments: Sequence[str] = ()  # what it was started with
+    arguments: Sequence[str] = ()  # its arguments
     versions: dict[str, str] = field(
         default_factory=dict
-    )  # of the packages in its environment; empty if it was pointed at
+    )  # of the packages in its environment; empty if it was given by its URL
     key: str | None = field(default=None, repr=False)  # sent as bearer token
 
 
 class BenchSession:
-    """Measure what is missing.
+    """Measure the missing cells.
 
     Args:
         options: of the run.
-        profile: what the server should have; None: whatever it has.
+        profile: the profile that the server should have; None: any.
         model: folder or hub id of the model; None: as the server names it.
         place: the server.
-        journal: takes everything that is found.
+        journal: records everything.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class BenchSession:
         """Check the server, then measure the cells that are missing. Nothing is measured on a server that fails a check.
 
         Raises:
-            ServerError: if it cannot be asked at all, or a server that was started here has ended.
+            ServerError: if it cannot be queried at all, or a server that was started here has ended.
             UsageError: if the preset does not fit it, or earlier answers came from another.
         """
         check_room(self.options.steps, self.target)
@@ -182,7 +182,7 @@ class BenchSession:
                     advance=advance,
                 )
         if self.server is not None:
-            self.server.check_alive()  # a cell that a crash has spoiled is measured again
+            self.server.check_alive()  # a cell spoiled by a crash is measured again
         self.journal.end(key)
         return sum(len(result.tokens) for result in log.results if not result.warmup)
 
@@ -197,7 +197,7 @@ class BenchSession:
         """Rounds of prompts; before the first and after each the cache is flushed, and free slots and memory are read."""
         key, count = key_of(step), step.shape.requests // step.rounds
         warm, measured = prompts[: step.warmup], prompts[step.warmup :]
-        # Sent before the first reading, because the first long prompt makes a server allocate some things for good.
+        # Sent before the first reading, because the first long prompt makes a server allocate some memory permanently.
         send(warm, step.shape.model_copy(update={"requests": step.warmup}))
         shape = step.shape.model_copy(update={"requests": count})
         for number in range(step.rounds + 1):
@@ -283,5 +283,5 @@ def check_room(steps: Sequence[CellPlan], target: ServerDescription) -> None:
 
 
 def _tokens(step: CellPlan) -> int:
-    """That a sequence may come to; SGLang refuses a prompt that leaves no room for a handful of tokens."""
+    """Most tokens of a sequence; SGLang refuses a prompt that leaves no room for a handful of tokens."""
     return step.shape.input_tokens + max(step.shape.output_tokens, LEAST_ANSWER)

@@ -1,6 +1,6 @@
 """Service-level objectives: ``--slo ttft_p99=200,success=0.999,memory=0.9``. Neither torch nor SGLang is imported here.
 
-An objective is judged on its worst cell, so that no good cell hides a bad one, and one that nothing was measured for fails.
+An objective is judged on its worst cell, so that no good cell hides a bad one; an objective without a measurement fails.
 docs/bench-records.md has the table of names and units.
 """
 
@@ -31,7 +31,7 @@ UNITS: Final[dict[str, str]] = {
 
 
 class ServiceObjective(NamedTuple):
-    """One thing that was asked for."""
+    """One requested limit."""
 
     name: str  # of UNITS
     limit: float  # in the unit of the name
@@ -44,7 +44,7 @@ class ServiceObjective(NamedTuple):
 
     @property
     def relation(self) -> Literal["at most", "at least"]:
-        """How the value must lie to the limit."""
+        """The required relation of the value to the limit."""
         return "at least" if self.name == "success" or self.name in _PEAKS else "at most"
 
 
@@ -57,7 +57,7 @@ def parse(text: str) -> list[ServiceObjective]:
     """Read ``NAME=LIMIT,SECTION.NAME=LIMIT,...``.
 
     Raises:
-        UsageError: for an unknown name or section, a limit that is no number of its unit, or a name given twice.
+        UsageError: for an unknown name or section, a limit that is not a number of its unit, or a name given twice.
     """
     found: list[ServiceObjective] = []
     for part in text.split(","):
@@ -70,7 +70,7 @@ def parse(text: str) -> list[ServiceObjective]:
         if name not in UNITS:
             raise UsageError(f"--slo {title!r} is unknown: choose from {', '.join(UNITS)}")
         if dot and name in ("memory", "device_memory"):
-            raise UsageError(f"--slo {title!r}: {name} is of the whole run: leave {section}. out")
+            raise UsageError(f"--slo {title!r}: {name} applies to the whole run: leave {section}. out")
         objective = ServiceObjective(
             name, _limit(title, name, value), next((s for s in SECTIONS if s == section), None)
         )
@@ -88,7 +88,7 @@ def _limit(title: str, name: str, value: str) -> float:
     highest = 1.0 if UNITS[name] == "fraction" else math.inf
     if not (0 <= limit <= highest and math.isfinite(limit)):
         wanted = "a fraction from 0 to 1" if highest == 1 else f"a number of {UNITS[name]} from 0 on"
-        raise UsageError(f"--slo {title}={value}: the limit is no number that can hold: give {wanted}")
+        raise UsageError(f"--slo {title}={value}: the limit is not valid: give {wanted}")
     return limit
 
 
@@ -137,7 +137,7 @@ def _worst(objective: ServiceObjective, record: Record) -> _Found:
 
 
 def _slowest(cells: Sequence[Cell], name: str) -> _Found:
-    """The cell with the longest time; one that has none because nothing came back is worse than any."""
+    """The cell with the longest time; a cell without a time, because no answer came, is worse than any."""
     time, statistic = name.rsplit("_", 1)
     found: list[tuple[float, str]] = []
     for cell in cells:
@@ -158,7 +158,7 @@ def _rate(speed: Speed, name: str) -> float:
 
 
 def _slots(record: Record) -> _Found:
-    """The greatest fraction of the cache's token slots in use, by the server's own gauge; of several ranks the fullest."""
+    """The greatest fraction of the cache's token slots in use, by the server's own gauge; for several ranks the fullest."""
     peaks = [
         (scrape.maximum, f"{scrape.name}, {scrape.samples} readings")
         for scrape in record.scrapes

@@ -1,4 +1,4 @@
-"""Which cells of a preset a run measures."""
+"""The cells of a preset that a run measures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def choose(preset: str, sections: Sequence[str] = ()) -> list[CellPlan]:
     """The cells of a preset, or those of some of its tables.
 
     Raises:
-        UsageError: if there is no such preset, or nothing is left.
+        UsageError: if there is no such preset, or no cell is left.
     """
     if preset in RENAMED:
         raise UsageError(f"the preset {preset!r} is called {RENAMED[preset]!r}: give --preset {RENAMED[preset]}")

@@ -1,4 +1,4 @@
-"""Figures of a cell from its raw results, and what in these results is no answer."""
+"""Figures of a cell from its raw results, and the results that are not answers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from kvtuner_search.errors import DataError
 BUSY_LIMIT: Final = 0.8  # share of a core; above it requests wait for the generator's loop more than now and then (queueing at 80 % load)
 LAG_SHARE: Final = 0.2  # of the median time to the first token, the shortest time that is measured
 LAG_FLOOR: Final = 5.0  # ms; the timer itself is late by one or two, and more where a server shares the cores
-LAG_SECONDS: Final = 0.5  # that a cell must take before lag says more than that some other process ran once
-CHANCE: Final = (
-    0.01  # of prompt tokens; beginnings of random prompts meet what other cells left in the cache, whole prompts do not
-)
+LAG_SECONDS: Final = 0.5  # minimum length of a cell; in a shorter one lag may only mean that another process ran once
+CHANCE: Final = 0.01  # of prompt tokens; beginnings of random prompts may hit what other cells left in the cache, whole prompts do not
 _ALIKE: Final = 16  # tokens; shorter answers can be the same by chance
-_LONG: Final = 64  # tokens; so long an answer may take several reads although it came in one piece
-_INSTANT: Final = (
-    0.5  # ms a token; the lines of so quick an answer may share a read without anyone having collected them
-)
-_AT_ONCE: Final = 0.02  # ms a token between these reads: what reading takes, far below any decode step
+_LONG: Final = 64  # tokens; an answer this long may take several reads although it came in one piece
+_INSTANT: Final = 0.5  # ms a token; the lines of such a fast answer may share a read without having been collected
+_AT_ONCE: Final = 0.02  # ms a token between these reads: the time of reading, far below any decode step
 
 
 def measured(results: Sequence[RequestResult]) -> list[RequestResult]:
@@ -34,7 +30,7 @@ def measured(results: Sequence[RequestResult]) -> list[RequestResult]:
 def elapsed(results: Sequence[RequestResult]) -> float:
     """Seconds from the first request sent to the last token received, each round by itself, so that pauses between rounds do not count.
 
-    Failures are left out, but for a round in which nothing succeeded it is 0.
+    Failures are left out; a round in which nothing succeeded counts as 0.
     """
     spans: dict[int, tuple[float, float]] = {}
     for result in measured(results):
@@ -45,11 +41,11 @@ def elapsed(results: Sequence[RequestResult]) -> float:
 
 
 def summarise(section: Section, shape: Shape, results: Sequence[RequestResult], seconds: float | None = None) -> Cell:
-    """The cell of a record, floor left open. Only whole answers are samples; all others are failures by kind.
+    """The cell of a record, without its floor. Only complete answers are samples; all others are failures by kind.
 
     Args:
         section: table of the cell.
-        shape: what was asked for; a request without a result counts as ``not-sent``.
+        shape: the requests; a request without a result counts as ``not-sent``.
         results: of one attempt at the cell; the warm-up's are ignored.
         seconds: that the cell took; None: ``elapsed(results)``.
 
@@ -111,7 +107,7 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def violations(where: str, results: Sequence[RequestResult]) -> list[Violation]:
-    """One for each kind of failure, and for answers that are whole but cannot be believed.
+    """One for each kind of failure, and for complete answers that cannot be believed.
 
     Besides the kinds in ``client.FAILURES`` the rules are ``cached``, ``same-answer``, ``not-streamed`` and ``client-bound``.
 
@@ -137,7 +133,7 @@ def _violation(rule: str, where: str, figure: str, reason: str) -> Violation:
 
 
 def _cached(where: str, whole: Sequence[RequestResult]) -> Violation | None:
-    """Prompts of a cell share no prefix, so more than chance hits means that prompts were seen before."""
+    """Prompts of a cell share no prefix, so more hits than by chance mean that the server has seen the prompts before."""
     cached, sent = sum(result.cached_tokens for result in whole), sum(result.prompt_tokens for result in whole)
     if cached <= CHANCE * sent:
         return None
@@ -146,19 +142,19 @@ def _cached(where: str, whole: Sequence[RequestResult]) -> Violation | None:
         where,
         f"{cached} of {sent} prompt tokens",
         "the prefix cache had them although all prompts are random and begin differently: it was not flushed since they were last sent,"
-        " so the time to the first token is not that of these prompts",
+        " so TTFT is not that of these prompts",
     )
 
 
 def _same_answer(where: str, whole: Sequence[RequestResult]) -> Violation | None:
     answers = [result.tokens for result in whole]
     if len(answers) < 2 or len(answers[0]) < _ALIKE or len(set(answers[0])) == 1 or len(set(answers)) > 1:
-        return None  # one token over and over is what random weights answer to anything
+        return None  # random weights answer anything with one repeated token
     return _violation(
         "same-answer",
         where,
         f"{len(answers)} prompts, 1 answer",
-        f"all random prompts got the same {len(answers[0])} tokens: they are canned, or of another prompt",
+        f"all random prompts got the same {len(answers[0])} tokens: they are canned, or belong to another prompt",
     )
 
 
@@ -170,13 +166,13 @@ def _not_streamed(where: str, whole: Sequence[RequestResult]) -> Violation | Non
         "not-streamed",
         where,
         f"{late} of {len(whole)} answers in one piece",
-        "the first token came with the last, so the time to the first token is the latency: the server does not stream, a proxy collects,"
+        "the first token came with the last, so TTFT equals the latency: the server does not stream, a proxy collects,"
         " or --stream-interval is too long",
     )
 
 
 def _in_one_piece(result: RequestResult) -> bool:
-    """Whether a proxy or the server had collected the whole answer: its lines came together, however many they are."""
+    """Whether a proxy or the server had collected the whole answer: its lines came together, in any number."""
     tokens, lines, times = len(result.tokens), len(result.arrivals), len({at for at, _ in result.arrivals})
     several_reads = tokens >= _LONG and tokens >= 4 * times and result.latency - result.ttft < _AT_ONCE * tokens
     collected = result.latency > _INSTANT * tokens and (times == 1 or several_reads)

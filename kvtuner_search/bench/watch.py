@@ -1,4 +1,4 @@
-"""What a server and its device say of themselves during a run: free slots, device memory, Prometheus metrics."""
+"""Readings of a server and its device during a run: free slots, device memory, Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _SETTLE: Final = 10.0  # seconds that a server may take to become idle
 _PAUSE: Final = 0.1  # seconds between two looks
 _PATIENCE: Final = 30.0  # seconds for one reading
 _LOADS: Final = 1 << 20  # bytes of /get_load; SGLang's has some 100 a rank
-_METRICS: Final = 64 << 20  # bytes of /metrics that are read, and none is kept but the lines of METRICS
+_METRICS: Final = 64 << 20  # bytes of /metrics that are read; only the lines of METRICS are kept
 _LINES: Final = 16_384  # of METRICS; SGLang has a dozen a rank
 _LINE: Final = 1 << 16  # bytes of a line
 _RANK: Final = re.compile(r"[0-9]{1,6}")
-_GREATEST: Final = 1e18  # of a figure that counts or measures something here
+_GREATEST: Final = 1e18  # largest plausible figure
 
 
 class Watch:
@@ -53,13 +53,13 @@ class Watch:
     Args:
         url: of the server.
         facts: its own account.
-        local: it runs on this machine, so that its device can be looked at.
+        local: it runs on this machine, so that its device can be read.
         first_device: index of its first GPU, as ``nvidia-smi`` counts, or its UUID.
         timeout: seconds that one reading may take; at most half a minute is waited.
         key: sent as bearer token.
 
     Attributes:
-        fault: what was wrong with the metrics, if something was. A server without metrics has no fault, nor one that is too busy to answer.
+        fault: the error in the metrics, if any. Missing metrics, or a server too busy to answer, are not a fault.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Watch:
         return Reading(free_tokens=self._free_tokens(), device_bytes=self._device_bytes())
 
     def _free_tokens(self) -> int | None:
-        """Slots that no request holds once the server is idle; None where it does not tell."""
+        """Slots that no request holds once the server is idle; None if it does not tell."""
         deadline = time.monotonic() + _SETTLE
         while True:
             loads = self._loads()
@@ -96,7 +96,7 @@ class Watch:
             time.sleep(_PAUSE)
 
     def _loads(self) -> list[dict[str, Any]]:
-        """``/get_load`` of every data-parallel rank; empty where the server has none."""
+        """``/get_load`` of every data-parallel rank; empty if the server has none."""
         wanted = ("num_reqs", "num_tokens", "num_pending_tokens")
         try:
             loads = asyncio.run(self._get_loads())
@@ -193,7 +193,7 @@ class _Lines:
         self._keep(whole)
         if self._came > _METRICS or len(self._rest) > _LINE or len(self._kept) > _LINES:
             raise BadAnswerError(
-                f"{self._came:,} bytes came with {len(self._kept):,} lines of metrics that are read here, and more: no server has so many ranks"
+                f"{self._came:,} bytes came with {len(self._kept):,} lines of metrics that are read here, and more: more than any server's ranks need"
             )
 
     def all(self) -> list[str]:
@@ -215,7 +215,7 @@ def parse_metrics(lines: Iterable[str]) -> dict[str, float]:
 
     Raises:
         ValueError: if it is another format.
-        ServerError: if a rank is no number, or a figure beyond reason.
+        ServerError: if a rank is not a number, or a figure is implausible.
     """
     found: dict[str, float] = {}
     for family in text_string_to_metric_families("\n".join([*filter(_is_wanted, lines), ""])):
@@ -230,14 +230,12 @@ def parse_metrics(lines: Iterable[str]) -> dict[str, float]:
             if math.isfinite(sample.value):
                 found[name] = found.get(name, 0.0) + sample.value
                 if abs(found[name]) > _GREATEST:
-                    raise BadAnswerError(
-                        f"/metrics says {name}={found[name]:g}: nothing here comes to so much; is it SGLang?"
-                    )
+                    raise BadAnswerError(f"/metrics says {name}={found[name]:g}: implausibly large; is it SGLang?")
     return found
 
 
 def merge(earlier: Iterable[Scrape], later: Iterable[Scrape]) -> list[Scrape]:
-    """The series of a run that was resumed."""
+    """The series of a resumed run."""
     found = {scrape.name: scrape for scrape in earlier}
     for scrape in later:
         before = found.get(scrape.name)

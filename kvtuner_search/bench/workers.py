@@ -1,6 +1,6 @@
-"""A cell's load from several processes, for one event loop cannot read tokens faster than one core allows.
+"""A cell's load from several processes, because one event loop cannot read tokens faster than one core allows.
 
-The processes share one counter, so that together they send what a single one would, in the same order.
+The processes share one counter, so that together they send the same requests as a single one, in the same order.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run_blocks(
 
 
 def _collect(running: dict[Connection, BaseProcess], emit: Callable[[RequestResult], None]) -> None:
-    """Pass results on until every process has said that it is idle."""
+    """Pass results on until every process has reported that it is idle."""
     busy = set(running)
     while busy:
         for ready in wait(list(busy)):
@@ -84,7 +84,7 @@ def _collect(running: dict[Connection, BaseProcess], emit: Callable[[RequestResu
 
 
 def _drain(connection: Connection, emit: Callable[[RequestResult], None]) -> None:
-    """Keep what a process had sent before the run was interrupted."""
+    """Keep the results that a process had sent before the interruption."""
     with suppress(EOFError, OSError):
         while connection.poll():
             for result in connection.recv() or ():
@@ -92,7 +92,7 @@ def _drain(connection: Connection, emit: Callable[[RequestResult], None]) -> Non
 
 
 def _work(connection: Connection, counter: Synchronized[int], job: Job, lanes: int) -> None:
-    """One process: idle, then blocks until it is told None."""
+    """One process: waits, then runs blocks until it receives None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     with suppress(EOFError, BrokenPipeError), without_gc():  # of the pipe: the parent has ended
         asyncio.run(_serve(connection, counter, job, lanes))

@@ -1,8 +1,8 @@
-"""Studies that are this program's own, and what the workers of one have agreed on.
+"""Studies made by this program, and the values that the workers of a study share.
 
-What all workers must agree on is kept in a second study, ``NAME-agreed``: whoever has something to say adds a trial that holds all of it, in
-one operation, and the first one counts. Storages number trials in one order for all, so no two workers take different ones for the first,
-nobody sees a part of one, and nobody's parts are mixed with another's.
+Shared values are kept in a second study, ``NAME-agreed``: a worker publishes a value as one trial, in one operation, and the
+first one counts. Storages number trials in one order for all, so all workers see the same first trial, and always
+a complete one from a single worker.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kvtuner_search.calibration.storage import Store
 from kvtuner_search.errors import DataError
 
 CHUNK: Final = 60_000  # characters of one attribute, which some databases limit to 64 KiB
-MARK: Final = ("kvtuner", 2)  # attribute that tells this program's studies, and the version of their layout
+MARK: Final = ("kvtuner", 2)  # attribute that marks this program's studies, and the version of their layout
 
 
 def open_study(store: Store, name: str, seed: int, objectives: int) -> optuna.Study:
-    """The study of a name, made if there is none.
+    """The study with this name; it is created if it does not exist.
 
     Raises:
-        DataError: if it is of another program or layout; nothing of it is touched.
+        DataError: if it belongs to another program or layout; it is left unchanged.
     """
     directions = [StudyDirection.MINIMIZE] * objectives
     sampler = RandomSampler(seed)
@@ -50,13 +50,13 @@ def open_study(store: Store, name: str, seed: int, objectives: int) -> optuna.St
             )  # before anything else, so a study without it that holds something is not ours
             return study
     raise DataError(
-        f"the study {name!r} in {store.name} is of another program, or of another version of this one:"
+        f"the study {name!r} in {store.name} belongs to another program, or to another version of this one:"
         " choose another --study-name, --storage or --output"
     )
 
 
 def agree(study: optuna.Study, key: str, content: Any) -> Any:
-    """Say what holds for all workers under a key, plain JSON but None; returns what the first one said."""
+    """Publish a value for all workers under a key, plain JSON but not None; returns the first published value."""
     found = agreed(study, key)
     if found is None:
         text = json.dumps(content, sort_keys=True)
@@ -68,7 +68,7 @@ def agree(study: optuna.Study, key: str, content: Any) -> Any:
 
 
 def agreed(study: optuna.Study, key: str) -> Any:
-    """What was said first under a key; None if nothing was."""
+    """The first value published under a key, or None."""
     for trial in sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number):
         attributes = trial.user_attrs
         if attributes.get("key") == key:

@@ -1,4 +1,4 @@
-"""Layer-alone loss: KL of the model's output when one side of one layer is stored in a class and everything else is 16-bit."""
+"""Layer-alone loss: KL of the model's output with one side of one layer stored in a class and everything else in 16 bits."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def side_losses(
     """Losses of every layer's key specs, with values at 16 bits, and the other way round; same shapes as given.
 
     Args:
-        alone: what measures one.
+        alone: measures one loss.
         keys, values: by layer, each spec with its e_o.
-        least_error: a spec whose e_o is below is not run: to second order the loss is quadratic in the error, so it is
-            extrapolated from the run spec of the nearest e_o.
+        least_error: a spec with a smaller e_o is not run: to second order the loss is quadratic in the error, so it is
+            extrapolated from the measured spec with the nearest e_o.
         advance: called after each spec.
-        one_a_width: of the specs of the same bits only the one of least e_o is run; the others are extrapolated too.
+        one_a_width: of the specs with the same bits only the one with the smallest e_o is run; the others are extrapolated.
     """
     found: tuple[list[list[float]], list[list[float]]] = ([], [])
     for layer, sides in enumerate(zip(keys, values, strict=True)):

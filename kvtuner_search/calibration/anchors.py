@@ -16,8 +16,8 @@ NEARBY: Final = (0.97, 1.0)  # the proxy's optimum is tried at these fractions o
 
 
 def uniform_pairs(classes: Sequence[StorageClass]) -> list[Pair]:
-    """The usual uniform settings: K8V8, K8V4, K4V4, K4V2 and K2V2, for each group size and sign that both sides can have; and in bands,
-    which spread the same bits in each layer as it likes, 4, 3 and 2 bits a channel."""
+    """The usual uniform settings: K8V8, K8V4, K4V4, K4V2 and K2V2, for each group size and sign that both sides can have; and in bands
+    of 4, 3 and 2 bits a channel, which each layer distributes in its own way."""
     found = [
         (key, value)
         for bits in ((16, 16), *UNIFORM_BITS)
@@ -64,7 +64,7 @@ def anchors(
     for origin, rows in (("uniform", [[pair] * layers for pair in uniform]), ("preset", presets)):
         for row in rows:
             choices = space.choices_of(row)
-            # With bands there are more uniform settings, so only those are tried that may be chosen.
+            # With bands there are more uniform settings, so only those that may be chosen are tried.
             if choices is not None and not (banded and space.cost(choices) > max(budgets)):
                 found.setdefault(choices, origin)
     return [Anchor(origin, choices) for choices, origin in found.items()]

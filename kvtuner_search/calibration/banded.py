@@ -1,7 +1,7 @@
-"""Which bits the bands of a layer get: what a pattern is predicted to lose, and the best patterns of each storage class.
+"""Bit allocation over the bands of a layer: the predicted loss of a pattern, and the best patterns of each storage class.
 
-A banded class fixes how many bits the eight bands of a side have together, and so, with the other side's class, the words of a row. How
-these bits are spread over the bands costs nothing, so each layer takes the pattern that its gradients predict to lose least.
+A banded class fixes the total bits of a side's eight bands, and so, with the other side's class, the words of a row. Distributing
+these bits over the bands costs nothing, so each layer takes the pattern with the smallest loss predicted by its gradients.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from kvtuner_search.calibration.candidates import GRAIN, Pair, StorageClass, ban
 
 # Mean squared error of a standard normal variable at 0 to 8 bits, with the uniform steps of kvtuner_kernels.bands.
 DISTORTION: Final = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.000304, 0.0000875)
-# A code for x is wrong by -D x in the mean, and by noise about that. Noise of different tokens cancels, the share D of x does not: what a text
-# says in a channel that was dropped is missing from many of its tokens at once. So that part counts double.
+# A code for x is off by -D x on average, plus noise. Noise of different tokens cancels, the share D of x does not: information in a dropped
+# channel is missing from many tokens of a text at once. So that part counts double.
 COST: Final = tuple(d + d * d for d in DISTORTION)
-# Totals whose lone losses are measured; between them measured over predicted loss is interpolated.
+# Totals whose layer-alone losses are measured; between them the ratio of measured to predicted loss is interpolated.
 MEASURED: Final = (12, 20, 32)
-TRIED: Final = 24  # best patterns of a side and total that are tried with the other side's
+TRIED: Final = 24  # best patterns for a side and total that are combined with the other side's
 
 
 @dataclass(frozen=True)
 class BandedPair:
-    """How one layer stores a pair of banded classes, and what that is taken to lose."""
+    """How one layer stores a pair of banded classes, and the expected loss."""
 
     spec: LayerSpec
-    key_loss: float  # nats a token: predicted by the gradients, times what measured losses say about predictions
+    key_loss: float  # nats a token: predicted by the gradients, times the ratio of measured to predicted losses
     value_loss: float
     predicted: float  # by the gradients alone, both sides
 
@@ -53,7 +53,7 @@ def patterns(total: int) -> NDArray[np.int64]:
 
 
 def predicted_loss(bands: Sequence[int], worth: Sequence[float]) -> float:
-    """Nats a token that a pattern is taken to lose."""
+    """Expected loss of a pattern in nats a token."""
     return sum(COST[b] * w for b, w in zip(bands, worth, strict=True))
 
 
@@ -63,7 +63,7 @@ def _costs(total: int) -> NDArray[np.float64]:
 
 
 def best_patterns(total: int, worth: Sequence[float], count: int = 1) -> list[tuple[tuple[int, ...], float]]:
-    """The patterns of ``total`` bits with the least predicted losses, and these; best first."""
+    """The patterns of ``total`` bits with the smallest predicted losses, and the losses; best first."""
     found = patterns(total)
     losses = _costs(total) @ np.array(worth)
     order = np.argsort(losses, kind="stable")[:count]
@@ -78,7 +78,7 @@ def class_spec(candidate: StorageClass, worth: Sequence[float]) -> TensorSpec:
 def banded_pairs(
     worth: LayerWorth, key_ratio: Mapping[int, float], value_ratio: Mapping[int, float], head_dim: int
 ) -> dict[Pair, BandedPair]:
-    """Every pair of banded classes that fills its words, with the best patterns that do pack into as many beside the scales.
+    """Every pair of banded classes that fills its words, with the best patterns that pack into them beside the scales.
 
     Args:
         worth: of the layer.
@@ -110,7 +110,7 @@ Pattern = tuple[tuple[int, ...], float]
 
 
 def _near(total: int, worth: Sequence[float], digit: int) -> list[Pattern]:
-    """The best patterns of up to ``total`` bits; a few bits less may be what packs beside ``digit`` bits of scales."""
+    """The best patterns of up to ``total`` bits; a pattern with a few bits less may pack better beside ``digit`` bits of scales."""
     least = max(1, total - max(GRAIN, digit) + 1)
     found = [
         pattern for t in range(total, least - 1, -1) for pattern in best_patterns(t, worth, TRIED // (total - t + 1))
@@ -121,7 +121,7 @@ def _near(total: int, worth: Sequence[float], digit: int) -> list[Pattern]:
 def _packed(
     keys: Sequence[Pattern], values: Sequence[Pattern], words: int, digit: int
 ) -> tuple[Pattern, Pattern] | None:
-    """The two patterns of least summed loss that fit into so many words; None if none do, as may be with the smallest heads."""
+    """The two patterns with the smallest summed loss that fit into the words; None if none do, as may happen with the smallest heads."""
     room = words * WORD_BITS - digit
     fit = [(k, v) for k, v in itertools.product(keys, values) if sum(k[0]) + sum(v[0]) <= room]
     order = sorted(fit, key=lambda pair: pair[0][1] + pair[1][1])
@@ -129,7 +129,7 @@ def _packed(
 
 
 def interpolated(ratio: Mapping[int, float], total: int) -> float:
-    """Measured over predicted loss at ``total`` bits: log-linear between what was measured, constant beyond; 1 if nothing was."""
+    """Measured over predicted loss at ``total`` bits: log-linear between measured totals, constant beyond; 1 if nothing was measured."""
     if not ratio:
         return 1.0
     known = sorted(ratio)

@@ -1,8 +1,8 @@
-"""Fit the basis in which one side of a layer is stored, and what its bands are worth.
+"""Fit the basis in which one side of a layer is stored, and compute the worth of its bands.
 
 With the Fisher information F as metric and C the covariance about the mean, an error e of the side costs ``e^T F e`` nats a token, to second
 order. In the basis ``U^T F^(1/2)``, U being the eigenvectors of ``F^(1/2) C F^(1/2)``, channels are uncorrelated, every channel's error costs
-the same, and the eigenvalues say what it costs to drop each. Eigenvalues in order, cut into bands, are what bits are handed out by.
+the same, and an eigenvalue is the cost of dropping its channel. The ordered eigenvalues, cut into bands, decide the bit allocation.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kvtuner_search.evaluation.scorer import Scorer
 
 METRIC_FLOOR: Final = 1e-6  # least eigenvalue of the metric, relative to the largest
 SPREAD_FLOOR: Final = 1e-8  # least variance of a direction, relative to the mean channel's
-ENOUGH: Final = 16  # tokens a channel from which on moments are taken as they are
+ENOUGH: Final = 16  # tokens a channel from which on moments need no ridge
 LEAST: Final = 1e-20  # where a side is constant, or nothing depends on it
 
 
 @dataclass(frozen=True)
 class SideWorth:
-    """Nats a token that it costs to drop each band of one side of a layer, by head; band 0 is worth most."""
+    """Cost in nats a token of dropping each band of one side of a layer, by head; band 0 is worth most."""
 
     by_head: tuple[tuple[float, ...], ...]  # [H][BANDS]
 
@@ -49,7 +49,7 @@ class LayerWorth:
 
 
 def fit_side(sums: SideSums, first_mean: Tensor) -> tuple[Tensor, SideWorth]:
-    """A side's basis tensor fp32 [H, D + 2, D], as a transforms file holds it, and what its bands are worth.
+    """A side's basis tensor fp32 [H, D + 2, D], as a transforms file holds it, and the worth of its bands.
 
     Args:
         sums: of the side.
@@ -62,7 +62,7 @@ def fit_side(sums: SideSums, first_mean: Tensor) -> tuple[Tensor, SideWorth]:
         t.cpu() / by for t, by in ((sums.mean, sums.weight), (sums.square, sums.weight), (sums.gradient, 1.0))
     )
     heads, head_dim = mean.shape
-    # Directions that few tokens have hardly shown look narrower, or less listened to, than they are.
+    # Directions seen in few tokens look narrower, or less important, than they are.
     ridge = min(1.0, max(0.0, head_dim / max(sums.tokens, 1.0) - 1 / ENOUGH)) ** 2
     spread = _ridged(square - mean.unsqueeze(-1) * mean.unsqueeze(-2), ridge, SPREAD_FLOOR)
     root = _root(_ridged(gradient, ridge, 0.0))
@@ -114,14 +114,14 @@ def fit_bases(
     batch_tokens: int,
     stage: Callable[..., Any],
 ) -> tuple[dict[int, Centres], list[LayerWorth]]:
-    """Both sides of every layer: the basis tensors, and what their bands are worth.
+    """Both sides of every layer: the basis tensors, and the worth of their bands.
 
     Args:
         scorer: search split.
         tokenizer: of the model; None if it has none.
         seed: of the labels that gradients are taken for.
         batch_tokens: tokens of one pass.
-        stage: opens a stage of so many units and yields what advances it (see Reporter.stage).
+        stage: opens a progress stage and yields the function that advances it (see Reporter.stage).
     """
     sequences = [sample.tokens for tier in scorer.tiers for sample in tier]
     weights = first_token_weights(sequences, special_tokens(tokenizer))

@@ -1,6 +1,6 @@
-"""What the search may choose from: storage classes, and the ways to transform a tensor before it is put on the grid.
+"""The choices of the search: storage classes, and the ways to transform a tensor before quantization.
 
-A **class** fixes what a tensor costs: bits, group size, and whether a minimum is stored; or, stored in bands, the bits of all bands
+A **class** fixes the cost of a tensor: bits, group size, and whether a minimum is stored; or, for bands, the bits of all bands
 together. Within a class the variants (plain, centred, centred and rotated, each with a clip; or the ways to spread bits over bands) cost
 the same bytes, so each layer takes the best one, and the search chooses among classes only.
 """
@@ -51,7 +51,7 @@ class StorageClass:
         """The inverse of ``str``.
 
         Raises:
-            UsageError: if the text is no class.
+            UsageError: if the text is not a class.
         """
         banded = re.fullmatch(r"(\d(?:\.\d{1,3})?)-bands", text, re.ASCII)
         with suppress(LayoutError):
@@ -68,7 +68,7 @@ class StorageClass:
         return cls(spec.bits, spec.symmetric, spec.group_size, sum(spec.bands))
 
     def spec(self, transform: Transform = "plain", clip: float = 1.0) -> TensorSpec:
-        """One variant; of a banded class the one with the most even bits, whatever is asked for."""
+        """One variant; for a banded class always the one with the most even bits."""
         if self.bits == 16:
             return TensorSpec()
         if self.banded:
@@ -92,7 +92,7 @@ def parse_pair(text: str) -> Pair:
     """The inverse of pair_name.
 
     Raises:
-        UsageError: if the text is no pair.
+        UsageError: if the text is not a pair.
     """
     key, slash, value = text.partition("/")
     if not slash:

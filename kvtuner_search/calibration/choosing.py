@@ -21,7 +21,7 @@ RIVALS: Final = ("fisher", "uniform", "proxy", "preset", "random")
 
 @dataclass(frozen=True)
 class TargetResult:
-    """One budget, and what was chosen for it."""
+    """One budget, and the setting chosen for it."""
 
     label: str  # for example 4.0 bits
     bits: float | None  # None if the loss was bounded instead
@@ -101,14 +101,14 @@ def _winner(run: CalibrationRun, judged: Sequence[HeldOutResult]) -> Candidate:
     if not fitting:
         least = min((r.scores.loss for r in judged), default=float("inf"))
         raise DataError(
-            f"no setting that was tried has a loss of at most {bound:g} (the least is {least:.4g}):"
+            f"no scored setting has a loss of at most {bound:g} (the smallest is {least:.4g}):"
             " raise --trials or --max-loss"
         )
     return min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
 
 
 def _evidence(result: HeldOutResult) -> float:
-    """What finalists are ranked by: the loss on search and selection split together, which halves the noise of either."""
+    """The criterion for finalists: the loss on search and selection split together, which halves the noise of either."""
     searched = result.candidate.search_loss
     return result.scores.loss if searched is None else (result.scores.loss + searched) / 2
 

@@ -1,8 +1,8 @@
 """Optuna's journal file with a checksum in every line, so that a changed, lost or repeated line is noticed.
 
-Optuna replays a journal as it is: a changed digit would be another loss, and so another profile. Each line therefore says what it and its
-place in the file hash to. A line that a killed writer left half written is cut off when the file is opened next; that loses nothing, because
-whoever writes a line goes on only when all of it is on the disk.
+Optuna replays a journal as it is: a changed digit would be another loss, and so another profile. Each line therefore has a hash of its
+content and position. A line that a killed writer left half written is cut off when the file is next opened; that loses nothing, because
+a writer continues only when the whole line is on the disk.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class CheckedJournal(BaseJournalBackend):
     """A journal in one file that several processes may share.
 
     Args:
-        path: the file; it is made if it does not exist, its folder must.
+        path: the file; it is created if necessary, but its folder must exist.
 
     Raises:
-        DataError: if the file is something else than such a journal; it is left as it is.
+        DataError: if the file is not such a journal; it is left unchanged.
         OSError: if it cannot be read or written.
 
     Example:
@@ -58,7 +58,7 @@ class CheckedJournal(BaseJournalBackend):
         self.file = (status.st_dev, status.st_ino)
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """The lines from one number on; a last line that another process is just writing is left for the next time."""
+        """The lines from one number on; a last line that another process is still writing is left for the next call."""
         with self.path.open("rb") as stream:
             self._same(stream.fileno())
             number = min(log_number_from, len(self.offsets) - 1)
@@ -166,10 +166,10 @@ class CheckedJournal(BaseJournalBackend):
         except ValueError:
             log = None
         if not isinstance(log, dict) or "op_code" not in log:
-            raise DataError(f"{self.path}: line {number} is none of a study's: {DAMAGED}")
+            raise DataError(f"{self.path}: line {number} does not belong to a study: {DAMAGED}")
         if CHECK not in log:
             raise DataError(
-                f"{self.path}: line {number} has no checksum, so the study is of another program or an earlier version: {DAMAGED}"
+                f"{self.path}: line {number} has no checksum, so the study belongs to another program or an earlier version: {DAMAGED}"
             )
         del log[CHECK]
         body = line[: line.rfind(f',"{CHECK}":"'.encode())] + b"}"
@@ -182,6 +182,6 @@ _START: Final = b'{"op_code":'  # of every line that Optuna writes
 
 
 def _sealed(body: bytes, offset: int) -> bytes:
-    """One line of the file; its checksum covers where it stands, so that a line cannot be taken out or written twice."""
+    """One line of the file; its checksum covers its position, so that removed or repeated lines are detected."""
     check = hashlib.sha256(b"%d %s" % (offset, body)).hexdigest()[:16]
     return body[:-1] + f',"{CHECK}":"{check}"}}\n'.encode()

@@ -36,7 +36,7 @@ class TrialObjective:
         self.scorer, self.centres, self.space, self.budget = scorer, centres, space, budget
 
     def __call__(self, choices: Choices, finished: Iterable[TrialOutcome], screen: bool) -> TrialOutcome:
-        """Score one setting. One that costs more than the budget, or with ``screen`` looks poor, gets no further than the first rung."""
+        """Score one setting. It stops after the first rung if it exceeds the budget or, with ``screen``, looks poor there."""
         cost, setting = self.space.cost(choices), self.space.setting(choices)
         scores = self.scorer.score(setting, self.centres, 0)
         rungs = [scores.loss]

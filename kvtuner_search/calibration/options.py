@@ -1,4 +1,4 @@
-"""Everything that a calibration run is told."""
+"""All options of a calibration run."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class CalibrationOptions:
     batch_tokens: int = 4096  # padded tokens of one forward pass
 
     def facts(self, model: dict[str, Any], dtype: str, device: str, splits: Iterable[Split]) -> dict[str, Any]:
-        """What a study's trials depend on, as plain JSON; the number of trials is not part of it, so a study can be prolonged.
+        """Everything that a study's trials depend on, as plain JSON; without the number of trials, so that a study can be extended.
 
         Args:
-            model: of the profile to be.
+            model: of the future profile.
             dtype: in which the model runs, e.g. bfloat16; never auto.
             device: kind of device that it runs on, e.g. cuda.
             splits: search, selection and test.
@@ -56,7 +56,7 @@ class CalibrationOptions:
             "dtype": dtype,
             "device": device,
             "data": {
-                # A digest covers tokens and what is scored of them, but not whether that is an exact answer.
+                # A digest covers tokens and scored spans, but not whether a span is an exact answer.
                 split.name: [split.digest, {name: part.samples[0].is_task for name, part in split.by_source().items()}]
                 for split in splits
             },

@@ -1,4 +1,4 @@
-"""What a calibration run leaves behind: the profile's content, and the record that the report is drawn from."""
+"""The results of a calibration run: the profile's content, and the record that the report is made from."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def data_info(data: Dataset) -> list[DataInfo]:
 
 
 def without_interval(test: Split) -> str:
-    """What a reader must know of sources with one sample in the test split; empty if there are none."""
+    """A note on sources with only one sample in the test split; empty if there are none."""
     names = [name for name, part in test.by_source().items() if len(part.samples) == 1]
     return (
         shortened(f"one sample gives no interval, so quality is unproven on {', '.join(names)}", 4000) if names else ""
@@ -103,7 +103,8 @@ def profile_content(
         notes.append(f"{unproven}: calibrate with more --samples")
     if run.loaded.info.id == "reference":
         notes.insert(
-            0, "made on the embedded reference model, a 13.9 M-parameter test instrument: of no use for another model"
+            0,
+            "made on the embedded reference model, a 13.9 M-parameter test instrument: it does not apply to any other model",
         )
     return {
         "model": run.loaded.info.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""A calibration run from model and text to profiles: analyse, search, choose, and measure what was chosen."""
+"""A calibration run from model and text to profiles: analyse, search, choose, and measure the choice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LEAST_ERROR: Final = 0.01  # attention output error under which a layer's lone l
 
 @dataclass
 class CalibrationRun:
-    """Everything that is known while a calibration goes on."""
+    """The state of a calibration."""
 
     options: CalibrationOptions
     reporter: Reporter
@@ -55,7 +55,7 @@ class CalibrationRun:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a study of this run is bound to."""
+        """The facts that a study of this run is bound to."""
         loaded = self.loaded
         dtype = str(loaded.dtype).removeprefix("torch.")
         return self.options.facts(loaded.info.model_dump(mode="json"), dtype, loaded.device.type, self.data)
@@ -85,7 +85,7 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> CalibrationRun:
 
 
 def load_data(options: CalibrationOptions, loaded: LoadedModel, say: Callable[[str], None] = lambda _: None) -> Dataset:
-    """The three splits; random token ids for a model without a tokenizer. ``say`` is told of rows that were left out.
+    """The three splits; random token ids for a model without a tokenizer. ``say`` reports rows that were left out.
 
     Raises:
         UsageError, DataError: if a source cannot be used.
@@ -116,7 +116,7 @@ def split_tiers(split: Split) -> list[list[Sample]]:
     for part in split.by_source().values():
         count, start = len(part.samples), 0
         for tier, fraction in zip(tiers, TIERS, strict=True):
-            least = 1 if start or part.samples[0].is_task else 2  # one window of text tells little about the next
+            least = 1 if start or part.samples[0].is_task else 2  # one window of text says little about the next
             end = min(max(start + least, round(count * fraction)), count)
             tier += part.samples[start:end]
             start = end
@@ -152,7 +152,7 @@ def analyse(run: CalibrationRun, study: Study | None, least_error: float = LEAST
         content = plan.to_json()
         if study is not None:
             content = study.publish(content)
-    if content["fingerprint"] != mine:  # of what is stored, whoever stored it
+    if content["fingerprint"] != mine:  # of the stored plan, whoever stored it
         raise UsageError(
             "the study's plan was made with other options, another model or other data: use the same, or another --output or --storage"
         )

@@ -1,4 +1,4 @@
-"""What all workers of a search must agree on: the measured sensitivity, the chosen variants, the centring vectors and the bases."""
+"""The values that all workers of a search share: the measured sensitivity, the chosen variants, the centring vectors and the bases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvtuner_search.calibration.space import LayerOptions
 from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.scorer import Scorer
 
-LEAST: Final = 1e-12  # nats: two losses below have a ratio of one
+LEAST: Final = 1e-12  # nats: the ratio of two smaller losses counts as one
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class SearchPlan:
     fingerprint: str  # of everything that the search depends on
     options: tuple[LayerOptions, ...]  # by layer
     errors: tuple[tuple[PairError, ...], ...]  # by layer: every measured pair of variants
-    centres: Mapping[int, Centres]  # by layer: bases, or centring vectors where bands are left out (see transform_of)
-    worth: tuple[LayerWorth, ...] = ()  # by layer; empty where bands are left out
+    centres: Mapping[int, Centres]  # by layer: bases, or centring vectors without bands (see transform_of)
+    worth: tuple[LayerWorth, ...] = ()  # by layer; empty without bands
 
     def sensitivity(self) -> list[LayerSensitivity]:
         """What was measured, by layer; errors with six digits."""
@@ -100,11 +100,11 @@ def layer_options(
     """Look up the output error of every pair of chosen variants, and predict the losses of banded pairs.
 
     Args:
-        keys, values: chosen spec of each class; of banded classes, those of which the loss was measured.
+        keys, values: chosen spec of each class; of banded classes, those with a measured loss.
         key_loss, value_loss: layer-alone loss of each.
         errors: of every measured pair.
         head_dim: channels of a head.
-        worth: of the layer's bands; None where bands are left out.
+        worth: of the layer's bands; None without bands.
     """
     by_spec = {(error.spec.key, error.spec.value): error.e_o for error in errors}
     pair_error: dict[Pair, float] = {
@@ -147,8 +147,8 @@ def make_plan(
         classes: storage classes of keys and values.
         tiers: how many tiers the errors are measured on.
         least_error: see side_losses.
-        stage: opens a stage of so many units and yields what advances it (see Reporter.stage).
-        fitted: bases and the worth of bands (see fit_bases); None leaves bands out. With bands and a ``least_error``, one other class a
+        stage: opens a progress stage and yields the function that advances it (see Reporter.stage).
+        fitted: bases and the worth of bands (see fit_bases); None leaves bands out. With bands and a ``least_error``, only one other class per
             bit-width is run.
     """
     centres = moments.centres() if fitted is None else fitted[0]

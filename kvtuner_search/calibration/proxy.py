@@ -37,7 +37,7 @@ def proxy_front(space: Space, weights: NDArray[np.float64] | None = None) -> lis
 
 
 def predicted_front(space: Space) -> list[ProxyPoint]:
-    """The same for what gradients alone predict; empty without banded pairs."""
+    """The same for the predictions of gradients alone; empty without banded pairs."""
     return _front(space, [v.predicted for v in space.variables]) if space.options[0].banded else []
 
 
@@ -80,7 +80,7 @@ class Correction:
 
     common: float  # measured over predicted loss, median over trials
     mean: NDArray[np.float64]  # [2 * variables], about 1
-    factor: NDArray[np.float64]  # [2 * variables, 2 * variables]: times standard normals, what draws deviate by
+    factor: NDArray[np.float64]  # [2 * variables, 2 * variables]: times standard normals, the deviation of a draw
 
     def draw(self, rng: np.random.Generator) -> NDArray[np.float64]:
         """Weights drawn from the posterior (Thompson sampling)."""
@@ -93,7 +93,7 @@ class Correction:
 def correct(space: Space, trials: Sequence[tuple[Choices, float]]) -> Correction:
     """Bayesian linear regression of the trials' relative errors on the proxy's features.
 
-    Layers that hurt more together than alone get a mean weight above the common factor, and draws vary most where the trials say least.
+    Layers that hurt more together than alone get a mean weight above the common factor, and draws vary most where the trials give the least information.
 
     Source: O. Chapelle and L. Li, An Empirical Evaluation of Thompson Sampling, NeurIPS 2011.
     """

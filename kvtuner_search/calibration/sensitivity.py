@@ -1,4 +1,4 @@
-"""What each layer loses with each storage class: errors of keys, values, attention scores and attention output.
+"""Each layer's loss with each storage class: errors of keys, values, attention scores and attention output.
 
 One pass over the data, streamed: a layer's queries, keys and values are reduced to a few sums as they appear, so memory does not
 grow with the number of sequences. Errors are measured at evenly spaced query positions of every sequence.
@@ -55,7 +55,7 @@ class Sensitivity:
     Args:
         classes: storage classes to measure, for keys and values alike; banded ones are left out.
         moments: query moments of every layer.
-        centres: what specs need (see transform_of), by layer.
+        centres: tensors that specs need (see transform_of), by layer.
         banded: banded specs of keys and of values to measure, by layer.
     """
 
@@ -69,7 +69,7 @@ class Sensitivity:
     sums: dict[int, _Sums] = field(default_factory=dict)
 
     def begin(self, valid: Tensor) -> None:
-        """Announce a batch: ``valid`` [B, T] marks what is no padding (on the right)."""
+        """Announce a batch: ``valid`` [B, T] marks what is not padding (on the right)."""
         self.lengths = valid.sum(1).tolist()
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ def best_variants(
 ) -> tuple[dict[StorageClass, TensorSpec], dict[StorageClass, TensorSpec]]:
     """For each class of keys, and of values, the variant with the least error of the attention output, the other side at 16 bits.
 
-    Banded specs are left out: gradients say more about them than this error.
+    Banded specs are left out: gradients predict their loss better than this error.
     """
     best: tuple[dict[StorageClass, tuple[float, TensorSpec]], dict[StorageClass, tuple[float, TensorSpec]]] = ({}, {})
     for (key, value), error in errors.items():
@@ -181,5 +181,5 @@ def best_variants(
 
 
 def _relative(squares: float, norm: float) -> float:
-    """Root of the error's squares over those of what is stored; 0 where that is 0 everywhere, as in a layer that does nothing."""
+    """Root of the squared error over the squared stored values; 0 if these are all 0, as in a layer that does nothing."""
     return math.sqrt(squares / norm) if norm else 0.0

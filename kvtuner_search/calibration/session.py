@@ -65,13 +65,13 @@ def calibrate(
     """Run a calibration and write ``NAME-BITS.json``, ``.safetensors`` and ``record.json``.
 
     Args:
-        publish: gets the record and the output folder when all is decided, shows what was found, and returns the files that it wrote.
+        publish: called with the final record and the output folder; shows the result and returns the files that it wrote.
 
     Returns:
         the profiles' files, in the order of the targets; none for a helper process.
 
     Raises:
-        UsageError, DataError: if something cannot be used; nothing that was finished is lost.
+        UsageError, DataError: if something cannot be used; finished work is kept.
     """
     reporter = Reporter(session.quiet)
     with ExitStack() as stack:
@@ -91,7 +91,7 @@ def calibrate(
             stack.callback(rival.close)
             rival.claim({**run.facts, "sampler": RANDOM})
         plan = analyse(run, study)
-        if lock is not None:  # the folder is this process's alone: whoever worked on its study before is gone
+        if lock is not None:  # the folder belongs to this process alone: earlier workers of its study are gone
             for each in (study, rival):
                 if each is not None:
                     each.fail_abandoned(everyone=True)
@@ -107,7 +107,7 @@ def calibrate(
         made = [
             [profile_content(run, space, t, test, found), [str(s) for s in t.chosen.candidate.setting]] for t in targets
         ]
-        # Another machine's last digits may differ: all workers write what the first one measured.
+        # The last digits may differ between machines: all workers write the first one's measurements.
         key = f"profiles {options.trials} {'with' if rival is not None else 'without'} a random search"
         agreed = study.agree(key, made)
         with _keeping():
@@ -128,20 +128,20 @@ def calibrate(
 
 @contextmanager
 def _keeping() -> Iterator[None]:
-    """What cannot be written when the work is done ends in one line that says how to go on."""
+    """A failure to write the final results ends in one line that says how to continue."""
     try:
         yield
     except (UsageError, DataError) as error:
-        raise DataError(f"{error}; the trials are kept: go on with --resume") from error
+        raise DataError(f"{error}; the trials are kept: continue with --resume") from error
 
 
 @contextmanager
 def _claimed_folder(session: CalibrationSession) -> Iterator[int | None]:
-    """Make the output folder and decide what happens to a study that is there; yields the lock on it, if the study is in it.
+    """Make the output folder and decide what happens to a study in it; yields the lock on the folder if the study is in it.
 
     Raises:
-        UsageError: if there is one and neither --resume nor --overwrite was given, another run is at work there, or the folder cannot be
-            written.
+        UsageError: if it has a study and neither --resume nor --overwrite was given, another run is using it, or it cannot be
+            written to.
     """
     if session.join:
         yield None
@@ -169,7 +169,7 @@ def _claimed_folder(session: CalibrationSession) -> Iterator[int | None]:
                 session.journal.unlink()
             elif not session.resume:
                 raise UsageError(
-                    f"{session.output} already holds a study: go on with --resume, start again with --overwrite, or choose another --output"
+                    f"{session.output} already holds a study: continue with --resume, start again with --overwrite, or choose another --output"
                 )
         elif session.resume:
             raise UsageError(
@@ -194,7 +194,7 @@ def _lock(handle: int, folder: Path) -> bool:
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"another calibration is at work in {folder}: wait for it, choose another --output,"
+                    f"another calibration is using {folder}: wait for it, choose another --output,"
                     " or share the trials with --workers or --storage"
                 ) from error
             time.sleep(0.1)  # helpers of a run that was killed end by themselves
@@ -206,8 +206,8 @@ def _lock(handle: int, folder: Path) -> bool:
 def _helpers(session: CalibrationSession, reporter: Reporter, lock: int | None) -> Iterator[Any]:
     """Start the other workers; yields a function that waits for them.
 
-    Each holds the end of a pipe that nobody writes to, and so sees this process end however it does; and the folder's lock, so that nobody
-    takes the folder while one is still at work.
+    Each holds one end of a pipe that nobody writes to, and so notices when this process ends for any reason; and the folder's lock, so
+    that no other run takes the folder while a helper is still working.
     """
     count = 0 if session.join else session.workers - 1
     processes = []

@@ -16,13 +16,13 @@ from kvtuner_search.calibration.candidates import RAW_CLASS, Pair, StorageClass
 from kvtuner_search.profile.stages import pipeline_cost
 
 MIN_SILHOUETTE: Final = 0.7  # below this, layers of a group differ too much to share a variable
-KEPT: Final = 3  # banded pairs of the same bytes that a layer keeps: keys and values may share them out in other ways
+KEPT: Final = 3  # banded pairs of the same bytes that a layer keeps: keys and values may divide them differently
 Choices = tuple[int, ...]  # index into each variable's pairs
 
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What one layer may be stored as."""
+    """The storage options of one layer."""
 
     keys: Mapping[StorageClass, TensorSpec]  # best variant of each class
     values: Mapping[StorageClass, TensorSpec]
@@ -33,7 +33,7 @@ class LayerOptions:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Everything that may be chosen."""
+        """All pairs that may be chosen."""
         return [*self.pair_error, *self.banded]
 
     def spec(self, pair: Pair) -> LayerSpec:
@@ -53,7 +53,7 @@ class LayerOptions:
         return sum(self.losses(pair))
 
     def predicted(self, pair: Pair) -> float:
-        """What gradients alone predict the pair to lose; infinite where they say nothing."""
+        """The pair's loss predicted by gradients alone; infinite if they give no prediction."""
         if pair in self.banded:
             return self.banded[pair].predicted
         return 0.0 if pair == (RAW_CLASS, RAW_CLASS) else float("inf")
@@ -100,7 +100,7 @@ class Space:
         return int(sum(v.nbytes[c] for v, c in zip(self.variables, choices, strict=True)))
 
     def cost(self, choices: Sequence[int]) -> int:
-        """Bytes per token that limit capacity: all layers', or with pipeline stages those of the heaviest times their number."""
+        """Bytes per token that limit capacity: the sum over layers, or with pipeline stages the heaviest stage's sum times the number of stages."""
         if self.stages == 1:
             return self.nbytes(choices)
         return pipeline_cost(
@@ -124,10 +124,10 @@ class Space:
 
 
 def prune(options: LayerOptions, kv_heads: int, head_dim: int, keep: Sequence[Pair]) -> tuple[Pair, ...]:
-    """The pairs that may pay, and those in ``keep``; cheapest first.
+    """The pairs that may be optimal, and those in ``keep``; cheapest first.
 
-    Pairs without bands are on the layer's front of (bytes, e_o), and no banded pair of as few bytes is taken to lose less. Banded pairs are on the
-    front of (bytes, loss): of the same bytes the KEPT with the least loss, and the one with the least predicted by gradients alone.
+    Pairs without bands are on the layer's front of (bytes, e_o), and no banded pair of no more bytes is expected to lose less. Banded pairs are on the
+    front of (bytes, loss): for the same bytes the KEPT with the smallest loss, and the one with the smallest loss predicted by gradients alone.
     """
 
     @functools.cache
@@ -184,7 +184,7 @@ def build_space(
     """Prune, group and tabulate.
 
     Args:
-        options: what each layer may be stored as.
+        options: storage options of each layer.
         kv_heads, head_dim: shape of the cache.
         keep: pairs that every layer keeps, so that uniform settings and presets can be expressed.
         grouping: ``auto`` (group if the silhouette is at least MIN_SILHOUETTE), ``on`` or ``off``.

@@ -1,4 +1,4 @@
-"""Where a study lives: a journal file or a database that other processes may share, and what is said when it cannot be used."""
+"""Where a study is stored: a journal file or a database that other processes may share, and the errors when it cannot be used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvtuner_search.calibration.journal import LOST, CheckedJournal
 from kvtuner_search.errors import DataError, KVTunerError, UsageError, first_line
 from kvtuner_search.files import FULL, make_room, unusual
 
-# What a driver's module is installed as, where the names differ.
+# Package names of database drivers whose module has another name.
 PACKAGES: Final = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary", "pymysql": "PyMySQL"}
 TABLES: Final = frozenset({"studies", "trials", "version_info"})  # some of those that Optuna makes
 TRIES: Final = 4  # at opening a database in which another worker makes the tables at this moment
@@ -49,15 +49,15 @@ class Store:
 
     @property
     def name(self) -> str:
-        """What messages call it: never with credentials."""
+        """The name used in messages, without credentials."""
         return hidden(self.where)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Whatever goes wrong with the storage inside the block ends in one line.
+        """Turn any failure of the storage inside the block into one line.
 
         Raises:
-            DataError: with the reason, and how to go on.
+            DataError: with the reason, and how to continue.
         """
         try:
             self._check_file()
@@ -93,12 +93,12 @@ class Store:
             raise DataError(f"cannot use the study {self.name}: it was emptied while it was in use: {LOST}")
 
 
-# What Optuna raises about content that it did not write, a schema of another version, or a lock that is gone.
+# Raised by Optuna for content that it did not write, a schema of another version, or a lost lock.
 _ODD: Final = (KeyError, ValueError, TypeError, AssertionError, RuntimeError)
 
 
 def hidden(where: str) -> str:
-    """A storage's name without credentials: neither user, password, nor the values of a URL's query.
+    """A storage's name without credentials: no user, password or values of a URL's query.
 
     Example:
         ``hidden("mysql://u:pw@host/db?ssl_key=k") == "mysql://***@host/db?***"``
@@ -115,8 +115,8 @@ def open_storage(where: str) -> Store:
     """A journal file (a path), or anything that Optuna takes as a storage URL.
 
     Raises:
-        DataError: if the journal is damaged, the database cannot be opened, or it is of another program.
-        UsageError: if there is no such folder or it cannot be written to.
+        DataError: if the journal is damaged, the database cannot be opened, or belongs to another program.
+        UsageError: if the folder does not exist or cannot be written to.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -156,7 +156,7 @@ def _of_file(where: str, backend: BaseStorage, file: Path | None) -> Store:
 
 
 def _open_database(url: str) -> BaseStorage:
-    """Optuna's storage for a URL. Tables are made only where there are none of another program's, or of another Optuna's.
+    """Optuna's storage for a URL. Tables are created only if the database has none from another program or another Optuna version.
 
     Raises:
         DataError: if the file is another program's database.
@@ -165,7 +165,7 @@ def _open_database(url: str) -> BaseStorage:
         try:
             return optuna.storages.get_storage(RDBStorage(url, skip_table_creation=_has_tables(url)))
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            # Two workers that start together both make the tables: the second finds them when it tries again.
+            # Two workers that start together both create the tables: the second finds them when it tries again.
             text = _chain(error)
             if attempt == TRIES - 1 or not (
                 "already exists" in text or "unique constraint" in text or "duplicate" in text
@@ -176,7 +176,7 @@ def _open_database(url: str) -> BaseStorage:
 
 
 def _has_tables(url: str) -> bool:
-    """Whether Optuna has made all its tables there; it would add those that another version lacks, and so spoil its upgrade."""
+    """Whether Optuna has created all its tables; it would add those that another version lacks, and so break its upgrade."""
     try:
         engine = create_engine(url, poolclass=NullPool)
     except ImportError:
@@ -191,7 +191,7 @@ def _has_tables(url: str) -> bool:
             f"cannot open the study {hidden(url)}: the file is another program's database"
             f" (its tables: {', '.join(sorted(tables)[:5])}): name another file"
         )
-    return "alembic_version" in tables  # it is made last
+    return "alembic_version" in tables  # it is created last
 
 
 def _optunas() -> set[str]:
@@ -237,7 +237,7 @@ def _reason(error: BaseException, where: str) -> str:
 
 
 def _secrets(where: str) -> set[str]:
-    """The credentials, the password alone, the values of the query, and how they read unquoted."""
+    """The credentials, the password alone, the values of the query, and their unquoted forms."""
     rest = where.partition("://")[2]
     credentials = rest.rpartition("@")[0]
     values = (part.partition("=")[2] for part in re.split("[?&;#]", rest)[1:])
@@ -267,12 +267,12 @@ def _remedy(error: BaseException, usual: str) -> str:
     if usual == WHAT_IS_KEPT and (isinstance(error, KeyError) or any(words in text for words in DAMAGE)):
         return LOST
     if "is locked" in text:
-        return f"another program keeps it locked; {usual}"
+        return f"another program has locked it; {usual}"
     return usual
 
 
 def _chain(error: BaseException | None) -> str:
-    """What an error and its causes say."""
+    """The messages of an error and its causes."""
     texts = []
     while error is not None:
         texts.append(str(error).lower())

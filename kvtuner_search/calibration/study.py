@@ -1,7 +1,7 @@
-"""The Optuna study: shared storage, enqueued first trials, proposals, and going on after a kill.
+"""The Optuna study: shared storage, enqueued first trials, proposals, and resuming after a kill.
 
-A trial's sampler is seeded by how many trials had finished, and samplers look at finished trials only. So a study that was killed and
-resumed ends with the same trials as one that was not. Trials of workers that have ended are marked as failed and take no part.
+A trial's sampler is seeded by the number of finished trials, and samplers use only finished trials. So a study that was killed and
+resumed ends with the same trials as an uninterrupted one. Trials of workers that have ended are marked as failed and ignored.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DRAWS: Final = 8  # weights drawn before a proposal is left to the sampler
 TRUSTED: Final = ("fisher", "proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
 PAUSE: Final = 0.1  # seconds before another proposal, for each one in a row that another worker was trying
 LEAST_LOSS: Final = 1e-9  # nats; the 16-bit cache itself has none
-DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at most this many times the trials asked for
+DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at most this many times the requested trials
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Study:
         seed: seed of all proposals.
 
     Raises:
-        DataError: if the storage cannot be used, here and in every method, or a study of that name is another program's.
+        DataError: if the storage cannot be used, here and in every method, or a study of that name belongs to another program.
     """
 
     def __init__(self, store: Store, name: str, sampler: str, seed: int) -> None:
@@ -89,7 +89,7 @@ class Study:
             return agree(self._agreed, key, content)
 
     def claim(self, facts: Mapping[str, Any]) -> None:
-        """Bind the study to what its trials depend on.
+        """Bind the study to the facts that its trials depend on.
 
         Raises:
             UsageError: if it is bound to something else; the message names what differs.
@@ -108,7 +108,7 @@ class Study:
             )
 
     def publish(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Store what every worker must agree on, before the first trial; returns what holds, which another may have stored before."""
+        """Store the plan for all workers, before the first trial; returns the valid plan, which another worker may have stored earlier."""
         found: dict[str, Any] = self.agree("plan", plan)
         return found
 
@@ -119,7 +119,7 @@ class Study:
         return found
 
     def settled(self, trials: int) -> list[FinishedTrial]:
-        """The finished trials that all workers choose from who were asked for as many: those of the first that was done."""
+        """The finished trials that all workers with the same ``trials`` choose from: those of the first worker that was done."""
         numbers = set(self.agree(f"finished {trials}", [trial.number for trial in self.finished()]))
         return [trial for trial in self.finished() if trial.number in numbers]
 
@@ -127,7 +127,7 @@ class Study:
         """Register this worker and mark the trials of workers that have ended as failed; returns how many.
 
         Args:
-            everyone: nobody else can be at work, so all unfinished trials are of workers that have ended.
+            everyone: no other worker can be active, so all unfinished trials belong to workers that have ended.
         """
         with self.store.guard():
             self.members.register()
@@ -159,7 +159,7 @@ class Study:
                 )
 
     def _known(self) -> set[Choices]:
-        """What is queued, running or finished."""
+        """Choices that are queued, running or finished."""
         states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
         trials = self.study.get_trials(deepcopy=False, states=states)
         return {tuple(t.user_attrs["choices"]) for t in trials if "choices" in t.user_attrs}
@@ -183,7 +183,7 @@ class Study:
             space: what may be chosen.
             objective: scores choices, given all outcomes so far and whether a poor first rung may end the trial.
             trials: distinct finished trials of all workers together.
-            budgets: bytes per token that profiles are wanted for; dearer trials violate the constraint.
+            budgets: bytes per token of the requested profiles; dearer trials violate the constraint.
             advance: called with every trial that this worker finishes.
         """
         attempt = 0
@@ -256,9 +256,9 @@ class Study:
     def _propose(
         self, space: Space, done: Sequence[FinishedTrial], budgets: Sequence[int], attempt: int
     ) -> tuple[optuna.Trial, str, Choices] | None:
-        """Ask for the next trial: a queued one, the corrected proxy's optimum, or what the sampler says.
+        """Ask for the next trial: a queued one, the corrected proxy's optimum, or the sampler's proposal.
 
-        None if another worker is trying the same; ``attempt`` counts how often in a row that was so.
+        None if another worker is trying the same; ``attempt`` counts how often in a row that happened.
         """
         count = len(done)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
@@ -288,7 +288,7 @@ class Study:
         origin, choices = trial.user_attrs["origin"], tuple(trial.user_attrs["choices"])
         for other in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if other.number < trial.number and tuple(other.user_attrs.get("choices", ())) == choices:
-                self.study.tell(trial, state=TrialState.FAIL)  # the lower number has it
+                self.study.tell(trial, state=TrialState.FAIL)  # the trial with the lower number keeps it
                 return None
         return trial, origin, choices
 
@@ -321,7 +321,7 @@ def hypervolume(outcomes: Sequence[TrialOutcome], scale: float, corner: tuple[fl
     """Area that outcomes dominate below ``corner`` (cost, loss), in units of cost times decades of loss.
 
     Args:
-        outcomes: what was found; the loss of an early stop is multiplied by ``scale`` (see rung_ratio).
+        outcomes: outcomes of trials; the loss of an early stop is multiplied by ``scale`` (see rung_ratio).
     """
     area, edge = 0.0, math.log10(corner[1])
     points = [(o.cost, math.log10(max(o.loss * (1 if o.complete else scale), LEAST_LOSS))) for o in outcomes]
@@ -333,7 +333,7 @@ def hypervolume(outcomes: Sequence[TrialOutcome], scale: float, corner: tuple[fl
 
 
 def rung_ratio(trials: Sequence[FinishedTrial]) -> float:
-    """How the loss of all rungs relates to that of the first: the median over complete trials."""
+    """Ratio of the loss on all rungs to that on the first: the median over complete trials."""
     ratios = [t.outcome.loss / t.outcome.rungs[0] for t in trials if t.outcome.complete and t.outcome.rungs[0] > 0]
     return statistics.median(ratios) if ratios else 1.0
 
@@ -345,7 +345,7 @@ def pareto(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
 
 
 def _comparable(outcome: TrialOutcome, others: Sequence[FinishedTrial]) -> float:
-    """log10 of the loss that all rungs would give."""
+    """log10 of the estimated loss on all rungs."""
     return math.log10(max(outcome.loss * (1 if outcome.complete else rung_ratio(others)), LEAST_LOSS))
 
 

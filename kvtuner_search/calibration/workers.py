@@ -1,6 +1,6 @@
-"""Who works on a study, and whether a worker has certainly ended.
+"""The workers of a study, and whether a worker has certainly ended.
 
-A worker is known by a random id. Host names, process ids and clocks tell little: containers share the first, start from 1 with the second,
+A worker has a random id. Host names, process ids and clocks prove little: containers share host names and start process ids from 1,
 and a worker that is stopped for an hour is not gone. So only proof counts. A worker holds a lock on a file of its own beside the study's
 file, which the kernel lets go when the worker ends, however it ends and in whatever container it ran. Where the study is in a database
 server, there is no such file, and a process is looked up if it is one of the same kernel and process id namespace.
@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-# File systems that one kernel alone uses, so that a free lock says that nobody anywhere holds it.
+# File systems used by a single kernel, so that a free lock means that nobody anywhere holds it.
 LOCAL: Final = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"})
 BEAT: Final = 30.0  # seconds from one sign of life to the next
 SILENCE: Final = 900.0  # seconds without any, after which a worker that can be seen in no other way is taken for gone
@@ -52,7 +52,7 @@ class Worker:
         if self.locks is not None and self._lock is None:
             with contextlib.suppress(
                 OSError
-            ):  # without a lock, other workers take this one for alive, or look for its process
+            ):  # without a lock, other workers assume that this one is alive, or look for its process
                 self.locks.mkdir(exist_ok=True)
                 handle = os.open(self.locks / self.id, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
                 try:
@@ -95,7 +95,7 @@ class Worker:
                 self._heard[name], self._silence[name] = other["beat"], 0.0
 
     def end(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._lock is not None and self.locks is not None:
             with contextlib.suppress(OSError):
                 (self.locks / self.id).unlink()
@@ -125,7 +125,7 @@ class Worker:
                 return self._silence.get(other["id"], 0.0) >= SILENCE
             return not _running(int(other["pid"]), other["started"])
         except (KeyError, TypeError, ValueError):
-            return False  # not of this program's making
+            return False  # not written by this program
 
 
 def at_work(file: Path) -> bool:
@@ -163,7 +163,7 @@ def _free(folder: Path, name: Any) -> bool | None:
 
 
 def _running(pid: int, started: str | None) -> bool:
-    """Whether a process of this namespace is there and is the same one."""
+    """Whether a process of this namespace exists and is the same one."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -177,7 +177,7 @@ def _running(pid: int, started: str | None) -> bool:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The state of a process and what follows it in its ``stat``."""
+    """The state of a process and the fields after it in its ``stat``."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -185,13 +185,13 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def _started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot, which tells a reused process id apart."""
+    """Start time of a process in clock ticks since boot, which detects a reused process id."""
     found = _stat(pid)
     return found[19] if found is not None and len(found) > 19 else None
 
 
 def _boot() -> str | None:
-    """What this kernel has called itself since it started."""
+    """This kernel's boot id."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -199,7 +199,7 @@ def _boot() -> str | None:
 
 
 def _namespace() -> str | None:
-    """The namespace of process ids, which a container has of its own."""
+    """The namespace of process ids; each container has its own."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -207,7 +207,7 @@ def _namespace() -> str | None:
 
 
 def _local(path: Path) -> bool:
-    """Whether a file system is used by this kernel alone."""
+    """Whether only this kernel uses the file system."""
     try:
         device = path.stat().st_dev
         rows = Path("/proc/self/mountinfo").read_text().splitlines()

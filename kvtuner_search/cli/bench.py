@@ -26,10 +26,10 @@ SUBCOMMANDS: Final[dict[str, tuple[str, str]]] = {
 
 
 class BenchGroup(LazyGroup):
-    """Arguments that do not begin with a subcommand's name are those of ``run``."""
+    """Arguments that do not begin with a subcommand's name belong to ``run``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put ``run`` in front where no subcommand is named."""
+        """Insert ``run`` if no subcommand is named."""
         if not args or (args[0] not in self.modules and args[0] not in ctx.help_option_names):
             args = [RUN, *args]
         return super().parse_args(ctx, args)
@@ -52,10 +52,10 @@ command = BenchGroup(
     "bench",
     modules=SUBCOMMANDS,
     context_settings=CONTEXT,
-    help="Measure what is served: time to first token by prompt length, throughput by concurrency, long sequences, batches, memory"
-    " stress, token capacity. Only tokens that came back count, and a figure below what the hardware can do is no result."
+    help="Measure a server: time to first token (TTFT) by prompt length, throughput by concurrency, long sequences, batches, memory"
+    " stress, token capacity. Only tokens that the server returned count, and a figure that the hardware cannot reach is not a result."
     " docs/bench.md says how and why.",
-    epilog="Exit codes of a run: 0 a result within its objectives, 1 a check failed, a figure cannot be, an answer was not what was asked"
-    " for, or an objective is missed, 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 a server could not be"
-    " started or asked (what was measured is kept: --resume), 130 interrupted.",
+    epilog="Exit codes of a run: 0 a result within its objectives, 1 a check failed, a figure is impossible, an answer was not as requested,"
+    " or an objective is missed, 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 a server could"
+    " not be started or queried (what was measured is kept: --resume), 130 interrupted.",
 )

@@ -1,4 +1,4 @@
-"""``kvtuner-search bench ablate``: ways of storing the cache, one table."""
+"""``kvtuner-search bench ablate``: one table that compares ways of storing the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 @click.command(
     "ablate",
     context_settings=CONTEXT,
-    epilog="Exit codes: 0 measured, 1 a row that was served has no speed (the table says why), 2 usage, 3 unreadable or invalid input"
+    epilog="Exit codes: 0 measured, 1 a served row has no speed (the table says why), 2 usage, 3 unreadable or invalid input"
     " or a profile of another model, 130 interrupted (finished rows are kept: --resume).",
 )
 @model_options
@@ -28,7 +28,7 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     multiple=True,
     type=click.Choice(FAMILIES),
     show_envvar=True,
-    help="Only these families of rows, beside the 16-bit cache; repeatable.",
+    help="Only these families of rows, in addition to the 16-bit cache; repeatable.",
 )
 @click.option(
     "--profile",
@@ -44,32 +44,40 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     multiple=True,
     metavar="SOURCE",
     show_envvar=True,
-    help="Data for the centring vectors; repeatable. What is evaluated is left out of it. Default: recall, arithmetic, list, text.",
+    help="Data for the centring vectors, without the evaluated sequences; repeatable. Default: recall, arithmetic, list, text.",
 )
 @click.option(
     "--context",
     type=click.IntRange(1),
     show_default="LENGTH",
     show_envvar=True,
-    help="Tokens in the cache for which bits are counted where they depend on it.",
+    help="Tokens in the cache, for rows whose bits depend on it.",
 )
 @click.option(
     "--server-python",
     metavar="PATH",
     show_envvar=True,
-    help="Also serve every row that can be, with SGLang in this Python's environment.",
+    help="Also serve every row that can be served, with SGLang in this Python's environment.",
 )
 @click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=512, show_envvar=True, help="Of each request to a server."
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=512,
+    show_envvar=True,
+    help="Prompt tokens of each request to a server.",
 )
 @click.option(
-    "--output-tokens", type=click.IntRange(2), default=64, show_envvar=True, help="Of each answer (throughput)."
+    "--output-tokens", type=click.IntRange(2), default=64, show_envvar=True, help="Tokens of each answer (throughput)."
 )
 @click.option(
     "--concurrency", type=click.IntRange(1), default=8, show_envvar=True, help="Requests in flight (throughput)."
 )
 @click.option(
-    "--requests", type=click.IntRange(1), default=16, show_envvar=True, help="Least requests of each of the two cells."
+    "--requests",
+    type=click.IntRange(1),
+    default=16,
+    show_envvar=True,
+    help="Minimum number of requests in each of the two cells.",
 )
 @timeout_option
 @start_timeout_option
@@ -80,7 +88,7 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     show_default="kvtuner-ablation/MODEL",
     help="Folder that keeps each finished row.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the rows in the folder.")
+@click.option("--resume", is_flag=True, help="Continue with the rows in the folder.")
 @click.option("--overwrite", is_flag=True, help="Delete the rows in the folder and start again.")
 @click.option(
     "--output",
@@ -94,8 +102,8 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 def command(**options: Any) -> int:
     """Compare ways of storing the KV cache: bits, symmetric grids, group sizes, centring, per-channel keys, residual windows, published presets.
 
-    Quality is measured offline, against the 16-bit cache on the same samples. With --server-python each row that packed rows can hold is served and
-    its time to the first token, throughput and token capacity are measured too. docs/ablation.md says what each row is.
+    Quality is measured offline, against the 16-bit cache on the same samples. With --server-python each row that packed rows can hold is served, and
+    its time to first token, throughput and token capacity are measured too. docs/ablation.md says what each row is.
     """
     from kvtuner_search.bench.ablate.run import AblationOptions, AblationServerOptions, ablate
     from kvtuner_search.bench.ablate.table import print_ablation
@@ -112,7 +120,7 @@ def command(**options: Any) -> int:
     shape = {name: options.pop(name) for name in ("concurrency", "requests", "timeout", "start_timeout")}
     shape |= {"prompt": options.pop("prompt_tokens"), "output": options.pop("output_tokens")}
     if arguments and python is None:
-        raise UsageError("SGLang's options are given and no server: name its Python with --server-python")
+        raise UsageError("SGLang's options are given without a server: name its Python with --server-python")
     server = None if python is None else AblationServerOptions(python, arguments, **shape)
     as_json, output, reporter = options.pop("as_json"), options.pop("output"), Reporter(options.pop("quiet"))
     check_writable(output)

@@ -1,4 +1,4 @@
-"""``kvtuner-search bench check``: are there figures in a record that cannot be?"""
+"""``kvtuner-search bench check``: does a record have impossible figures?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Result:
 @click.command(
     "check",
     epilog="Exit codes: 0 no figure is impossible, 1 some are, or nothing could be judged, 2 usage, 3 unreadable or invalid. With"
-    " several files the gravest wins: 3, then 1.",
+    " several files the most severe wins: 3, then 1.",
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
@@ -48,13 +48,13 @@ class _Result:
 )  # fmt: skip
 @click.option(
     "--model", type=click.Path(path_type=Path), show_envvar=True,
-    help="Folder or config.json of a report's model; records have its shape themselves.",
+    help="Folder or config.json of a report's model; records contain its shape.",
 )  # fmt: skip
 @json_option
 def command(files: tuple[Path, ...], hardware: str | None, model: Path | None, as_json: bool) -> int:
     """Judge each of FILES, records of `bench` or the adapter's test report, against the floors of its hardware.
 
-    A time below what the hardware needs at least, or a rate above what it can do at most, is no result. Figures that contradict each other
+    A time below the least that the hardware needs, or a rate above the most that it can do, is not a result. Figures that contradict each other
     are named too. docs/bench-floors.md derives the floors.
     """
     results = [_check(path, hardware, model) for path in files]
@@ -106,7 +106,7 @@ def _record(result: _Result, record: Any, given: str | None) -> None:
         if not check.passed
     ]
     if machine is None:
-        text = "the record names no hardware, so no floor can be drawn: give it with --hardware"
+        text = "the record names no hardware, so no floor can be computed: give it with --hardware"
         found.append(Violation(rule="unjudged", where="environment", figure="unknown hardware", reason=text))
     else:
         result.judged = (
@@ -133,12 +133,12 @@ def _report(result: _Result, content: object, given: str | None, model: Path | N
 
 
 def _print(result: _Result) -> None:
-    """The figures that cannot be, each with its reason; what usually causes them is said once."""
+    """The impossible figures, each with its reason; the usual causes are printed once."""
     from kvtuner_search.bench.judge import split_causes
 
     out = console()
     count = len(result.violations)
-    said = f"{count} figure{'' if count == 1 else 's'} cannot be" if count else "no figure is impossible"
+    said = f"{count} figure{' is' if count == 1 else 's are'} impossible" if count else "no figure is impossible"
     out.print(f"{printable(result.path)}: {said}", style="bold red" if count else "bold green")
     if result.judged:
         out.print(f"  judged: {printable(result.judged)}")
@@ -146,7 +146,7 @@ def _print(result: _Result) -> None:
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), show_edge=False)
         table.add_column("where", overflow="fold", max_width=34)
         table.add_column("figure", overflow="fold", max_width=30)
-        table.add_column("why it cannot be", overflow="fold")
+        table.add_column("why it is impossible", overflow="fold")
         causes: dict[str, None] = {}  # in order of appearance
         for row in result.violations:
             why, usual = split_causes(row["reason"])

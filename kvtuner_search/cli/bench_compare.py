@@ -13,7 +13,7 @@ from kvtuner_search.cli.options import json_option
 @click.command(
     "compare",
     epilog="Exit codes: 0 compared, whatever the ratios, 2 usage, 3 unreadable or invalid record, 4 not comparable: another model or"
-    " preset, no cell in common, or a record that is no result.",
+    " preset, no cell in common, or a record that is not a result.",
 )
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
@@ -22,8 +22,8 @@ from kvtuner_search.cli.options import json_option
 def command(a: Path, b: Path, claims: Path | None, as_json: bool) -> None:
     """Compare record B with record A: the ratio B / A of each figure of each cell, with its confidence interval.
 
-    Intervals are from the raw requests where requests.jsonl lies beside both records, else from the summaries, which is rough. What differs
-    in environment is listed; where the layouts differ, so is single node against distributed. docs/bench-records.md says how.
+    Intervals come from the raw requests if requests.jsonl lies beside both records, else from the summaries, which is rough. Differences
+    in environment are listed; if the layouts differ, so is single node against distributed. docs/bench-records.md says how.
     """
     from kvtuner_search.bench import files
     from kvtuner_search.bench.compare import compare, to_json

@@ -15,7 +15,7 @@ claims_option = click.option(
     type=click.Path(path_type=Path),
     metavar="FILE",
     show_envvar=True,
-    help="A test report as JSON, to put beside ours: its claims, the floors of its hardware, and what cannot be.",
+    help="A test report as JSON, to show beside ours: its claims, the floors of its hardware, and which claims are impossible.",
 )
 
 
@@ -23,7 +23,7 @@ def read_claims(path: Path | None) -> AdapterReport | None:
     """The report after ``--claims``.
 
     Raises:
-        DataError: if it cannot be read, or is none.
+        DataError: if it cannot be read, or is not such a report.
     """
     if path is None:
         return None
@@ -49,7 +49,7 @@ def read_claims(path: Path | None) -> AdapterReport | None:
 def command(records: tuple[Path, ...], html: Path | None, claims: Path | None) -> None:
     """Show RECORDS of `bench` side by side, each table with its floors: in the terminal, or as one HTML page.
 
-    A record that is no result is shown as such. docs/bench-records.md describes the page.
+    A record that is not a result is shown as such. docs/bench-records.md describes the page.
     """
     from kvtuner_search.bench import files
 

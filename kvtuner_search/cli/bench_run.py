@@ -24,8 +24,8 @@ from kvtuner_search.cli.run_options import CONTEXT
 @click.command(
     "run",
     context_settings={**CONTEXT, "auto_envvar_prefix": "KVTUNER_BENCH"},
-    epilog="Exit codes: 0 a result within its objectives, 1 none, 2 usage, 3 unreadable or invalid input, 4 a profile of another model,"
-    " 5 a server could not be started or asked (what was measured is kept: --resume), 130 interrupted.",
+    epilog="Exit codes: 0 a result within its objectives, 1 no such result, 2 usage, 3 unreadable or invalid input, 4 a profile of another model,"
+    " 5 a server could not be started or queried (what was measured is kept: --resume), 130 interrupted.",
 )
 @click.option("--url", show_envvar=True, help="Running server, http://host:port, instead of starting one.")
 @click.option(
@@ -33,7 +33,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     type=click.Path(path_type=Path),
     show_envvar=True,
     show_default="a 16-bit cache, or what the server at --url has",
-    help="Profile that the cache is stored by.",
+    help="Profile that says how the cache is stored.",
 )
 @click.option(
     "--model-path",
@@ -63,7 +63,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     metavar="NAME[,bandwidth=B/S,flops=OP/S]",
     show_envvar=True,
     show_default="this machine's",
-    help="What the server runs on, for the floors.",
+    help="Hardware that the server runs on, for the floors.",
 )
 @server_python_option
 @click.option(
@@ -73,7 +73,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     show_default="kvtuner-bench/NAME-PRESET",
     help="Folder for raw requests, log and record.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+@click.option("--resume", is_flag=True, help="Continue the run in the folder.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in the folder and start again.")
 @click.option(
     "--output",
@@ -95,7 +95,7 @@ from kvtuner_search.cli.run_options import CONTEXT
     type=click.FloatRange(1),
     default=120.0,
     show_envvar=True,
-    help="Seconds without a byte until a request is given up.",
+    help="Seconds without a byte after which a request fails.",
 )
 @start_timeout_option
 @click.option(
@@ -110,9 +110,9 @@ from kvtuner_search.cli.run_options import CONTEXT
 @quiet_option
 @server_arguments
 def command(**options: Any) -> int:
-    """Measure what is served, on tokens that came back.
+    """Measure a server by the tokens that it returns.
 
-    A server is started with --model-path, --profile and the options after --, or a running one is asked at --url. docs/bench.md says how
+    Starts a server with --model-path, --profile and the options after --, or measures a running one at --url. docs/bench.md says how
     and why.
     """
     from kvtuner_search.bench import files, hardware, slo
@@ -130,7 +130,7 @@ def command(**options: Any) -> int:
         raise UsageError("--resume and --overwrite exclude each other: one keeps the run, the other deletes it")
     if options["url"] is not None and options["server_arguments"]:
         raise UsageError(
-            "options after -- are for a server that is started, and --url names a running one: leave one out"
+            "options after -- are for a server that bench starts, and --url names a running one: leave one out"
         )
     options["steps"] = choose(options["preset"], options.pop("sections"))
     given, objectives = options.pop("hardware"), options.pop("slo")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command(
     "calibrate",
     context_settings=CONTEXT,
-    epilog="Exit codes: 0 done, 2 usage, 3 unreadable or invalid input, 130 interrupted (go on with --resume).",
+    epilog="Exit codes: 0 done, 2 usage, 3 unreadable or invalid input, 130 interrupted (continue with --resume).",
 )
 @model_options
 @data_options(samples=5, length=448)
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(1, 16),
     multiple=True,
     show_envvar=True,
-    help="Budget in effective bits, everything stored counted; repeatable, a profile each. Default: 4.0.",
+    help="Budget in effective bits, counting everything stored; repeatable, one profile each. Default: 4.0.",
 )
 @click.option(
     "--max-loss",
@@ -61,12 +61,12 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_envvar=True,
-    help="Layers with like sensitivity share a variable; auto: if the silhouette is good.",
+    help="Layers of similar sensitivity share a variable; auto: if the silhouette is good.",
 )
 @click.option(
     "--random-baseline/--no-random-baseline",
     default=True,
-    help="Also run a random search of as many trials, to compare with.",
+    help="Also run a random search with as many trials, for comparison.",
 )
 @click.option(
     "--output",
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     help="Folder for profiles, report and study.",
 )
 @click.option("--name", help="Start of the profiles' names. Default: the model's.", show_envvar=True)
-@click.option("--resume", is_flag=True, help="Go on with the study in the output folder.")
+@click.option("--resume", is_flag=True, help="Continue the study in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Delete the study in the output folder and start again.")
 @click.option(
     "--storage",
@@ -98,8 +98,8 @@ if TYPE_CHECKING:
 def command(**options: Any) -> None:
     """Search per-layer key and value bit-widths, and write a profile for each budget, with a report.
 
-    The quantized cache is scored by teacher forcing in which attention reads every key and value as stored. What is chosen was picked on one
-    held-out split and is measured once on another.
+    The quantized cache is scored by teacher forcing, with attention reading every key and value as stored. The setting is chosen on one
+    held-out split and measured once on another.
     """
     # Both before torch is imported; that may take longer than somebody waits who resumes a run that was killed.
     if (pipe := options.pop("parent")) is not None:

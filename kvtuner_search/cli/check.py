@@ -22,8 +22,8 @@ _GRAVEST_FIRST = (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCo
 
 @click.command(
     "check",
-    epilog="Exit codes: 0 all sound, 1 a remark with --strict, 2 usage, or not to be written, 3 unreadable or invalid, 4 for another model."
-    " With several profiles the gravest wins: 2, then 3, then 4, then 1.",
+    epilog="Exit codes: 0 all sound, 1 a remark with --strict, 2 usage, or a file cannot be written, 3 unreadable or invalid, 4 for another model."
+    " With several profiles the most severe wins: 2, then 3, then 4, then 1.",
 )
 @click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
@@ -33,7 +33,7 @@ _GRAVEST_FIRST = (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCo
 @click.option("--strict", is_flag=True, show_envvar=True, help="Fail on remarks too, e.g. nothing was measured.")
 @click.option(
     "--rewrite", is_flag=True, show_envvar=True,
-    help="Write each sound profile again that is of an older schema version, or not in canonical form. Its content stays.",
+    help="Rewrite each sound profile that has an older schema version or is not in canonical form. Its content stays.",
 )  # fmt: skip
 @click.option("--hook", is_flag=True, hidden=True, allow_from_autoenv=False)
 @json_option

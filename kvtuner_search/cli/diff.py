@@ -30,7 +30,7 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
 @click.argument("old", required=False)
 @click.argument("new", required=False)
 @click.option(
-    "--fail-on", type=click.Choice(FAIL_ON), help="Fail from this severity on.  [default: error]", show_envvar=True
+    "--fail-on", type=click.Choice(FAIL_ON), help="Lowest severity that fails.  [default: error]", show_envvar=True
 )
 @click.option("--max-bytes-per-token", type=click.IntRange(min=0), help="Budget of NEW in bytes.", show_envvar=True)
 @click.option(
@@ -50,7 +50,7 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
     "--config-from", metavar="REF", show_envvar=True,
     help="Take that file from a revision in git; what the working tree changes in it is a finding.",
 )  # fmt: skip
-@click.option("--rules", is_flag=True, allow_from_autoenv=False, help="List the rules and leave.")
+@click.option("--rules", is_flag=True, allow_from_autoenv=False, help="List the rules and exit.")
 def command(
     old: str | None,
     new: str | None,
@@ -64,9 +64,9 @@ def command(
     config_from: str | None,
     rules: bool,
 ) -> int:
-    """Say what changed from profile OLD to profile NEW, and whether that is allowed.
+    """Report what changed from profile OLD to profile NEW, and whether the gate allows it.
 
-    Each is a file, REF:path for a file in git, or - for standard input. A file that has such a name is ./REF:path.
+    Each is a file, REF:path for a file in git, or - for standard input. Write ./REF:path for a file that has such a name.
     """
     style = "json" if as_json else style
     if rules:
@@ -77,7 +77,7 @@ def command(
     if old == new == "-":
         raise UsageError("only one of the two profiles can come from standard input: name a file for the other")
     if max_loss_increase is not None and not math.isfinite(max_loss_increase):
-        raise UsageError(f"--max-loss-increase {max_loss_increase} is no number: give a finite number of nats")
+        raise UsageError(f"--max-loss-increase {max_loss_increase} is not a number: give a finite number of nats")
     if config is not None and config_from is not None:
         raise UsageError("--config and --config-from name two configurations: give one of them")
     change = None

@@ -33,14 +33,14 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "uniforms",
     multiple=True,
     metavar="KEY/VALUE",
-    help="Also the same spec in every layer, e.g. 4-g64-asym/4-g64-asym; repeatable.",
+    help="Also measure one spec in every layer, e.g. 4-g64-asym/4-g64-asym; repeatable.",
 )
 @click.option(
     "--tasks",
     multiple=True,
     metavar="TASK",
     show_envvar=True,
-    help="Also a task or group of lm-eval, e.g. gsm8k; repeatable, or with commas. Needs the extra `eval`.",
+    help="Also run a task or group of lm-eval, e.g. gsm8k; repeatable, or with commas. Needs the extra `eval`.",
 )
 @click.option(
     "--fewshot",
@@ -54,7 +54,7 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "--task-folder",
     type=click.Path(path_type=Path),
     show_envvar=True,
-    help="Folder of more task files (YAML). lm-eval runs the Python that they name.",
+    help="Folder with additional task files (YAML). lm-eval runs the Python that they name.",
 )
 @click.option(
     "--batch-size", type=click.IntRange(1), default=8, show_envvar=True, help="Prompts of a task in one pass."
@@ -75,7 +75,7 @@ def command(
 ) -> None:
     """Measure profiles against the 16-bit cache: KL divergence, likelihood and exact answers.
 
-    Attention reads every key and value as stored. Tasks are new ones that no calibration saw; of a text file the first SAMPLES windows of LENGTH
+    Attention reads every key and value as stored. Built-in tasks use prompts that no calibration saw; of a text file the first SAMPLES windows of LENGTH
     tokens are scored. With --tasks, lm-eval's tasks too, answered by generation from the stored cache. Intervals are 95 %, paired over
     samples. docs/evaluate.md says more.
     """
@@ -95,7 +95,7 @@ def command(
     if names:
         check_installed()
     elif fewshot is not None or limit is not None or task_folder is not None:
-        raise UsageError("--fewshot, --limit and --task-folder are about tasks: name one with --tasks")
+        raise UsageError("--fewshot, --limit and --task-folder apply to tasks: name one with --tasks")
     opened = [open_profile(path) for path in profiles]
     reporter = Reporter(quiet)
     loaded = load_model(loading(options), options["length"])

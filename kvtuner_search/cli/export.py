@@ -31,7 +31,7 @@ from kvtuner_search.profile.source import load_from
     show_envvar=True,
 )
 def command(profile: str, target: str, allow_lossy: bool, output: Path | None) -> None:
-    """Write PROFILE in another format. What that cannot express is listed, and refused unless it is allowed."""
+    """Write PROFILE in another format. Settings that it cannot express are listed, and refused without --allow-lossy."""
     result = FORMATS[target].write(load_from(profile))
     report_losses(result.lost, result.notes, allow_lossy, target)
     if output is None:

@@ -65,9 +65,9 @@ def command(
     allow_lossy: bool,
     output: Path | None,
 ) -> None:
-    """Make a profile from FILE. What a profile cannot express is listed, and refused unless it is allowed."""
+    """Make a profile from FILE. Settings that a profile cannot express are listed, and refused without --allow-lossy."""
     if scheme is not None and source_format != "kvtuner":
-        raise click.UsageError(f"--scheme is for --from kvtuner: {source_format} says itself how bits are applied")
+        raise click.UsageError(f"--scheme is for --from kvtuner: {source_format} itself says how bits are applied")
     if name is not None and not re.fullmatch(NAME_PATTERN, name, re.ASCII):
         raise click.UsageError(f"--name {name!r} is no profile name: use letters, digits, dots, dashes and underscores")
     info = read_supported(model, model_id, revision)

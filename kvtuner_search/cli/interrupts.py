@@ -13,10 +13,10 @@ from kvtuner_search.errors import ExitCode
 
 @contextmanager
 def kill_as_interrupt() -> Iterator[None]:
-    """Inside the block a polite kill does what Ctrl-C does: servers are stopped, answers are kept.
+    """Inside the block a catchable kill signal acts like Ctrl-C: servers are stopped, answers are kept.
 
-    It raises by itself instead of passing SIGINT on, which a shell sets to be ignored for what it runs in the background. A signal
-    that is ignored on purpose, as ``nohup`` does with SIGHUP, stays so.
+    It raises KeyboardInterrupt itself instead of sending SIGINT, which shells ignore for background jobs. A signal
+    that is ignored on purpose, as ``nohup`` does with SIGHUP, stays ignored.
     """
 
     def interrupt(*_: object) -> None:

@@ -24,11 +24,14 @@ from kvtuner_search.secrets import mask, remember_all
 # name -> (module with a click command named `command`, one line of help)
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "calibrate": ("kvtuner_search.cli.calibrate", "Search per-layer bit-widths of a model and write a profile."),
-    "sensitivity": ("kvtuner_search.cli.sensitivity", "Measure what each layer loses with each spec; no search."),
+    "sensitivity": (
+        "kvtuner_search.cli.sensitivity",
+        "Measure each layer's loss with each storage class, without a search.",
+    ),
     "evaluate": ("kvtuner_search.cli.evaluate", "Measure a profile's quality against the 16-bit cache, offline."),
-    "serve": ("kvtuner_search.cli.serve", "Serve a model with SGLang, its KV cache packed as a profile says."),
+    "serve": ("kvtuner_search.cli.serve", "Serve a model with SGLang and a KV cache packed by a profile."),
     "validate": ("kvtuner_search.cli.validate", "Measure a profile on an SGLang server against a stock one."),
-    "bench": ("kvtuner_search.cli.bench", "Measure a server's speed and capacity, held to what the hardware can do."),
+    "bench": ("kvtuner_search.cli.bench", "Measure a server's speed and capacity, checked against hardware limits."),
     "show": ("kvtuner_search.cli.show", "Show a profile in the terminal or as HTML."),
     "check": ("kvtuner_search.cli.check", "Check a profile's schema, digest and consistency."),
     "diff": ("kvtuner_search.cli.diff", "Compare two profiles as a review gate."),
@@ -84,11 +87,11 @@ def _run(arguments: list[str]) -> int:
         return int(result) if isinstance(result, int) else ExitCode.OK
     except OutputError as error:
         if error.gone:
-            return ExitCode.UNREAD  # nobody is there to be told
+            return ExitCode.UNREAD  # nobody is left to read a message
         return _fail(f"cannot write standard output: {error}: make room, or write to another place", ExitCode.USAGE)
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _fail(
-            "interrupted: what was finished is kept; calibrate, validate and bench go on with --resume",
+            "interrupted: what was finished is kept; calibrate, validate and bench continue with --resume",
             ExitCode.INTERRUPTED,
         )
     except click.ClickException as error:
@@ -114,7 +117,7 @@ def _fail(message: str, code: ExitCode) -> int:
 
 
 def _mask_libraries() -> None:
-    """What libraries log, and warn of, without passwords and keys: database drivers quote the address that they were given."""
+    """Mask passwords and keys in what libraries log and warn of: database drivers quote the address that they were given."""
     record_of, format_of = logging.getLogRecordFactory(), warnings.formatwarning
 
     def masked_record(*arguments: Any, **named: Any) -> logging.LogRecord:
@@ -133,7 +136,7 @@ def _mask_libraries() -> None:
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What --debug shows, and an error that nobody foresaw: the traceback without passwords and keys."""
+    """The traceback of --debug, or of an unforeseen error, without passwords and keys."""
     for line in traceback.format_exception(kind, error, trace):
         sys.stderr.write(mask(line))
 

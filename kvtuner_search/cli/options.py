@@ -31,7 +31,7 @@ api_key_option = click.option(
     metavar="KEY",
     envvar="KVTUNER_API_KEY",
     show_envvar=True,
-    help="Key that a server wants, sent as bearer token. The variable keeps it out of the list of processes.",
+    help="API key of the server, sent as bearer token. The variable keeps it out of the process list.",
 )
 start_timeout_option = click.option(
     "--start-timeout",

@@ -108,7 +108,7 @@ def data_options(samples: int, length: int) -> Callable[[F], F]:
 
 
 def space_options(function: F) -> F:
-    """What a tensor may be stored as."""
+    """How a tensor may be stored."""
     for option in reversed(
         (
             click.option(
@@ -126,11 +126,13 @@ def space_options(function: F) -> F:
                 show_envvar=True,
                 help=f"Channels that share a scale: head, {', '.join(map(str, GROUP_SIZES))}, or several.",
             ),
-            click.option("--symmetric/--no-symmetric", default=True, help="Also allow storing no minimum."),
+            click.option(
+                "--symmetric/--no-symmetric", default=True, help="Also allow formats without a stored minimum."
+            ),
             click.option(
                 "--bands/--no-bands",
                 default=True,
-                help="Also allow storing in a fitted basis, in bands of channels with bits of their own.",
+                help="Also allow a fitted basis with separate bits for each band of channels.",
             ),
         )
     ):

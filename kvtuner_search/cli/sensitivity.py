@@ -1,4 +1,4 @@
-"""``kvtuner-search sensitivity``: the analysis that precedes a search, on its own."""
+"""``kvtuner-search sensitivity``: the analysis that precedes a search, by itself."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 @click.option(
     "--pair-loss",
     is_flag=True,
-    help="Measure the layer-alone loss of every pair, not only of each side (takes several times as long).",
+    help="Measure the single-layer loss of every pair, not only of each side (takes several times as long).",
 )
 @click.option(
     "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write everything that was measured as JSON."
 )
 @quiet_option
 def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -> None:
-    """Measure what each layer loses with each storage class; nothing is searched or chosen.
+    """Measure each layer's loss with each storage class; nothing is searched or chosen.
 
-    Of every pair of specs: relative errors of keys (e_k), values (e_v) and attention output (e_o), and the total variation of the attention
-    probabilities (e_a), with and without centring and rotation. Of every class: the KL divergence of the model's output when one side of one
-    layer alone is stored so.
+    For every pair of specs: relative errors of keys (e_k), values (e_v) and attention output (e_o), and the total variation of the attention
+    probabilities (e_a), with and without centring and rotation. For every class: the KL divergence of the model's output when only one side of one
+    layer is stored in it.
     """
     threads.limit_threads()  # before torch is imported
     from kvtuner_search.calibration.alone import LayerAlone

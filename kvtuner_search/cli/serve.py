@@ -1,4 +1,4 @@
-"""``kvtuner-search serve``: an SGLang server whose KV cache is stored as a profile says."""
+"""``kvtuner-search serve``: an SGLang server that stores its KV cache as a profile says."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def command(
     as_json: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    """Serve a model with SGLang and keep its KV cache packed as a profile says.
+    """Serve a model with SGLang and store its KV cache packed as a profile says.
 
-    The profile is checked against the model, and bits per layer, bytes per token and predicted capacity are printed,
+    Checks the profile against the model and prints bits per layer, bytes per token and predicted capacity
     before SGLang starts. SGLang's own help: python -m sglang.launch_server --help.
     """
     plan, server_arguments = ENGINE.prepare(arguments, profile, as_stored, gpu_memory)

@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Limit(click.ParamType[float | str | None]):
-    """A number that is not negative, ``none``, or where it is allowed ``auto``."""
+    """A number that is not negative, ``none``, or, if allowed, ``auto``."""
 
     def __init__(self, auto: bool) -> None:
         self.auto, self.name = auto, "auto|number|none" if auto else "number|none"
@@ -53,10 +53,12 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     "validate",
     context_settings=CONTEXT,
     epilog="Exit codes: 0 every threshold holds, 1 one does not, 2 usage, 3 unreadable or invalid input, 4 a profile of another model or a"
-    " server with another profile, 5 a server could not be started or did not answer as it should (what was answered is kept: --resume),"
+    " server with another profile, 5 a server could not be started or gave unusable answers (valid answers are kept: --resume),"
     " 130 interrupted.",
 )
-@click.option("--profile", type=click.Path(path_type=Path), required=True, show_envvar=True, help="What to validate.")
+@click.option(
+    "--profile", type=click.Path(path_type=Path), required=True, show_envvar=True, help="Profile to validate."
+)
 @click.option(
     "--model-path",
     "model",
@@ -73,7 +75,7 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     "--baseline-from",
     type=click.Path(path_type=Path, file_okay=False),
     show_envvar=True,
-    help="Folder of a run with the same options, for another profile: its stock server's answers are taken over.",
+    help="Folder of a run with the same options for another profile, whose stock server's answers are reused.",
 )
 @server_python_option
 @click.option(
@@ -102,11 +104,13 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     "--greedy-tokens", type=click.IntRange(1), default=64, show_envvar=True, help="Tokens of each continuation."
 )
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_envvar=True, help="Seed of generated prompts.")
-@_limit("--max-nll-increase", "0.05", "Of each source, nats a token; the upper end of the interval is judged.")
-@_limit("--max-accuracy-drop", "0.05", "Of each task, as a fraction; the lower end of the interval is judged.")
+@_limit("--max-nll-increase", "0.05", "Limit for each source, nats a token, on the upper end of the interval.")
+@_limit("--max-accuracy-drop", "0.05", "Limit for each task, as a fraction, on the lower end of the interval.")
 @_limit("--min-capacity", "0.99", "Token capacity over the stock server's, as a fraction of the predicted ratio.")
 @_limit(
-    "--min-agreement", "none", "Mean fraction of greedy tokens before the first that differs; the lower end is judged."
+    "--min-agreement",
+    "none",
+    "Limit on the mean fraction of greedy tokens before the first difference, on the lower end of its interval.",
 )
 @_limit(
     "--max-path-difference",
@@ -132,15 +136,21 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     "Share of the profile's effect, token by token, that the server shows; the lower end.",
 )
 @click.option("--offline/--no-offline", default=True, help="Compare with the offline evaluation of the same profile.")
-@click.option("--device", default="auto", show_envvar=True, help="Of the offline evaluation: auto, cpu, cuda, cuda:N.")
 @click.option(
-    "--batch-tokens", type=click.IntRange(1), default=4096, show_envvar=True, help="Of the offline evaluation."
+    "--device", default="auto", show_envvar=True, help="Device of the offline evaluation: auto, cpu, cuda, cuda:N."
+)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_envvar=True,
+    help="Tokens in one pass of the offline evaluation.",
 )
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=8, show_envvar=True, help="Requests in flight.")
 @api_key_option
 @timeout_option
 @start_timeout_option
-@click.option("--hardware", show_envvar=True, help="What servers that are pointed at run on, for the record.")
+@click.option("--hardware", show_envvar=True, help="Hardware of servers given by --url, for the record.")
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
@@ -148,7 +158,7 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     show_default="kvtuner-validation/NAME",
     help="Folder for responses, logs and the block.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+@click.option("--resume", is_flag=True, help="Continue the run in the folder.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in the folder and start again.")
 @click.option(
     "--output",
@@ -156,15 +166,15 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     show_envvar=True,
     help="Also write the block to this file.",
 )
-@click.option("--write", is_flag=True, help="Put the block into the profile, which gets a new digest.")
+@click.option("--write", is_flag=True, help="Add the block to the profile, which gets a new digest.")
 @json_option
 @quiet_option
 @server_arguments
 def command(**options: Any) -> int:
     """Measure a profile on an SGLang server against a stock server, with the same prompts.
 
-    Held-out likelihood, task accuracy by generation, greedy agreement, token capacity, and agreement with the offline evaluation. Two servers
-    are started one after the other, with the same options after --, or running ones are asked. docs/validate.md says how and why.
+    Measures held-out likelihood, task accuracy by generation, greedy agreement, token capacity, and agreement with the offline evaluation. Starts
+    two servers one after the other, with the same options after --, or uses running ones. docs/validate.md says how and why.
     """  # fmt: skip
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.errors import ExitCode, UsageError

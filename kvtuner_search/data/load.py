@@ -1,7 +1,7 @@
 """From sources to token ids in three disjoint splits.
 
-Generated tasks take a random generator of their own for each split. Rows and windows of text are shuffled by the seed and
-dealt out, each at most once: to the test split first, so that asking for more search data leaves the test split as it is.
+Each split of a generated task has its own random generator. Rows and windows of text are shuffled by the seed and
+dealt out, each at most once: to the test split first, so that more search data leaves the test split as it is.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def load_dataset_for(
         seed: fixes generated tasks and the choice of rows and windows.
         search, selection, test: samples of each source in each split.
         length: most tokens of a sample; text is cut into windows of exactly this many.
-        say: told of rows that were left out.
+        say: called with messages about rows that were left out.
 
     Raises:
         UsageError: for numbers or options that cannot be used.
@@ -82,7 +82,7 @@ def load_evaluation(
     """``samples`` samples of each source to evaluate on, as a test split.
 
     Tasks come from generators that :func:`load_dataset_for` never uses; rows and windows of text are the first ones, in
-    order. Whether a file was also searched on is the caller's to know. ``say`` is told of rows that were left out.
+    order. The caller has to know whether a search used the same file. ``say`` reports rows that were left out.
 
     Raises:
         UsageError, DataError: as :func:`load_dataset_for`.
@@ -149,7 +149,7 @@ class Encoder:
                 spans.append((start, end))
         if not spans:
             raise DataError(
-                f"source {source!r}: the answer in {document.text[:40]!r} is the first token, which nothing predicts:"
+                f"source {source!r}: the answer in {document.text[:40]!r} is the first token, so nothing predicts it:"
                 " put a prompt before it"
             )
         return Sample(source, (*self.start, *body), tuple(spans), is_task=document.exact)
@@ -177,7 +177,7 @@ def _generate(task: Task, encoder: Encoder, *, stream_name: str, seed: int, coun
     longest = max((len(sample.tokens) for sample in samples), default=0)
     if longest > encoder.length:
         raise DataError(
-            f"source {task.name!r} takes up to {longest} tokens a sample, length is {encoder.length}: raise it"
+            f"source {task.name!r} takes up to {longest} tokens a sample, but length is {encoder.length}: raise it"
         )
     return samples
 
@@ -194,7 +194,7 @@ def _draw(source: Rows | Text, encoder: Encoder, needed: int, rng: Random | None
     """``needed`` distinct samples, shuffled by ``rng``, or the first ones in order without it.
 
     Raises:
-        DataError: if there are not so many.
+        DataError: if there are fewer.
     """
     if isinstance(source, Rows):
         documents = list({document.text: document for document in source.read() if document.answers}.values())

@@ -36,7 +36,7 @@ def locate(location: str, fields: Collection[str]) -> Iterator[tuple[str, Row | 
 
     Args:
         location: a path, or ``hub:NAME[:CONFIG][:SPLIT]``.
-        fields: what is wanted of each row; more may be given.
+        fields: the fields needed of each row; rows may have more.
 
     Raises:
         UsageError, DataError: if it cannot be read.
@@ -100,7 +100,7 @@ def text_of(row: Row, field: str, where: str) -> str | None:
 
 
 def check_characters(text: str, what: str) -> None:
-    """Refuse half of a character, which JSON can name but no tokenizer takes.
+    """Refuse half of a character, which JSON can express but no tokenizer accepts.
 
     Raises:
         DataError: if there is one.
@@ -130,7 +130,7 @@ def _content(turn: Mapping[str, Any], where: str) -> str | None:
     if isinstance(content, list):  # parts
         wrong = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
         if wrong:
-            raise DataError(f"{where} has a part that is no text: leave such chats out")
+            raise DataError(f"{where} has a part that is not text: leave such chats out")
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise DataError(f"{where} is {type(content).__name__}, not text: leave such chats out")
@@ -146,7 +146,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where} is no JSON ({error.msg}): write one object a line") from error
+            raise DataError(f"{where} is not JSON ({error.msg}): write one object a line") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
             raise DataError(f"{where} cannot be read ({str(error).partition(';')[0]}): leave it out") from error
         if row is not None and not isinstance(row, dict):
@@ -155,18 +155,18 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is no file that ends, and what git left in a file's place.
+    """Refuse anything but a regular file, and Git LFS pointers.
 
     Raises:
         DataError: with the remedy.
     """
     if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is no regular file: give a file")
+        raise DataError(f"{path}: is not a regular file: give a file")
     try:
         with path.open("rb") as stream:
             pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
-        return  # whoever reads it says why it cannot
+        return  # reading it gives the reason
     if pointer:
         raise DataError(lfs_message(path))
 
@@ -181,7 +181,7 @@ def _parquet(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row | N
             names = file.schema_arrow.names
             wanted = [name for name in names if name in fields]
             number = 0
-            # Without what is wanted all columns are read, so that the error can name them.
+            # If a needed column is missing, all columns are read, so that the error can name them.
             for batch in file.iter_batches(BATCH, columns=wanted or None):
                 for row in batch.to_pylist():
                     number += 1

@@ -10,10 +10,10 @@
 ``PATH.jsonl`` ``PATH.parquet`` rows: one JSON object a line, or parquet
 ==============================  ==========================================================================
 
-Suffixes may be in capitals. Rows take options after ``#``: ``#field=NAME`` uses one field (if none is named ``text``, or else the chat in
+Suffixes may be in capitals. Rows take options after ``#``: ``#field=NAME`` uses one field (the default is ``text``, or else the chat in
 ``messages`` or ``conversations``, whose turns are joined by blank lines);
 ``#template=TEXT`` fills ``{field}`` places and must come last, with ``\\n`` and ``\\t`` for newline and tab; ``#answer=NAME``
-before it scores only that field's tokens, a row a sample; ``#exact=NAME`` does so too and says that the answers are short
+before it scores only that field's tokens, a row a sample; ``#exact=NAME`` does the same and says that the answers are short
 enough for exact match to mean something. Without an answer the rows are joined by blank lines and cut like plain text.
 """
 
@@ -84,7 +84,7 @@ class Template:
     default: bool = False  # no field was named
 
     def fields(self) -> set[str]:
-        """The fields that it uses, or may use."""
+        """The fields that the template uses, or may use."""
         named = {field for _, field in self.parts if field is not None}
         return named | set(CHATS) if self.default else named
 
@@ -113,7 +113,7 @@ class Template:
 
 
 def parse_source(spec: str, questions: int = 1) -> Source:
-    """The source that a name, path or ``hub:`` address stands for. Nothing is read yet.
+    """The source named by a name, path or ``hub:`` address. Nothing is read yet.
 
     ``questions`` is the number of questions of a recall document that does not set its own.
 
@@ -128,7 +128,7 @@ def parse_source(spec: str, questions: int = 1) -> Source:
         if location == "recall":
             for name, value in options.items():
                 if not value.isdecimal():
-                    raise UsageError(f"source {spec!r}: {name}={value!r} is no number: write e.g. recall#{name}=2")
+                    raise UsageError(f"source {spec!r}: {name}={value!r} is not a number: write e.g. recall#{name}=2")
             numbers = {
                 "pairs": DEFAULT_PAIRS,
                 "questions": questions,
@@ -159,10 +159,10 @@ def parse_source(spec: str, questions: int = 1) -> Source:
 
 
 def distinct(sources: Sequence[Source]) -> list[Source]:
-    """The sources, those files and folders of one name renamed to as much of their paths as tells them apart.
+    """The sources; files and folders with the same name are renamed to as much of their paths as distinguishes them.
 
     Raises:
-        UsageError: if two sources are the same, or have one name all the same.
+        UsageError: if two sources are the same, or still have the same name.
     """
     found = list(sources)
     names = [source.name for source in found]
@@ -205,7 +205,7 @@ def _allow(spec: str, options: dict[str, str], allowed: set[str] | frozenset[str
 
 
 def _row_name(location: str) -> str:
-    """What results are kept under: the hub's name, or a file's or local folder's last part."""
+    """The name that results are kept under: the hub's name, or the last part of a file's or local folder's path."""
     if not location.startswith("hub:"):
         return _shown(Path(location).name)
     name, colon, rest = location.removeprefix("hub:").partition(":")
@@ -213,7 +213,7 @@ def _row_name(location: str) -> str:
 
 
 def _shown(path: str) -> str:
-    """A path as records hold it, which are UTF-8 even where the name of a file is not."""
+    """A path as records hold it: UTF-8, even if the file's name is not."""
     return os.fsencode(path).decode(errors="replace")
 
 
@@ -253,7 +253,7 @@ def _template(location: str, options: dict[str, str]) -> Template:
     try:
         for literal, field, spec, conversion in string.Formatter().parse(options["template"]):
             if field == "" or spec or conversion:
-                raise ValueError("a place is more or less than a field's name")
+                raise ValueError("a place must be a field's name and nothing else")
             parts.append((literal, field))
     except ValueError as error:
         raise UsageError(

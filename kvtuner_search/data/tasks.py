@@ -22,7 +22,7 @@ ANIMALS: Final = tuple(_ANIMALS.split())
 NAMES: Final = tuple(f"{first} {second}" for first in WORDS for second in ANIMALS)
 DEFAULT_PAIRS: Final = 20
 SEARCH_QUESTIONS: Final = (
-    4  # of a recall document in the calibration splits: four times the scored tokens for a fifth more text
+    4  # questions of a recall document in the calibration splits: four times the scored tokens for a fifth more text
 )
 
 
@@ -36,7 +36,7 @@ class Document:
 
 
 class _Writer:
-    """Collects a text and where its answers stand."""
+    """Collects a text and the places of its answers."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -63,7 +63,7 @@ def stream(source: str, purpose: str, seed: int) -> Random:
 
 
 def recall(rng: Random, pairs: int = DEFAULT_PAIRS, questions: int = 1) -> Document:
-    """``pairs`` lines that give a code to a name, then questions; the codes asked for are the answers.
+    """``pairs`` lines that give a code to a name, then questions; the requested codes are the answers.
 
     Raises:
         UsageError: if ``pairs`` is not in 1 .. 780, the number of names, or ``questions`` not in 1 .. 6.
@@ -112,7 +112,7 @@ TASKS: Final[dict[str, Callable[[Random], Document]]] = {
 def recall_prompts(seed: int, count: int, pairs: int = DEFAULT_PAIRS) -> list[tuple[str, str]]:
     """``count`` pairs of prompt and answer for evaluation; the answer starts with its space.
 
-    They come from a generator of their own: no seed gives a prompt that the search, selection or test split of any
+    They come from a separate generator: no seed gives a prompt that the search, selection or test split of any
     seed was built from, short of a collision of 20 random codes.
 
     Raises:

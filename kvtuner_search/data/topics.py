@@ -32,7 +32,7 @@ def python_reference() -> str:
 
 
 def _prose(block: str) -> str:
-    """The block as one line, or nothing if it is no prose."""
+    """The block as one line, or nothing if it is not prose."""
     text = " ".join(re.sub(r"(\w-)\n\s*", r"\1", block).split())  # a line may break after the hyphen of a compound
     words = len(text.split(" "))
     letters = sum(character.isalpha() or character == " " for character in text)

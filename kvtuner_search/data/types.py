@@ -28,7 +28,7 @@ class Sample:
     is_task: bool  # whether "every scored token right under teacher forcing" is a meaningful accuracy
 
     def __post_init__(self) -> None:
-        last = 1  # position 0 has nothing to be predicted from
+        last = 1  # nothing precedes position 0, so it is never predicted
         for start, end in self.scored:
             if not last <= start < end <= len(self.tokens):
                 raise ValueError(f"span {(start, end)} of {self.source} is not in {last}..{len(self.tokens)}")

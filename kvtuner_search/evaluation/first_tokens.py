@@ -1,7 +1,7 @@
-"""Where the keys and values of first tokens lie: means over many sequences of one token.
+"""Means of the keys and values of first tokens, over many sequences of one token.
 
-At position 0 they depend on the token alone. Models put attention there that fits nowhere else, so that first tokens lie far from all
-others, and most layers' close together; a banded side stores them about their mean.
+At position 0 they depend on the token alone. Models use it as an attention sink, so first tokens lie far from all
+others, and in most layers close together; a banded side stores them relative to their mean.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from kvtuner_search.models.runner import Runner
 
 MOST: Final = 4096  # distinct tokens that are run
-SPECIAL: Final = 0.25  # share of special tokens in what a sequence that was not seen may start with
+SPECIAL: Final = 0.25  # share of special tokens in the weight of unseen starts
 
 
 def first_token_weights(sequences: Sequence[Sequence[int]], special: Iterable[int] = ()) -> dict[int, float]:
     """How much each token id counts as the first of a sequence; the weights add up to one.
 
-    The tokens that start ``sequences`` count by how often they do. A start that occurred once says little about the next one, so the share
-    of those goes to what else a text may start with: any token of the data, by frequency, and special tokens.
+    The tokens that start ``sequences`` count by frequency. A start that occurred once says little about the next one, so the share
+    of such starts goes to other possible ones: any token of the data, by frequency, and special tokens.
 
     Source of the share: I. J. Good, The population frequencies of species and the estimation of population parameters, 1953.
     """

@@ -1,4 +1,4 @@
-"""Greedy generation over a cache that is stored as a profile says: every token's key and value goes through the packed bytes."""
+"""Greedy generation over a cache stored as a profile says: every token's key and value goes through the packed bytes."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def _read_back(key: Tensor, value: Tensor, spec: LayerSpec, centres: Centres, fi
 
 
 class PackedCache:
-    """Tap: packs the keys and values that it is given, and returns those of every token up to them as they are read back.
+    """Tap: packs the given keys and values, and returns those of all tokens so far as read back.
 
-    Bytes that were written never change, so what was read back once is kept instead of being unpacked again at every step.
+    Written bytes never change, so values that were read back once are kept instead of being unpacked again at every step.
 
     Args:
         setting: one LayerSpec a layer.
-        centres: by layer, what the sides that are centred or banded need (see transform_of).
+        centres: by layer, the tensors of centred or banded sides (see transform_of).
         capacity: tokens of each sequence.
     """
 
@@ -101,7 +101,7 @@ class PackedCache:
         count = int(at.max()) + 1
         if count == at.shape[1]:
             return keys[:, :count], values[:, :count]  # whole prompts: plain causal attention
-        # What lies after a query is not written yet, or is the padding of a prompt.
+        # Slots after a query are not written yet, or are the padding of a prompt.
         visible = torch.arange(count, device=key.device) <= at.unsqueeze(-1)
         return keys[:, :count], values[:, :count], visible.unsqueeze(1)
 
@@ -115,10 +115,10 @@ def greedy(
     count: int,
     stop: Stop = lambda index, tokens: False,
 ) -> list[list[int]]:
-    """The most likely token after each prompt, again and again, the prompts as one batch.
+    """Greedy continuations of the prompts, computed as one batch.
 
-    A prompt's own tokens read each other as stored too, as everywhere in this package. A setting of 16 bits goes the same way, so that two
-    settings differ by what is stored alone.
+    A prompt's own tokens also read each other as stored, as everywhere in this package. A setting of 16 bits takes the same path, so two
+    settings differ only in what is stored.
 
     Args:
         prompts: token ids, at least one each.

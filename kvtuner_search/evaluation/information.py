@@ -1,7 +1,7 @@
-"""How much the model's output depends on each direction of its keys and values, and how these spread: one pass with gradients.
+"""How much the model's output depends on each direction of its keys and values, and their covariance: one pass with gradients.
 
-The second moment of the gradient of the log-likelihood by a key, with labels drawn from the model itself, is the Fisher information:
-to second order it says what an error of that key costs in KL divergence, whatever reads the key further on.
+The second moment of the gradient of the log-likelihood with respect to a key, with labels drawn from the model itself, is the Fisher
+information: to second order it gives the cost of an error of that key in KL divergence, whatever later layers do with the key.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class SideSums:
 
     @classmethod
     def zero(cls, like: Tensor) -> Self:
-        """Nothing yet, for keys or values [..., H, D]."""
+        """Empty sums for keys or values [..., H, D]."""
         mean = torch.zeros(like.shape[-2:], dtype=torch.float64, device=like.device)
         square = mean.unsqueeze(-1).repeat(1, 1, like.shape[-1])
         return cls(0.0, 0.0, mean, square, square.clone())
 
     @property
     def tokens(self) -> float:
-        """How many tokens of equal weight would say as much (L. Kish, Survey Sampling, 1965)."""
+        """Effective number of tokens of equal weight (L. Kish, Survey Sampling, 1965)."""
         return self.weight**2 / self.weight_square if self.weight_square else 0.0
 
     def add(self, x: Tensor, weight: Tensor) -> None:
@@ -128,14 +128,14 @@ def gather_information(scorer: Scorer, seed: int, advance: Callable[[int], None]
         for name, sums in zip(SIDES, sides, strict=True):
             if not bool(sums.gradient.isfinite().all()):
                 raise DataError(
-                    f"a gradient by the {name}s of layer {layer} is not finite: load the model with --dtype bfloat16 or float32,"
+                    f"a gradient of layer {layer} with respect to its {name}s is not finite: load the model with --dtype bfloat16 or float32,"
                     " or leave bands out with --no-bands"
                 )
     return found
 
 
 def label_gradient(runner: Runner, hidden: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient by the last hidden states [B, T, E] of the negative log-likelihood of labels drawn from the model, summed over positions.
+    """Gradient, with respect to the last hidden states [B, T, E], of the negative log-likelihood of labels drawn from the model, summed over positions.
 
     Args:
         hidden: last hidden states.

@@ -1,7 +1,7 @@
 """lm-eval's own Hugging Face model, with attention reading keys and values as a setting stores them. Needs the extra ``eval``.
 
-Tokenization, few-shot prompts, batching, stop sequences and metrics are lm-eval's. Only the two places in which it calls the model are
-replaced: likelihood goes through the tap that the scorer uses, generation through a packed cache that each step reads back.
+Tokenization, few-shot prompts, batching, stop sequences and metrics are lm-eval's. Only its two calls of the model are
+replaced: likelihood goes through the scorer's tap, generation through a packed cache that each step reads back.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class StoredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Token ids [B, T + N] of the left-padded prompts [B, T] and their answers, the shorter ones padded at their end.
 
         Raises:
-            DataError: if the task samples, or searches by beams.
+            DataError: if the task samples, or uses beam search.
         """
         if options.get("do_sample") or options.get("num_beams", 1) != 1:
             raise DataError(
@@ -90,5 +90,5 @@ class StoredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return torch.cat((context, torch.tensor(padded, device=context.device)), dim=1)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Nothing: the model is described by our own record, and lm-eval would ask the hub."""
+        """Nothing: our own record describes the model, and lm-eval would query the hub."""
         return {}

@@ -32,7 +32,7 @@ class TaskOptions:
     tasks: tuple[str, ...]  # lm-eval's names of tasks or groups
     fewshot: int | None = None  # examples before each question; None is the task's own number
     limit: int | None = None  # first items of each task; None is all
-    folder: Path | None = None  # of more task files (YAML); lm-eval runs the Python that these name
+    folder: Path | None = None  # with additional task files (YAML); lm-eval runs the Python that these name
     batch_size: int = 8  # prompts of one pass
 
 
@@ -128,7 +128,7 @@ def _manager(options: TaskOptions) -> Any:
         missing = sorted(set(options.tasks) - set(manager.all_tasks))
         if not missing:
             return manager
-    raise DataError(f"lm-eval knows no task {missing[0]!r}: `lm-eval ls tasks` lists its own, --task-folder adds yours")
+    raise DataError(f"lm-eval has no task {missing[0]!r}: `lm-eval ls tasks` lists its own, --task-folder adds yours")
 
 
 def _run(
@@ -157,7 +157,7 @@ def _run(
                 limit=options.limit,
                 bootstrap_iters=0,  # its intervals are not paired
             )
-        except Exception as error:  # tasks are others' code and data: what they raise has no bounds
+        except Exception as error:  # tasks are others' code and data and may raise anything
             if _is_no_tasks(error):
                 raise
             raise _refusal(error, options) from error
@@ -165,22 +165,22 @@ def _run(
 
 
 def _is_no_tasks(error: Exception) -> bool:
-    """Whether it is an error of this program, or the GPU's."""
+    """Whether the error comes from this program or the GPU rather than the task."""
     return isinstance(error, KVTunerError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _refusal(error: Exception, options: TaskOptions) -> DataError:
-    """What a task raised as one line with the task's name."""
+    """A task's exception as one line with the task's name."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     reason = line if line and isinstance(error, OSError) else ": ".join(filter(None, (type(error).__name__, line)))
-    remedy = "mend its file or its data, or leave it out (--debug shows where it failed)"
+    remedy = "fix its file or its data, or leave it out (--debug shows where it failed)"
     if isinstance(error, (OSError, ImportError)):
         remedy = "offline, give a task whose data_files are local with --task-folder (docs/evaluate.md)"
     return DataError(f"lm-eval cannot run {_failing(error) or ', '.join(options.tasks)}: {reason[:500]}: {remedy}")
 
 
 def _failing(error: Exception) -> str | None:
-    """The task that lm-eval was busy with, read from the innermost frame that knows one."""
+    """The task that lm-eval was running, read from the innermost frame that has one."""
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for value in frame.f_locals.values():
@@ -261,7 +261,7 @@ def _is_mean(items: _Items) -> bool:
 
 
 class _Truncations(logging.Handler):
-    """Passes on what changes results, a prompt that was cut, and drops lm-eval's chatter about its own options."""
+    """Passes on warnings about truncated prompts, which change results, and drops lm-eval's messages about its own options."""
 
     def __init__(self, reporter: Reporter | None) -> None:
         super().__init__(logging.WARNING)

@@ -26,7 +26,7 @@ class LayerMoments:
 
 @dataclass
 class Moments:
-    """Tap that leaves keys and values as they are. ``valid`` [B, T] marks what is no padding; set it before each pass."""
+    """Tap that returns keys and values unchanged. ``valid`` [B, T] marks what is not padding; set it before each pass."""
 
     valid: Tensor | None = None
     layers: dict[int, LayerMoments] = field(default_factory=dict)

@@ -93,8 +93,8 @@ def uniform(spec: LayerSpec, layers: int) -> Setting:
     """
     if spec.key.banded or spec.value.banded:
         raise UsageError(
-            f"{spec} has bands, and only a calibration fits their basis: calibrate, or give a spec without bands"
+            f"{spec} has bands, whose basis only a calibration can fit: calibrate, or give a spec without bands"
         )
     if spec.key.centred or spec.value.centred:
-        raise UsageError(f"{spec} is centred, and only a calibration gives the vectors: leave -c out")
+        raise UsageError(f"{spec} is centred, which needs vectors from a calibration: leave -c out")
     return (spec,) * layers

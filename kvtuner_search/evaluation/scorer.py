@@ -20,7 +20,7 @@ from kvtuner_search.models.runner import Runner
 
 CHUNK_NUMBERS: Final = 2**26  # rows x vocabulary of one chunk of log-probabilities (256 MiB in fp32)
 MAX_PADDING: Final = 0.05  # of a batch's tokens
-KEPT_BYTES: Final = 2**29  # 16-bit log-probabilities are kept up to this, else computed again from hidden states
+KEPT_BYTES: Final = 2**29  # 16-bit log-probabilities are kept up to this size, otherwise recomputed from hidden states
 Floats = NDArray[np.float64]
 
 
@@ -65,7 +65,7 @@ class Scores:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Share of each source in the loss: tasks together count as much as text together, and sources of a kind the same."""
+        """Share of each source in the loss: tasks together weigh as much as text together, and sources of one kind weigh the same."""
         tasks = {name: bool(self.of(name).is_task.all()) for name in self.names}
         kinds = len(set(tasks.values()))
         return {name: 1 / kinds / list(tasks.values()).count(kind) for name, kind in tasks.items()}
@@ -153,7 +153,7 @@ class Scorer:
         return [batch.tokens for batch in self._batches[tier]]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, tuple[Sample, ...]]]:
-        """Every forward pass: token ids [B, T], which of them are no padding, and the samples row by row."""
+        """Every forward pass: token ids [B, T], which of them are not padding, and the samples row by row."""
         for batches in self._batches:
             for batch in batches:
                 yield batch.tokens, batch.valid, batch.samples
@@ -268,7 +268,7 @@ def _kl(expected: Tensor, got: Tensor) -> Tensor:
 
 
 def _groups(tier: Sequence[Sample], batch_tokens: int) -> list[list[int]]:
-    """Sample indices in batches of like length: at most ``batch_tokens`` padded tokens (or one sample), little of it padding."""
+    """Sample indices in batches of similar length: at most ``batch_tokens`` padded tokens (or one sample), little of it padding."""
     groups: list[list[int]] = []
     real = 0
     for index in sorted(range(len(tier)), key=lambda i: (len(tier[i].tokens), i)):

@@ -59,7 +59,7 @@ def paired_loss(ours: Scores, theirs: Scores, seed: int = 0) -> Interval:
 def paired_proportions(lost: int, gained: int, count: int) -> Interval:
     """Interval of the difference of two proportions of the same ``count`` prompts.
 
-    Half a prompt is added to each of the four cells, so that it has a width where no prompt flipped, which the bootstrap's has not.
+    Half a prompt is added to each of the four cells, so that it has a width even if no prompt flipped, unlike the bootstrap's.
     Source: A. Agresti and Y. Min, Simple improved confidence intervals for comparing matched proportions, Statistics in
     Medicine 24, 2005.
     """

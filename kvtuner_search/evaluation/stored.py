@@ -23,8 +23,8 @@ class StoredCache:
     """Tap: every key and value is quantized and read back as the setting says. Sequences begin at position 0.
 
     Args:
-        specs: LayerSpec by layer index; layers that are missing stay as they are.
-        centres: by layer index, what the sides that are centred or banded need (see transform_of).
+        specs: LayerSpec by layer index; missing layers stay unquantized.
+        centres: by layer index, the tensors of centred or banded sides (see transform_of).
     """
 
     def __init__(self, specs: Mapping[int, LayerSpec], centres: Mapping[int, Centres]) -> None:

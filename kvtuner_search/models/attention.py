@@ -1,7 +1,7 @@
 """The attention function that lets calibration see, and replace, the keys and values of every layer.
 
 It is registered with transformers' ``AttentionInterface`` under the name ``kvtuner``. Queries, keys and values arrive after the
-rotary embedding, which is where a server stores them. The whole sequence is computed at once and every key and value is what
+rotary embedding, which is where a server stores them. The whole sequence is computed at once and attention reads every key and value as
 the tap returns, the current token's included: the same as decoding token by token from a cache that holds those values.
 """
 
@@ -20,13 +20,13 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvtuner_search.errors import DataError
 
 NAME: Final = "kvtuner"
-_HARMLESS: Final = ("cache_position", "position_ids", "position_embeddings")  # tensors that say where tokens stand
+_HARMLESS: Final = ("cache_position", "position_ids", "position_embeddings")  # tensors with the tokens' positions
 
 
 class Tap(Protocol):
     """Called once a layer and forward pass.
 
-    ``query`` is [B, T, Hq, D], ``key`` and ``value`` are [B, T, H, D], all in the model's dtype. What is returned takes the place
+    ``query`` is [B, T, Hq, D], ``key`` and ``value`` are [B, T, H, D], all in the model's dtype. The result takes the place
     of key and value. Without a third tensor there are T of them and attention is causal from position 0; a third one, bool
     [B or 1, 1, T, S], says which of the S that are returned each query sees, as decoding from a cache needs it.
     """
@@ -37,7 +37,7 @@ class Tap(Protocol):
 
 
 class Observer(Tap, Protocol):
-    """A tap that returns keys and values as they are, and is told before each pass which tokens [B, T] are no padding."""
+    """A tap that returns keys and values unchanged; ``begin`` says before each pass which tokens [B, T] are not padding."""
 
     def begin(self, valid: Tensor) -> None: ...
 
@@ -47,7 +47,7 @@ _TAP: ContextVar[Tap | None] = ContextVar("kvtuner_tap", default=None)
 
 @contextmanager
 def tapped(tap: Tap | None) -> Iterator[None]:
-    """Forward passes inside the block go through ``tap``."""
+    """Send forward passes inside the block through ``tap``."""
     token = _TAP.set(tap)
     try:
         yield

@@ -53,7 +53,7 @@ class LoadedModel:
     info: ModelInfo
     device: torch.device  # where token ids go
     dtype: torch.dtype
-    notes: tuple[str, ...] = ()  # what the user must be told
+    notes: tuple[str, ...] = ()  # messages for the user
 
 
 def load_model(options: ModelOptions, length: int | None = None) -> LoadedModel:
@@ -64,9 +64,9 @@ def load_model(options: ModelOptions, length: int | None = None) -> LoadedModel:
         length: most tokens of a sequence that it will be run on.
 
     Raises:
-        DataError: if the model or tokenizer cannot be loaded, has a layer that is not supported, or its weights are not those of the
+        DataError: if the model or tokenizer cannot be loaded, has a layer that is not supported, or its weights do not match the
             checkpoint: missing, left over, of another shape, quantized codes without their scales, or not finite.
-        UsageError: for an unknown dtype, a device that is not there, or a length beyond the model's positions.
+        UsageError: for an unknown dtype, a missing device, or a length beyond the model's positions.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -100,7 +100,7 @@ def load_model(options: ModelOptions, length: int | None = None) -> LoadedModel:
     check_hooked(config, info.num_layers, options.source, options.trust_remote_code)
     tokenizer = None
     if folder is not None and not has_tokenizer(folder):
-        if not options.random_weights:  # transformers would make up an empty one
+        if not options.random_weights:  # transformers would create an empty one
             raise DataError(f"model folder {options.source} has no tokenizer ({', '.join(TOKENIZERS)}): copy it there")
     else:
         with _loading(options.source, "tokenizer"):
@@ -141,7 +141,7 @@ def _saved(
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of keys is ours to give, in one line
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # check_loaded reports the keys, in one line
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -149,7 +149,7 @@ def _saved(
             attn_implementation=attention.NAME,
             use_safetensors=True,
             device_map=options.device_map,
-            ignore_mismatched_sizes=True,  # they are named below, all of them
+            ignore_mismatched_sizes=True,  # all of them are named below
             output_loading_info=True,
             **common,
         )
@@ -162,7 +162,7 @@ def _saved(
 
 
 def _check_shape(config: Any, info: ModelInfo, source: str) -> None:
-    """Refuse a model that transformers understands otherwise than its config.json was read here.
+    """Refuse a model whose config.json transformers reads differently from this package.
 
     Raises:
         DataError: names what differs.
@@ -176,7 +176,7 @@ def _check_shape(config: Any, info: ModelInfo, source: str) -> None:
     for name, value in theirs.items():
         if getattr(info, name) != value:
             raise DataError(
-                f"{source}: config.json says {name}={getattr(info, name)}, transformers takes it to be {value}: write the field into"
+                f"{source}: config.json says {name}={getattr(info, name)}, transformers reads it as {value}: write the field into"
                 " config.json"
             )
 
@@ -195,14 +195,14 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(
-            f"device {name!r} is not there ({torch.cuda.device_count()} GPUs are visible): use auto, cpu or another index"
+            f"device {name!r} does not exist ({torch.cuda.device_count()} GPUs are visible): use auto, cpu or another index"
         )
     return device
 
 
 def weights_digest(folder: Path) -> str:
-    """``sha256:...`` over names, sizes and headers of the safetensors files: quick, and tells two checkpoints of one shape apart
-    by the last 4 KiB of each file too."""
+    """``sha256:...`` over names, sizes and headers of the safetensors files: fast; the last 4 KiB of each file
+    distinguish two checkpoints of the same shape."""
     state = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Where the embedded reference model lies. Nothing heavy is imported here."""
+"""The location of the embedded reference model. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def reference_model_path() -> Path:
     """The folder with the reference model's config, tokenizer and safetensors, for ``from_pretrained``.
 
     Raises:
-        DataError: if the package lies in an archive, or came without the model.
+        DataError: if the package is in an archive, or was installed without the model.
     """
     folder = resources.files("kvtuner_search.models") / REFERENCE_NAME
     if not (isinstance(folder, Path) and (folder / "config.json").is_file()):

@@ -20,8 +20,8 @@ from kvtuner_search.models.support import CallRecorder, check_seen, owner_of_lay
 class Runner:
     """Passes over a loaded model. All methods but :meth:`differentiate` run without gradients, and parameters never get any.
 
-    ``can_resume`` tells whether a pass may start at a layer from that layer's input, which saves the layers before it; it is found
-    out by trying, and where it does not hold (embedding scales, per-layer inputs) passes start at the first layer.
+    ``can_resume`` tells whether a pass may start at a layer from that layer's input, which saves the layers before it. A trial
+    pass decides it; if it does not work (embedding scales, per-layer inputs), passes start at the first layer.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -35,7 +35,7 @@ class Runner:
         self.can_resume = self._probe()
 
     def check_tokens(self, tokens: Iterable[int], what: str) -> None:
-        """Refuse token ids that the model has no embedding for; ``what`` says where they are from.
+        """Refuse token ids that the model has no embedding for; ``what`` says where they come from.
 
         Raises:
             DataError: names the id and the number of embeddings.
@@ -43,8 +43,8 @@ class Runner:
         for token in tokens:
             if not 0 <= token < self.embedded:
                 raise DataError(
-                    f"token id {token} of {what} is beyond the {self.embedded} embeddings of {self.loaded.info.id}: its tokenizer is"
-                    " another model's, or has tokens that were added to it alone; take both from the same model"
+                    f"token id {token} of {what} is beyond the {self.embedded} embeddings of {self.loaded.info.id}: its tokenizer belongs"
+                    " to another model, or has tokens that the model lacks; take both from the same model"
                 )
 
     @torch.inference_mode()
@@ -89,18 +89,18 @@ class Runner:
     def differentiate(self, tokens: Tensor, tap: Tap, start: Callable[[Tensor], Tensor]) -> None:
         """A forward and a backward pass over token ids [B, T].
 
-        The way back computes every layer again, so that memory holds each layer's input and one layer's activations.
+        The backward pass recomputes every layer, so that memory holds only each layer's input and one layer's activations.
 
         Args:
             tokens: token ids.
-            tap: sees the forward pass once; gradient hooks that it leaves on keys and values are called on the way back.
-            start: the gradient by the last hidden states [B, T, E], given these.
+            tap: sees the forward pass once; gradient hooks that it sets on keys and values run in the backward pass.
+            start: maps the last hidden states [B, T, E] to their gradient.
         """
         with torch.inference_mode(False), torch.enable_grad(), _reproducible(), self._computed_again():
             embedding: nn.Module = self.loaded.model.get_input_embeddings()
             handle = embedding.register_forward_hook(lambda _module, _arguments, output: output.requires_grad_())
             try:
-                with tapped(tap):  # but not the way back, which would show the tap everything twice
+                with tapped(tap):  # but not in the backward pass, which would show the tap everything twice
                     hidden: Tensor = self.base(
                         input_ids=tokens.to(self.loaded.device), use_cache=False
                     ).last_hidden_state
@@ -110,7 +110,7 @@ class Runner:
 
     @contextmanager
     def _computed_again(self) -> Iterator[None]:
-        """Layers keep nothing but their inputs for the way back."""
+        """Layers keep only their inputs for the backward pass."""
 
         def again(forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arguments: Any, **named: Any) -> Any:
@@ -118,7 +118,7 @@ class Runner:
 
             return run
 
-        own = [vars(layer).get("forward") for layer in self.layers]  # what a device map has put there
+        own = [vars(layer).get("forward") for layer in self.layers]  # set by a device map, if any
         for layer in self.layers:
             layer.forward = again(layer.forward)
         try:
@@ -150,7 +150,7 @@ class Runner:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             first = first_line(error)
             raise DataError(
-                f"{self.loaded.info.id} cannot be run: {first[:200].rstrip('.')}: its config.json and its class do not go together"
+                f"{self.loaded.info.id} cannot be run: {first[:200].rstrip('.')}: its config.json does not fit its class"
             ) from error
         check_seen(seen, len(self.layers), self.loaded.info.id, self.loaded.model.config)
         if not bool(torch.isfinite(expected).all()):
@@ -167,7 +167,7 @@ class Runner:
         try:
             return torch.equal(self.hidden_from(middle, inputs[middle]), hidden)
         except (TypeError, ValueError, IndexError, KeyError, RuntimeError):
-            return False  # the base model wants more than the hidden state
+            return False  # the base model needs more than the hidden state
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a model's files lie: a local folder, or the hub's cache. Nothing heavy is imported but to ask the hub."""
+"""Where a model's files are: a local folder, or the hub's cache. Nothing heavy is imported except to query the hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def local_folder(source: str) -> Path | None:
     """The local folder that ``source`` means, or None for a hub id.
 
     Raises:
-        DataError: if it is a path, but of no folder with a config.json, or the folder holds an adapter.
+        DataError: if it is a path, but not of a folder with a config.json, or the folder holds an adapter.
     """
     if source == REFERENCE_NAME:
         return reference_model_path()
@@ -36,7 +36,7 @@ def local_folder(source: str) -> Path | None:
             )
         if not os.path.isfile(path / "config.json"):  # noqa: PTH113
             raise DataError(
-                f"{path / 'config.json'} does not exist, and a folder with no config.json is no model: {REMEDY}"
+                f"{path / 'config.json'} does not exist, and a folder with no config.json is not a model: {REMEDY}"
             )
         return path
     there = os.path.lexists(path)
@@ -48,8 +48,8 @@ def local_folder(source: str) -> Path | None:
 def config_file(source: str, revision: str | None = None, *, fetch: bool = True) -> Path:
     """The config.json of a folder or hub id.
 
-    The hub is asked through transformers' loader: its cache, token, mirror and offline mode hold here too. Without ``fetch`` only what
-    its cache has is read.
+    The hub is queried through transformers' loader, so its cache, token, mirror and offline mode apply. Without ``fetch`` only
+    the cache is read.
 
     Raises:
         DataError: if it cannot be found.
@@ -80,7 +80,7 @@ def read_source(source: str, revision: str | None = None, *, fetch: bool = True)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads weights from: those of the index, else the one file, else whatever safetensors there are."""
+    """The files that transformers loads weights from: those of the index, else the single file, else all safetensors files."""
     index = folder / f"{WEIGHTS}.index.json"
     try:
         named = json.loads(index.read_bytes())["weight_map"].values()
@@ -93,7 +93,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_pointers(folder: Path) -> None:
-    """Refuse a folder of which weights or tokenizer, as far as they are read, are Git LFS pointers.
+    """Refuse a folder whose weights or tokenizer files, as far as they are read, are Git LFS pointers.
 
     Raises:
         DataError: names the first one.
@@ -112,7 +112,7 @@ def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer that can be loaded.
 
     Raises:
-        DataError: if it has only files of a kind that is not read here, or whose package is missing.
+        DataError: if it has only files of an unsupported kind, or whose package is missing.
     """
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return True
@@ -132,7 +132,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_length(config: dict[str, Any], length: int | None, source: str) -> tuple[str, ...]:
-    """Compare a length with the model's positions; what is returned is to be said.
+    """Compare a length with the model's positions; returns messages for the user.
 
     Raises:
         UsageError: if it is beyond them.

@@ -1,5 +1,5 @@
-"""Whether calibration can see and replace the keys and values of a model's layers. What its config.json says is looked at before that
-(:mod:`kvtuner_search.profile.model_support`)."""
+"""Whether calibration can see and replace the keys and values of a model's layers. :mod:`kvtuner_search.profile.model_support` checks
+config.json before that."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kvtuner_search.models.attention import NAME, tapped
 
 
 def check_hooked(config: Any, layers: int, source: str, trust_remote_code: bool = False) -> None:
-    """Refuse a model whose attention does not go through our function; it is built without weights, so nothing is read.
+    """Refuse a model whose attention does not go through our function; the model is built without weights, so nothing is read.
 
     Args:
         config: a transformers config.
-        layers: how many the model has.
+        layers: number of the model's layers.
         source: what messages call the model.
         trust_remote_code: run code that comes with the model.
 
@@ -32,11 +32,9 @@ def check_hooked(config: Any, layers: int, source: str, trust_remote_code: bool 
                 config, dtype=torch.bfloat16, attn_implementation=NAME, trust_remote_code=trust_remote_code
             )  # experts are multiplied in bfloat16 only, where there are no numbers
     except Exception as error:
-        if NAME in str(error) or "attn_implementation" in str(error):  # it looks for a class of attention of that name
-            raise DataError(
-                f"{source}: {_unseen(config)}: transformers has no place for another attention in it"
-            ) from error
-        return  # not every model can be built without its weights; the loaded one is looked at
+        if NAME in str(error) or "attn_implementation" in str(error):  # it looks for an attention class of that name
+            raise DataError(f"{source}: {_unseen(config)}: transformers cannot replace its attention") from error
+        return  # not every model can be built without its weights; the loaded one is checked
     model.eval()
     owner_of_layers(model.base_model, layers, source)
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
@@ -56,21 +54,21 @@ def check_hooked(config: Any, layers: int, source: str, trust_remote_code: bool 
 
 
 def check_seen(seen: set[int], layers: int, source: str, config: Any) -> None:
-    """Refuse a model of which only these layers showed their keys and values.
+    """Refuse a model if layers outside ``seen`` did not show their keys and values.
 
     Raises:
         DataError: names the first layer that did not.
     """
     unseen = sorted(set(range(layers)) - seen)
     if unseen:
-        raise DataError(f"{source}: {_unseen(config)}: layer {unseen[0]} computes attention in code of its own")
+        raise DataError(f"{source}: {_unseen(config)}: layer {unseen[0]} computes attention in its own code")
 
 
 def owner_of_layers(base: nn.Module, count: int, source: str) -> tuple[Any, str]:
     """The module that holds the decoder's layers, and the name of its list of them.
 
     Raises:
-        DataError: if there is none of ``count`` layers.
+        DataError: if there is no list of ``count`` layers.
     """
     for module in base.modules():
         for name, child in module.named_children():

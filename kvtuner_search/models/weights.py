@@ -1,4 +1,4 @@
-"""Whether the weights that a model has are the ones that its checkpoint holds: asked before and after transformers loads them."""
+"""Checks, before and after transformers loads a model, that its weights are those of its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvtuner_search.profile.canonical import parse_json, read_limited
 from kvtuner_search.profile.model_config import text_config
 
 _MAX_HEADER: Final = 2**27  # bytes of a safetensors header; a model of 100,000 experts' tensors has one of 15 MB
-_NAMED: Final = 3  # names that a message has room for
+_NAMED: Final = 3  # names in a message
 # Buffers that older versions saved and that no version needs: they follow from the config.
 _DERIVED: Final = re.compile(r"(?:rotary_emb\.inv_freq|\.(?:attn|attention)\.(?:masked_)?bias|\bposition_ids)$")
 _CODES: Final = re.compile(r"F8_.*|F4(?:_.*)?|F6_.*|[IU]\d+|BOOL")  # dtypes of safetensors in which weights are codes
@@ -46,15 +46,15 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
 
 
 def check_quantization(config: Mapping[str, Any], folder: Path | None, source: str) -> None:
-    """Refuse a quantized checkpoint that transformers would read as if it was not.
+    """Refuse a quantized checkpoint that transformers would read as unquantized.
 
     Args:
         config: the content of config.json.
-        folder: where the weights lie; None if they are not here yet.
+        folder: the folder of the weights; None if they are not downloaded yet.
         source: what messages call the model.
 
     Raises:
-        DataError: names the method, and the scales that nobody would use.
+        DataError: names the method, and the scales that would not be used.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -93,7 +93,7 @@ def check_quantization(config: Mapping[str, Any], folder: Path | None, source: s
 
 
 def quantization_of(config: Mapping[str, Any]) -> Any:
-    """What config.json says of a quantization of the weights; None if nothing."""
+    """The quantization of the weights that config.json declares, or None."""
     for part in (config, text_config(dict(config))):
         for name in ("quantization_config", "compression_config"):
             if part.get(name):
@@ -102,7 +102,7 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
 
 
 def check_loaded(model: Any, loading: Mapping[str, Any], quantized: bool, source: str) -> None:
-    """Refuse a model whose weights are not those of its checkpoint.
+    """Refuse a model whose weights differ from those of its checkpoint.
 
     Args:
         model: what transformers loaded.
@@ -127,12 +127,8 @@ def check_loaded(model: Any, loading: Mapping[str, Any], quantized: bool, source
     missing = sorted(map(str, loading.get("missing_keys") or ()))
     left = sorted(name for name in map(str, loading.get("unexpected_keys") or ()) if not _DERIVED.search(name))
     if missing or left:
-        parts = [
-            f"{word} {named(names)}" for word, names in (("missing are", missing), ("not used are", left)) if names
-        ]
-        raise DataError(
-            f"the weights of {source} are not those of its model: {'; '.join(parts)}: {_remedy(missing, left)}"
-        )
+        parts = [f"{word} {named(names)}" for word, names in (("missing", missing), ("unused", left)) if names]
+        raise DataError(f"the weights of {source} do not match its model: {'; '.join(parts)}: {_remedy(missing, left)}")
     errors = list(loading.get("error_msgs") or ()) + list(map(str, loading.get("conversion_errors") or ()))
     if errors:
         raise DataError(f"the weights of {source} cannot be loaded: {str(errors[0])[:200]}: restore them")
@@ -154,7 +150,7 @@ def check_finite(model: torch.nn.Module, source: str) -> None:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise DataError(
                 f"the weights of {source} are not finite: {name} holds {kind} in {dtype}: restore the file, or give another --dtype"
-                " if the checkpoint's own numbers go beyond this one's range"
+                " if the checkpoint's own numbers exceed this one's range"
             )
 
 
@@ -172,9 +168,9 @@ def _mismatch(entry: Any) -> str:
 
 def _remedy(missing: Sequence[str], left: Sequence[str]) -> str:
     if any("lora_" in name or name.startswith("base_model.") or ".base_layer." in name for name in left):
-        return "these are an adapter's: merge it into its base model (peft: merge_and_unload) and save that"
+        return "these belong to an adapter: merge it into its base model (peft: merge_and_unload) and save that"
     if any("scale" in name for name in left):
-        return "scales of a quantization that config.json does not say: use the unquantized model"
+        return "these are scales of a quantization that config.json does not declare: use the unquantized model"
     prefix = _inserted(missing, left)
     if prefix is not None:
         return f"strip {prefix!r} from the names in the checkpoint, or save the model that it wraps"
@@ -184,7 +180,7 @@ def _remedy(missing: Sequence[str], left: Sequence[str]) -> str:
 
 
 def _inserted(missing: Iterable[str], left: Sequence[str]) -> str | None:
-    """What stands in the names that were left over and not in those that are missing, e.g. ``_orig_mod.``."""
+    """The part that the unused names have and the missing names lack, e.g. ``_orig_mod.``."""
     wanted = set(missing)
     for name in left[:_NAMED]:
         parts = name.split(".")

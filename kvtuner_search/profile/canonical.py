@@ -27,7 +27,7 @@ MAX_DEPTH: Final = 32
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 
 _BRACKET: Final = re.compile(r"[\[\]{}]")
-# What a reviewed file must not hold as it stands: DEL and C1, what is not seen or turns the direction of what follows, and what CI
+# What a reviewed file must not contain unescaped: DEL and C1, invisible characters, marks that change text direction, and what CI
 # services take for a command when the file is printed. A fixed list: Python's tables of characters change with its version.
 _UNSAFE: Final = re.compile(
     "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]|#(?=#\\w{0,32}\\[)"
@@ -36,7 +36,7 @@ _SURROGATE: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0
 
 
 def canonical_json(content: Any) -> str:
-    """One byte sequence for one content: sorted keys, two-space indent, no NaN, final newline, and nothing that steers who reads it."""
+    """One byte sequence for one content: sorted keys, two-space indent, no NaN, final newline, and nothing that controls its reader."""
     text = json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1] if match[0] != "#" else "\\u0023", text)
 
@@ -77,7 +77,7 @@ def load(path: Path) -> Profile:
 
 
 def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file of at most ``limit`` bytes; anything else is refused before it is read.
+    """The bytes of a regular file of at most ``limit`` bytes; everything else is refused before it is read.
 
     Raises:
         ProfileError: if there is no such file, or it is a folder, a device, a pipe or too large.
@@ -99,13 +99,13 @@ def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) ->
         reason = getattr(error, "strerror", None) or error
         raise ProfileError(f"cannot read {path}: {reason}: check the path and its permissions") from error
     if size > limit:
-        raise ProfileError(f"{path} has more than {limit} bytes: {what} never has; check the path")
+        raise ProfileError(f"{path} has more than {limit} bytes, too many for {what}; check the path")
     refuse_pointer(data, path)
     return data
 
 
 def lfs_message(source: Path | str) -> str:
-    """Why a file that only says where its content lies cannot be read."""
+    """Why a Git LFS pointer cannot be read."""
     return (
         f"{source} is a Git LFS pointer, not the file itself: install git-lfs and run `git lfs pull` in its repository"
         " (in CI, check out with lfs: true)"
@@ -113,7 +113,7 @@ def lfs_message(source: Path | str) -> str:
 
 
 def refuse_pointer(data: bytes, source: Path | str) -> None:
-    """Refuse what git left in place of a file: the pointer of Git LFS, or a link that was checked out as text.
+    """Refuse what git left in place of a file: a Git LFS pointer, or a link that was checked out as text.
 
     Raises:
         ProfileError: with the command that brings the file.
@@ -138,10 +138,10 @@ def loads(data: bytes, source: str, *, any_layout: bool = False) -> Profile:
     """
     content = parse_json(data, source)
     if not isinstance(content, dict):
-        raise ProfileError(f"{source} holds a JSON {type(content).__name__}, not an object: it is no profile")
+        raise ProfileError(f"{source} holds a JSON {type(content).__name__}, not an object: it is not a profile")
     version = content.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool):
-        raise ProfileError(f"{source} has no schema_version: it is no profile, or was edited by hand")
+        raise ProfileError(f"{source} has no schema_version: it is not a profile, or was edited by hand")
     if version > SCHEMA_VERSION:
         raise ProfileError(
             f"{source} has schema version {version}, this kvtuner-search {__version__} reads up to {SCHEMA_VERSION}:"
@@ -157,7 +157,7 @@ def loads(data: bytes, source: str, *, any_layout: bool = False) -> Profile:
 
 
 def _normal(content: dict[str, Any], version: int, source: str) -> Profile:
-    """The profile with the digest of its normal form, whatever way its file spells numbers and whether it writes defaults.
+    """The profile with the digest of its normal form, however its file spells numbers and whether it writes defaults.
 
     The file's own digest must be that of the content as the file spells it, or as its schema version would write it.
     """
@@ -176,7 +176,7 @@ def _normal(content: dict[str, Any], version: int, source: str) -> Profile:
         if profile.digest == digest == spelled:
             return profile
     body = same_validation(current, body)
-    # Valid already, whatever its digests say; checking a long front again would take as long as all the rest.
+    # Already valid, whatever its digests say; checking a long front again would take as long as everything else.
     changed: dict[str, Any] = {"digest": digest_of(body)}
     if profile.validation is not None:
         named = body["validation"]["profile_digest"]
@@ -187,7 +187,7 @@ def _normal(content: dict[str, Any], version: int, source: str) -> Profile:
 def _digest_of_normal(content: dict[str, Any], source: str, stated: object) -> bool:
     """Whether a profile of an older version has the digest of its content as that version would have written it.
 
-    Where it has, ``content`` is brought to that form.
+    If so, ``content`` is brought to that form.
     """
     try:
         profile = _validate(migrate(content, source) | {"digest": "sha256:" + "0" * 64}, source)
@@ -208,7 +208,7 @@ def _refuse_digest(stated: object, actual: str, source: str) -> NoReturn:
 
 
 def _writer(content: dict[str, Any]) -> str:
-    """The release that wrote a newer profile, which therefore reads it."""
+    """The release that wrote a newer profile, and can therefore read it."""
     provenance = content.get("provenance")
     tool = provenance.get("tool") if isinstance(provenance, dict) else None
     known = isinstance(tool, str) and re.fullmatch(r"kvtuner-search \d{1,6}(\.\w{1,12}){1,3}", tool, re.ASCII)
@@ -225,10 +225,10 @@ def parse_json(data: bytes, source: str, what: str = "profile") -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ProfileError(
-            f"{source} is not UTF-8 text (byte {error.start}): it is no {what}, or is damaged"
+            f"{source} is not UTF-8 text (byte {error.start}): it is not a {what}, or is damaged"
         ) from error
     if _depth(text) > MAX_DEPTH:
-        raise ProfileError(f"{source} nests deeper than {MAX_DEPTH} levels: it is no {what}")
+        raise ProfileError(f"{source} nests deeper than {MAX_DEPTH} levels: it is not a {what}")
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         if _SURROGATE.search(text):
@@ -236,12 +236,12 @@ def parse_json(data: bytes, source: str, what: str = "profile") -> Any:
     except UnicodeEncodeError as error:
         raise ProfileError(f"{source} has half of a surrogate pair in a string: restore the file") from error
     except ValueError as error:  # JSONDecodeError, and integers beyond Python's digit limit
-        raise ProfileError(f"{source} is no valid JSON: {error}: restore the file") from error
+        raise ProfileError(f"{source} is not valid JSON: {error}: restore the file") from error
     return content
 
 
 def _depth(text: str) -> int:
-    """An upper bound of the nesting depth: brackets inside strings count too, which no profile has many of."""
+    """An upper bound of the nesting depth: brackets inside strings count too; profiles have few of them."""
     depth = deepest = 0
     for match in _BRACKET.finditer(text):
         depth += 1 if match[0] in "[{" else -1
@@ -255,7 +255,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"key {quoted(key)} stands twice in one object")
+                raise ValueError(f"key {quoted(key)} is given twice in one object")
             seen.add(key)
     return result
 
@@ -268,7 +268,7 @@ def _finite(text: str) -> float:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _validate(content: dict[str, Any], source: str) -> Profile:

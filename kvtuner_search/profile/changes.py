@@ -1,8 +1,8 @@
-"""One measure before and after, and one finding: what every comparison is made of.
+"""One measure before and after, and one finding: the parts of every comparison.
 
 Quality is compared as the difference between the two changes against the 16-bit cache. Its interval comes from the two given
 intervals by MOVER (Zou and Donner, Statistics in Medicine 27, 2008), which assumes independent estimates; both were measured
-on the same samples, so it is wider than need be and errs towards "inconclusive".
+on the same samples, so it is wider than necessary and errs towards "inconclusive".
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure_change(old: Measure | None, new: Measure | None, other_data: bool) -
 def change_message(change: QualityChange) -> str:
     """A change in one line."""
     if change.verdict == "dropped":
-        return f"{change.name} was measured, and no longer is"
+        return f"{change.name} is no longer measured"
     if change.verdict == "incomparable":
         return f"{change.name} cannot be compared: {change.reason}"
     assert change.difference is not None
@@ -93,7 +93,7 @@ def make_finding(rule: str, new: Profile, where: str, message: str, before: obje
 
 
 def short(value: object) -> str:
-    """Digests cut to what a reader compares."""
+    """A value, with digests shortened for reading."""
     text = "none" if value in (None, "-") else str(value)
     start = text.find("sha256:")
     return text if start < 0 else text[: start + 19] + "…"

@@ -1,4 +1,4 @@
-"""What ``check`` looks at beyond loading a profile: its canonical form, its model, what a reader expects."""
+"""What ``check`` tests beyond loading a profile: canonical form, model, and what a reader expects."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
         found = [f"config_digest={str(stated)[:19]}…, {source} has {str(actual)[:19]}…: {which}{more}"]
     if found:
         raise NotComparableError(
-            f"profile {profile.name} is for {'; '.join(found)}: it is for another model; choose its own, or calibrate this one"
+            f"profile {profile.name} is for {'; '.join(found)}: it belongs to another model; use that model, or calibrate this one"
         )
 
 
 def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
-    """What is allowed but not what a reviewed profile should look like; ``data`` is the file."""
+    """What is allowed, but not in a profile that passes review; ``data`` is the file."""
     if data != dumps(profile).encode():
         yield _form(data)
     if profile.model.config_digest is None:
@@ -56,7 +56,9 @@ def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
     if quantized and not profile.quality:
         yield Remark("quality-unproven", "nothing was measured: run evaluate")
     elif quantized and not any(measure.has_interval for measure in profile.quality):
-        message = "all was measured on one sample, which has no interval: calibrate or evaluate with more --samples"
+        message = (
+            "everything was measured on one sample, which has no interval: calibrate or evaluate with more --samples"
+        )
         yield Remark("quality-unproven", message)
     for measure in profile.quality:
         slack = 8 * math.ulp(max(abs(measure.value), abs(measure.baseline)))  # the interval is not of the rounded means
@@ -69,16 +71,18 @@ def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:
     if profile.transforms is not None and not any(layer.key.fitted or layer.value.fitted for layer in profile.layers):
         yield Remark("unused-transforms", f"{profile.transforms.file} is named, but no tensor is centred or banded")
     if is_stale(profile):
-        yield Remark("validation-stale", "the validation block is of another profile: run validate again")
+        yield Remark("validation-stale", "the validation block belongs to another profile: run validate again")
     elif profile.validation is not None and profile.validation.verdict == "fail":
         failed = ", ".join(check.name for check in profile.validation.checks if not check.passed)
         yield Remark("validation-failed", f"the validation failed: {failed}")
 
 
 def _form(data: bytes) -> Remark:
-    """Why a sound profile's file is not what would be written today."""
+    """Why a sound profile's file differs from what would be written today."""
     version = parse_json(data, "the profile")["schema_version"]
     if version < SCHEMA_VERSION:
-        message = f"the file has schema version {version}, the current one is {SCHEMA_VERSION}: check --rewrite brings it up to date"
+        message = (
+            f"the file has schema version {version}, the current one is {SCHEMA_VERSION}: check --rewrite updates it"
+        )
         return Remark("older-schema", message)
-    return Remark("not-canonical", "the file is not in canonical form: it was edited; check --rewrite writes it again")
+    return Remark("not-canonical", "the file is not in canonical form: it was edited; check --rewrite restores it")

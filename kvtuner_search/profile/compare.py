@@ -16,7 +16,7 @@ from kvtuner_search.profile.schema import Profile, Provenance
 
 @dataclass(frozen=True)
 class Budgets:
-    """Limits that were asked for."""
+    """Limits set by the user."""
 
     max_bytes_per_token: int | None = None  # bytes, all layers
     max_loss_increase: float | None = None  # nats, new minus old, for kl and nll
@@ -89,9 +89,9 @@ _JUDGED_ALONE = (
 
 
 def added(new: Profile, budgets: Budgets | None = None) -> ProfileComparison:
-    """The same for a profile that there was none of before: it is held to the budgets, which count its loss against the 16-bit cache.
+    """The same for a new profile: it must meet the budgets, which count its loss against the 16-bit cache.
 
-    Of the other findings only those stay that are about the new profile alone.
+    Other findings are kept only if they are about the new profile alone.
     """
     found = compare(_sixteen_bit(new), new, budgets)
     message = f"{new.name} is a new profile: there is nothing to compare it with but the 16-bit cache"
@@ -124,7 +124,7 @@ def _incomparable(old: Profile, new: Profile) -> Iterator[Finding]:
     before, after = old.model.config_digest, new.model.config_digest
     if before and after and before != after:
         fields = differences(old.model, new.model, ("old", "new"))
-        message = "the config digests differ: attention is computed in another way"
+        message = "the config digests differ: the two models compute attention differently"
         message += f", by {'; '.join(fields[:MAX_NAMED])}" if fields else ""
         yield make_finding("incomparable-model", new, "model.config_digest", message, before, after)
     if old.layout_version != new.layout_version:
@@ -164,7 +164,7 @@ def _layers(old: Profile, new: Profile) -> Iterator[LayerChange]:
 
 
 def basis_changed(old: Profile, new: Profile) -> bool:
-    """True if all specs are the same and some are banded, but the transforms differ: the same bits, of other numbers."""
+    """True if all specs are the same and some are banded, but the transforms differ: the same format stores other numbers."""
     banded = any(entry.bands is not None for layer in new.layers for entry in (layer.key, layer.value))
     return banded and old.layers == new.layers and stored_differently(old, new)
 
@@ -228,7 +228,9 @@ def _quality(comparison: ProfileComparison) -> Iterator[Finding]:
     differs = stored_differently(old, new)
     if differs and not any(measure.has_interval for measure in new.quality):
         found = "was measured on more than one sample" if new.quality else "was measured"
-        message = f"what is stored differs, and nothing {found}: evaluate the profile, or accept it by this fingerprint"
+        message = (
+            f"the stored format differs, and nothing {found}: evaluate the profile, or accept it by this fingerprint"
+        )
         yield make_finding("quality-unproven", new, "quality", message, old.digest, new.digest)
     rules = {
         "regressed": "quality-regressed",
@@ -249,7 +251,7 @@ def _quality(comparison: ProfileComparison) -> Iterator[Finding]:
             yield make_finding("loss-over-budget", new, where, message, before, after)
     proven = any(change.loss_increase is not None for change in comparison.quality)
     if budgets.max_loss_increase is not None and differs and not proven:
-        message = "a loss budget is set, but no kl or nll was measured alike in both profiles: evaluate both"
+        message = "a loss budget is set, but no kl or nll was measured on the same data in both profiles: evaluate both"
         yield make_finding("loss-budget-unproven", new, "quality", message, old.digest, new.digest)
 
 

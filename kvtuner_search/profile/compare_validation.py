@@ -15,7 +15,7 @@ _CAPACITY_STEP: Final = 0.01  # of the predicted capacity; the memory left free 
 
 
 def validation_changes(old: Profile, new: Profile) -> list[QualityChange]:
-    """Likelihood and accuracy through a server, where both profiles have a block that is their own."""
+    """Likelihood and accuracy through a server, if both profiles have a validation block of their own."""
     if old.validation is None or new.validation is None or is_stale(old) or is_stale(new):
         return []
     sides = [{(m.metric, m.data): m for m in (*b.likelihood, *b.tasks)} for b in (old.validation, new.validation)]
@@ -38,7 +38,7 @@ def validation_findings(old: Profile, new: Profile, changes: list[QualityChange]
             yield make_finding("validation-dropped", new, "validation", message, old.digest, new.digest)
         return
     if is_stale(new):
-        message = f"the validation block is of a profile with digest {short(b.profile_digest)}, not of this one: run validate again"
+        message = f"the validation block belongs to a profile with digest {short(b.profile_digest)}, not to this one: run validate again"
         yield make_finding("validation-stale", new, "validation", message, old.digest, new.digest)
         return
     if b.verdict == "fail" and (a is None or a.verdict != "fail"):

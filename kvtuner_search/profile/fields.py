@@ -1,4 +1,4 @@
-"""What a profile and its validation block are both made of. Neither torch nor transformers is imported here."""
+"""The parts that a profile and its validation block share. Neither torch nor transformers is imported here."""
 
 from __future__ import annotations
 

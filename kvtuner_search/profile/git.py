@@ -67,7 +67,7 @@ def check_name(place: GitPath) -> None:
 
 
 def named_well(place: GitPath) -> bool:
-    """Whether git can be asked for it: the revision is named and is no option, and all is one line."""
+    """Whether git can be queried for it: the revision is named and is not an option, and the name is one line."""
     return place.ref[:1] not in ("", "-") and not re.search(r"[\x00\n]", str(place))
 
 
@@ -110,7 +110,7 @@ def _is_the_one(place: GitPath) -> bool:
 def read(place: GitPath, what: str, limit: int) -> bytes | None:
     """The bytes of a file in a revision that exists; None if that revision has no such file. Links inside the revision are followed.
 
-    The size is asked for before anything is read. ``cat-file`` runs no text conversion and no external diff, and a partial clone
+    The size is queried before anything is read. ``cat-file`` runs no text conversion and no external diff, and a partial clone
     is not filled from its remote.
 
     Args:
@@ -118,7 +118,7 @@ def read(place: GitPath, what: str, limit: int) -> bytes | None:
         limit: bytes.
 
     Raises:
-        ProfileError: if it is no file, too large, or its content is not in this clone.
+        ProfileError: if it is not a file, too large, or its content is not in this clone.
     """
     done = _git(
         place, "cat-file", "--batch-check", "--follow-symlinks", send=f"{place}\n".encode(errors="surrogateescape")
@@ -129,7 +129,7 @@ def read(place: GitPath, what: str, limit: int) -> bytes | None:
         if kind != "blob":
             raise ProfileError(f"{place} is a git {kind}, not a file: name the path of {what}")
         if int(size) > limit:
-            raise ProfileError(f"{place} has more than {limit} bytes: {what} never has; check the path")
+            raise ProfileError(f"{place} has more than {limit} bytes, too many for {what}; check the path")
         content = _git(place, "cat-file", "blob", name)
         if content.returncode == 0:
             return content.stdout
@@ -198,7 +198,7 @@ def _refused(place: GitPath, reason: str) -> ProfileError:
 
 
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    """What git says is wrong: its first ``fatal:`` or ``error:`` line, as what follows is advice."""
+    """Git's reason: its first ``fatal:`` or ``error:`` line, because the rest is advice."""
     text = done.stderr.decode(errors="replace").strip()
     found = _FATAL.search(text)
     return found[1] if found else text.partition("\n")[0] or f"git ended with {done.returncode}"

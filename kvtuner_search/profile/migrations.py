@@ -1,7 +1,7 @@
 """Bringing profiles of older schema versions up to date, one version at a time.
 
 A new version adds its function to ``MIGRATIONS`` and a file of the version before to ``tests/search/profile/stored``; a test refuses
-a migration that has no stored file. A migration keeps what a validation block says of its profile: a block that named the old
+a migration that has no stored file. A migration keeps the relation of a validation block to its profile: a block that named the old
 content's digest names the new content's, any other block stays as stale as it was.
 """
 
@@ -37,7 +37,7 @@ def _with_bands(layer: dict[str, Any]) -> dict[str, Any]:
     for part, entry in layer.items():
         if isinstance(entry, dict):
             if "bands" in entry:
-                raise ValueError("schema version 1 has no bands: it was edited by hand; calibrate again")
+                raise ValueError("schema version 1 has no bands: the file was edited by hand; calibrate again")
             new[part] = {**entry, "bands": None}
     return new
 
@@ -64,7 +64,9 @@ def migrate(
     while (version := content["schema_version"]) < target:
         step = registry.get(version)
         if step is None:
-            raise ProfileError(f"{source} has schema version {version}, which never existed: it was edited by hand")
+            raise ProfileError(
+                f"{source} has schema version {version}, which never existed: the file was edited by hand"
+            )
         try:
             new = {**step(content), "schema_version": version + 1}
         except ValueError as error:
@@ -84,7 +86,7 @@ def same_validation(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def respelled(old: Any, new: Any) -> Any:
     """Content of an older version with numbers spelled, and defaults written, as in its migrated normal form ``new``.
 
-    What the older version did not have is not added.
+    Fields that the older version did not have are not added.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         filled = {key: respelled(value, new[key]) if key in new else value for key, value in old.items()}

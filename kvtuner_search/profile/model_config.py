@@ -1,7 +1,7 @@
 """A model's config.json as far as a profile depends on it: its shape, and one normal form of the fields that attention reads.
 
-Neither torch nor transformers is imported. A file as it was published, the same file with fields left out that have a default, and
-what transformers 4 or 5 writes when the model is saved again all have one normal form, and so one digest.
+Neither torch nor transformers is imported. A published file, the same file without the fields that have a default, and
+what transformers 4 or 5 writes when the model is saved again all have the same normal form, and so the same digest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SNAPSHOT: Final = re.compile(r"models--([A-Za-z0-9._-]+)/snapshots/([0-9a-f]{40
 _MAX_GUESSED: Final = 8192  # characters of a normal form that is tried with other values: some thousand times
 MAX_NAMED: Final = 6  # fields that a message names
 _MAX_SHOWN: Final = 120  # characters of a field's value in a profile or a message
-# What other models' files have in place of a field, to find out which one differs where a profile holds a digest alone.
+# Values that other models' files have for a field, to find the field that differs if a profile has only a digest.
 _THETAS: Final = (10000, 100000, 500000, 1000000, 2000000, 5000000, 10000000)
 _WINDOWS: Final = (None, 512, 1024, 2048, 4096, 8192, 32768, 131072, 262144)
 
@@ -49,8 +49,8 @@ _WINDOWS: Final = (None, 512, 1024, 2048, 4096, 8192, 32768, 131072, 262144)
 def read_config(path: Path, model_id: str | None = None, revision: str | None = None) -> ModelInfo:
     """The shape of the model whose config.json is ``path``, or lies in the folder ``path``.
 
-    Id and revision default to what a path in the hub's cache says, else the id to the folder's name; the file's ``_name_or_path`` is
-    not used, as it may be someone's private path.
+    Id and revision default to those in a path of the hub's cache, otherwise the id defaults to the folder's name; the file's ``_name_or_path`` is
+    not used, because it may be someone's private path.
 
     Raises:
         DataError: if the file cannot be read, or lacks a field that the cache's shape needs.
@@ -66,7 +66,7 @@ def config_file(path: Path) -> Path:
 
 
 def name_of(folder: Path) -> tuple[str, str | None]:
-    """Id and revision of the model in a folder: of the hub where the path is a snapshot in its cache, else the folder's name.
+    """Id and revision of the model in a folder: the hub's if the path is a snapshot in its cache, otherwise the folder's name.
 
     Example:
         ``name_of(Path("hub/models--Qwen--Qwen2.5-7B/snapshots/" + "a" * 40))`` is ``("Qwen/Qwen2.5-7B", "aaa...")``.
@@ -91,12 +91,14 @@ def load_config(file: Path) -> dict[str, Any]:
         raise DataError(adapter_message(file.parent))
     content = parse_json(read_limited(file, "a model's config.json"), source, "model's config.json")
     if not isinstance(content, dict):
-        raise DataError(f"{source} holds a JSON {type(content).__name__}, not an object: it is no model's config.json")
+        raise DataError(
+            f"{source} holds a JSON {type(content).__name__}, not an object: it is not a model's config.json"
+        )
     return content
 
 
 def adapter_message(folder: Path) -> str:
-    """Why a folder with an adapter is no model, and which model the adapter is for."""
+    """Why a folder with an adapter is not a model, and which model the adapter is for."""
     file = folder / "adapter_config.json"
     try:
         content = parse_json(read_limited(file, "an adapter's config"), str(file), "adapter's config")
@@ -133,7 +135,7 @@ def model_info(
     if not (isinstance(architectures, list) and architectures and _is_class(architectures[0])):
         raise DataError(
             f"{source}: architectures={_shown(architectures)} names no class, and model_type={_shown(text.get('model_type'))} is"
-            " not known here: it is no model's config.json, or lacks architectures"
+            " not known here: it is not a model's config.json, or lacks architectures"
         )
     try:
         content = normal_form(config)
@@ -195,7 +197,7 @@ def config_digest(config: dict[str, Any]) -> str:
 
 
 def normal_form(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that attention depends on, under one name each, with defaults filled in; what is null or false is left out.
+    """The fields that attention depends on, under one name each, with defaults filled in; fields that are null or false are left out.
 
     Left out too, because nothing stored depends on them: ``max_position_embeddings`` (except as the pretraining length of a
     scaled rotary embedding that names none), dtypes, token ids, dropout, and library versions. A window that is at least as long
@@ -207,7 +209,7 @@ def normal_form(config: dict[str, Any]) -> dict[str, Any]:
 def differences(stated: ModelInfo, actual: ModelInfo, sides: tuple[str, str] = ("there", "here")) -> list[str]:
     """The fields in which two models' configs differ, each with both values; empty if that cannot be told.
 
-    The fields stand in profiles of today; of older ones that hold a digest alone, values of other models are tried.
+    Current profiles have the fields; for older ones, which have only a digest, values of other models are tried.
     """
     here = actual.config
     there = stated.config
@@ -279,7 +281,7 @@ def _one_rope(text: dict[str, Any], given: Any) -> dict[str, Any]:
 
 
 def _window(text: dict[str, Any], reach: int | None) -> dict[str, Any] | None:
-    """The sliding window where a layer uses one; None where attention is full everywhere. ``reach`` is the most positions."""
+    """The sliding window if a layer uses one; None if attention is full everywhere. ``reach`` is the largest number of positions."""
     window = text.get("sliding_window")
     types = text.get("layer_types")
     layers, first = text.get("num_hidden_layers"), text.get("max_window_layers")
@@ -295,7 +297,7 @@ def _window(text: dict[str, Any], reach: int | None) -> dict[str, Any] | None:
 
 
 def _other_layers(text: dict[str, Any]) -> dict[str, Any] | None:
-    """What makes a model another one beside attention of the usual kind; None for those that are served. No window: see :func:`_window`."""
+    """Fields that mark layers other than standard attention; None for models that are served. Windows: see :func:`_window`."""
     types = text.get("layer_types")
     kinds = types if isinstance(types, list) and set(map(str, types)) - {*_FULL, "sliding_attention"} else None
     marks = {name: text[name] for name in ("kv_lora_rank", "alibi", "is_encoder_decoder") if text.get(name)}
@@ -341,7 +343,7 @@ def shorten(value: Any) -> str:
 
 
 def _guess(content: dict[str, Any], digest: str | None) -> dict[str, str] | None:
-    """The fields of a config that is like ``content`` but for one or two of them, and has this digest; None if none is found."""
+    """The fields of a config that differs from ``content`` in one or two of them and has this digest; None if there is no such config."""
     if len(canonical_json(content)) > _MAX_GUESSED:
         return None
     changes = list(_variants(content))
@@ -385,5 +387,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 def _count(text: dict[str, Any], name: str, source: str) -> int:
     value = text.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{source}: {name}={_shown(value)} is no positive integer: it is no decoder's config.json")
+        raise DataError(
+            f"{source}: {name}={_shown(value)} is not a positive integer: it is not a decoder's config.json"
+        )
     return value

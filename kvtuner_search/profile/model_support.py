@@ -1,7 +1,7 @@
-"""The one gate of what is supported: decoders in which every layer has standard, full attention. Read from config.json alone.
+"""The one gate for supported models: decoders in which every layer has standard, full attention. It reads config.json alone.
 
-Neither torch nor transformers is imported. What a config does not say, whether transformers lets calibration see a model's keys and
-values, is looked at in :mod:`kvtuner_search.models.support`.
+Neither torch nor transformers is imported. A config does not say whether transformers lets calibration see a model's keys and
+values; :mod:`kvtuner_search.models.support` tests that.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ _ONLY: Final = "only models with full attention in every layer are supported"
 
 
 def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
-    """Why a model cannot be calibrated or served with a profile, as what follows its name; None if nothing in its config.json speaks against it.
+    """Why a model cannot be calibrated or served with a profile, as a text that follows its name; None if its config.json shows no reason.
 
     Args:
         config: the content of config.json.
-        most: most tokens of a sequence, if that is known: a window of as many is full attention.
+        most: most tokens of a sequence, if known: a window at least that long is full attention.
 
     Example:
-        ``unsupported({"model_type": "bloom"})`` says what it attends with, and what is supported.
+        ``unsupported({"model_type": "bloom"})`` names its kind of attention, and what is supported.
     """
     text = decoder(config)
     kind = str(text.get("model_type"))[:60] if isinstance(text.get("model_type"), str) else "unknown"
@@ -87,8 +87,8 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
     if text.get("kv_lora_rank"):
         fields = ", ".join(f"{name}={shorten(text[name])}" for name in _MLA if text.get(name))
         return (
-            f"has multi-head latent attention, MLA ({fields}): its cache is not keys and values, so no profile is"
-            " for it"
+            f"has multi-head latent attention, MLA ({fields}): its cache does not hold keys and values, so no profile"
+            " fits it"
         )
     return _mixed(config, text, kind, most) or _scores(text, kind)
 

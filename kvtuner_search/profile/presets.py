@@ -16,7 +16,7 @@ SOURCE: Final = "KVTuner (ICML 2025), released calibration presets, commit babe7
 
 
 class ModelShape(Protocol):
-    """What a preset is matched by; ``schema.ModelInfo`` has it."""
+    """The fields that a preset is matched by; ``schema.ModelInfo`` has them."""
 
     @property
     def architecture(self) -> str: ...

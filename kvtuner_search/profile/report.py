@@ -19,7 +19,7 @@ from kvtuner_search.profile.settings import Settings
 from kvtuner_search.profile.text import interval_of, percent, printable, ranges, runs, shortened, signed, size
 from kvtuner_search.profile.validation_text import verdict
 
-ANNOTATIONS: Final = 10  # GitHub shows that many of each level for a step and drops the rest without a word
+ANNOTATIONS: Final = 10  # GitHub shows that many of each level for a step and silently drops the rest
 SUMMARY_BYTES: Final = 1024 * 1024  # GitHub refuses a larger step summary
 _LEVELS: Final = {"error": "error", "warning": "warning", "info": "notice"}
 _ILLEGAL_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -68,9 +68,9 @@ def capacity(memory: int, profile: Profile) -> int:
 
 
 def grouped(findings: list[Finding]) -> list[tuple[Finding, list[Finding]]]:
-    """Findings of one rule that say the same of several layers, together under the first of them.
+    """Findings of one rule that say the same about several layers, grouped under the first of them.
 
-    Nearly every layer has bands of its own, so those of one rule count as the same.
+    Nearly every layer has bands of its own, so findings of one rule about bands count as the same.
     """
     groups = runs([_group(finding) for finding in findings])
     return [(findings[indices[0]], [findings[i] for i in indices]) for indices, _ in groups]
@@ -92,13 +92,11 @@ def group_message(group: list[Finding]) -> str:
     layers = ranges([int(finding.where.partition(".")[2]) for finding in group])
     if all((finding.old, finding.new) == (first.old, first.new) for finding in group):
         return f"layers {layers}: {first.old} becomes {first.new}"
-    return (
-        f"layers {layers}: each its own bands, first {first.old} becomes {first.new}; the table of layers has them all"
-    )
+    return f"layers {layers}: each has its own bands, first {first.old} becomes {first.new}; the table of layers lists them all"
 
 
 def group_fingerprint(group: list[Finding]) -> str:
-    """Their fingerprint if they are one, else how many they are: each has its own, and JSON lists them."""
+    """The fingerprint of a single finding, otherwise their number: each has its own, and JSON lists them."""
     return group[0].fingerprint if len(group) == 1 else f"{len(group)} findings"
 
 
@@ -240,7 +238,7 @@ def _table(head: tuple[str, ...], rows: list[Any], *, escaped: bool = False) -> 
 
 
 def _escape(text: str) -> str:
-    """Neither Markdown, nor HTML, nor a mention of somebody."""
+    """Escape Markdown, HTML and @mentions."""
     plain = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(r"\\\1", plain).replace("\\@", "@\u200b")
 

@@ -18,7 +18,7 @@ FailOn = Literal["error", "warning", "none"]
 FAIL_ON: Final[tuple[FailOn, ...]] = get_args(FailOn)
 
 _MAX_BYTES: Final = 2**18
-_MAX_DOTS: Final = 300  # in a line: what a dotted key takes to read grows with the square of them
+_MAX_DOTS: Final = 300  # in a line: the time to read a dotted key grows with their square
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
 _SIZE: Final = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
 _UNITS: Final = {
@@ -36,7 +36,7 @@ _UNITS: Final = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What configures ``diff``; command-line options win over the file."""
+    """The configuration of ``diff``; command-line options override the file."""
 
     fail_on: FailOn = "error"
     max_bytes_per_token: int | None = None  # bytes
@@ -46,7 +46,7 @@ class Settings:
     ignore: frozenset[str] = frozenset()  # rule ids and fingerprints
 
     def apply(self, findings: list[Finding]) -> tuple[list[Finding], int]:
-        """Findings with overridden severities, gravest first, and how many were ignored."""
+        """Findings with overridden severities, most severe first, and how many were ignored."""
         kept = []
         for finding in findings:
             severity = self.severity.get(finding.rule, finding.severity)
@@ -59,7 +59,7 @@ class Settings:
         return kept, len(findings) - len(kept)
 
     def passes(self, findings: list[Finding]) -> bool:
-        """False if a finding is as grave as ``fail_on``, or graver."""
+        """False if a finding is at least as severe as ``fail_on``."""
         if self.fail_on == "none":
             return True
         return all(SEVERITIES.index(f.severity) > SEVERITIES.index(self.fail_on) for f in findings)
@@ -69,7 +69,7 @@ def load_settings(explicit: Path | None, start: Path) -> Settings:
     """The settings in ``explicit``, or in the nearest pyproject.toml at or above ``start`` that has the table.
 
     Raises:
-        UsageError: if the file is no TOML, or has a key or value that means nothing here.
+        UsageError: if the file is not TOML, or has an unknown key or invalid value.
     """
     if explicit is not None:
         return _parse(_table(explicit), explicit)
@@ -89,7 +89,7 @@ def _nearest_table(start: Path) -> tuple[Path, dict[str, Any]] | None:
 
 @dataclass(frozen=True)
 class GateChange:
-    """How the working tree's table differs from that of the revision which judges it."""
+    """How the working tree's table differs from that of the revision that applies."""
 
     message: str
     old: str  # the tables as JSON, shortened
@@ -97,12 +97,12 @@ class GateChange:
 
 
 def settings_of(ref: str, start: Path) -> tuple[Settings, GateChange | None]:
-    """The settings that a revision has for the folder ``start``, and what the working tree makes of them.
+    """The settings that a revision has for the folder ``start``, and how the working tree changes them.
 
-    The nearest pyproject.toml at or above the folder counts in both. What the working tree says has no effect but the change.
+    The nearest pyproject.toml at or above the folder counts in both. The working tree's table has no effect except to report the change.
 
     Raises:
-        UsageError: if the revision's own table means nothing here.
+        UsageError: if the revision's own table is invalid.
         ProfileError: if there is no such revision, or it cannot be read.
     """
     file, table = _table_of(ref)
@@ -116,7 +116,7 @@ def settings_of(ref: str, start: Path) -> tuple[Settings, GateChange | None]:
         return settings, None
     names = sorted(key for key in {*table, *now} if table.get(key) != now.get(key))
     return settings, GateChange(
-        f"{', '.join(map(str, names))} of [tool.kvtuner-search.diff] differ from those of {ref}, which hold here",
+        f"{', '.join(map(str, names))} of [tool.kvtuner-search.diff] differ from those of {ref}, which apply here",
         _as_text(table),
         _as_text(now),
     )
@@ -141,10 +141,10 @@ def _table_of(ref: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _checked(file: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """The table, if it means something.
+    """The table, if it is valid.
 
     Raises:
-        UsageError: if not.
+        UsageError: if it is not.
     """
     _parse(table, file)
     return table
@@ -161,12 +161,12 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as ``40GiB``, ``24 GB`` or ``1000000``.
 
     Raises:
-        ValueError: if it is no size.
+        ValueError: if it is not a size.
     """
     match = _SIZE.fullmatch(text.strip())
     nbytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
     if nbytes < 1:
-        raise ValueError(f"{quoted(text)} is no size: write a number and one of {', '.join(_UNITS)}, e.g. 40GiB")
+        raise ValueError(f"{quoted(text)} is not a size: write a number and one of {', '.join(_UNITS)}, e.g. 40GiB")
     return nbytes
 
 
@@ -183,16 +183,16 @@ def _parse_table(data: bytes, file: Path) -> dict[str, Any]:
 
     if max(line.count(b".") for line in data.split(b"\n")) > _MAX_DOTS:
         raise UsageError(
-            f"{file} has a line with more than {_MAX_DOTS} dots, which could be a key without end: break it, or name another with --config"
+            f"{file} has a line with more than {_MAX_DOTS} dots, too many for one key: shorten it, or name another file with --config"
         )
     try:
         content: Any = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
-        raise UsageError(f"{file} is no valid TOML: {error}: mend it, or name another with --config") from error
+        raise UsageError(f"{file} is not valid TOML: {error}: fix it, or name another file with --config") from error
     for name in ("tool", "kvtuner-search", "diff"):
         content = content.get(name, {})
         if not isinstance(content, dict):
-            raise UsageError(f"{file}: {name} is no table: write [tool.kvtuner-search.diff]")
+            raise UsageError(f"{file}: {name} is not a table: write [tool.kvtuner-search.diff]")
     return dict(content)
 
 

@@ -33,7 +33,7 @@ def load_from(text: str, *, any_layout: bool = False) -> Profile:
 
 
 def load_old(text: str, new: str) -> Profile | None:
-    """The same for the old side of a comparison, of any layout; None if ``new`` has the path of a file that the revision does not have yet."""
+    """The same for the old side of a comparison, of any layout; None if the revision does not have the path of ``new`` yet."""
     place = place_in_git(text)
     if place is not None:
         data = git.read(place, _WHAT, MAX_BYTES)
@@ -77,5 +77,5 @@ def _file(text: str) -> bytes:
         raise ProfileError("standard input is closed: pipe a profile into it")
     data = sys.stdin.buffer.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ProfileError(f"standard input has more than {MAX_BYTES} bytes: no profile has; check the pipe")
+        raise ProfileError(f"standard input has more than {MAX_BYTES} bytes, too many for a profile; check the pipe")
     return data

@@ -8,7 +8,7 @@ from itertools import accumulate
 def pipeline_cost(layer_bytes: list[int], stages: int) -> int:
     """Bytes that limit token capacity: the heaviest stage's times ``stages``, under the best contiguous partition of the layers.
 
-    Every stage has the same memory and must hold every token, so the lighter stages' surplus is of no use.
+    Every stage has the same memory and must hold every token, so the lighter stages' surplus is unused.
     """
     return stages * _lightest(layer_bytes, stages)
 

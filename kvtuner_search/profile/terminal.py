@@ -48,13 +48,13 @@ _SEVERITY_STYLE: Final = {"error": "bold red", "warning": "yellow", "info": "cya
 _VERDICT_STYLE: Final = {"pass": "bold green", "fail": "bold red", "not-comparable": "bold red"}
 _QUALITY_STYLE: Final = {"regressed": "red", "improved": "green", "inconclusive": "yellow", "incomparable": "yellow"}
 _STRIP: Final = 64  # layers in one line of the strip
-_WIDTH: Final = 120  # columns where the output is no terminal
+_WIDTH: Final = 120  # columns where the output is not a terminal
 _TEXT: Final = 1000  # characters of a note; --json has the rest
 _ROWS: Final = 100  # of one table; nobody reads more, and laying out thousands takes seconds
 
 
 def console(file: IO[str] | None = None) -> Console:
-    """Standard output; without any escape sequence if NO_COLOR is set or it is no terminal."""
+    """Standard output; without any escape sequence if NO_COLOR is set or it is not a terminal."""
     stream = sys.stdout if file is None else file
     terminal = stream.isatty()
     plain = bool(os.environ.get("NO_COLOR")) or not (terminal or os.environ.get("FORCE_COLOR"))
@@ -76,7 +76,7 @@ def print_report(report: DiffReport) -> None:
     old, new = comparison.old, comparison.new
     out.print(Text(printable(new.model.id), "bold"))
     if comparison.added:
-        out.print("  old  none, so the 16-bit cache stands in for it")
+        out.print("  old  none: compared with the 16-bit cache")
     else:
         out.print(f"  old  {printable(old.name)}  {old.digest[:19]}  {printable(report.old_name)}")
     out.print(f"  new  {printable(new.name)}  {new.digest[:19]}  {printable(report.new_name)}\n")
@@ -169,7 +169,11 @@ def _totals(out: Console, report: DiffReport) -> None:
 def _changed_layers(out: Console, comparison: ProfileComparison) -> None:
     if not any(layer.changed for layer in comparison.layers):
         other = basis_changed(comparison.old, comparison.new)
-        out.print("all layers have the same specs, in other bases\n" if other else "all layers are stored alike\n")
+        out.print(
+            "all layers have the same specs, in other bases\n"
+            if other
+            else "all layers are stored in the same format\n"
+        )
         return
     table = _table("layers", "old", "new", "effective bits", "bytes per token", right=(3, 4))
     for indices, (old, new) in runs([(layer.old, layer.new) for layer in comparison.layers]):
@@ -201,7 +205,7 @@ def _findings(out: Console, report: DiffReport) -> None:
 
 
 def bits_style(bits: float) -> str:
-    """The colour of so many bits: red up to 2, yellow up to 4, green up to 8, else blue."""
+    """The colour for a number of bits: red up to 2, yellow up to 4, green up to 8, else blue."""
     return next((colour for limit, colour in ((2, "red"), (4, "yellow"), (8, "green")) if bits <= limit), "blue")
 
 
@@ -222,14 +226,14 @@ def _strip(out: Console, layers: list[LayerSpec]) -> None:
     out.print("bits of each layer from the first to the last, F is 16", style="dim")
     if banded:
         out.print(
-            "of eight bands of channels where there are lines 1 to 8, the worthiest in 1; dots: stored without bands",
+            "lines 1 to 8: bits of the eight bands of channels, the most valuable in 1; dots: stored without bands",
             style="dim",
         )
     out.print()
 
 
 def _mark(spec: TensorSpec, band: int) -> tuple[str, str]:
-    """What stands for a side in the line of a band, and its style."""
+    """The character for a side in the line of a band, and its style."""
     if not spec.banded and band > 0:
         return "·", "dim"
     bits = spec.bands[band] if spec.banded else spec.bits
@@ -299,7 +303,7 @@ def _provenance(out: Console, profile: Profile) -> None:
 
 
 class _Table(Table):
-    """A table that counts what is beyond its bound instead of laying it out."""
+    """A table that counts the rows beyond its bound instead of laying them out."""
 
     left_out = 0
 

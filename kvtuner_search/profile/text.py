@@ -27,9 +27,9 @@ _BRACKET: Final = re.compile(r"(##\w{0,32})\[")  # what CI services take for a c
 
 
 def printable(text: object) -> str:
-    """The text with control characters replaced, so that a file's content cannot steer the terminal or a log parser.
+    """The text with control characters replaced, so that a file's content cannot control the terminal or a log parser.
 
-    What makes a command only at the start of a line is left to ``kvtuner_search.output``, which sees the lines.
+    Commands that need the start of a line are left to ``kvtuner_search.output``, which sees the lines.
     """
     content = str(text)
     if "##" in content:
@@ -59,7 +59,7 @@ def quoted(value: object, limit: int = 60) -> str:
     try:
         return shortened(repr(value), limit)
     except ValueError:
-        return "a number without end"  # more digits than Python writes
+        return "a number with too many digits"  # more digits than Python writes
 
 
 def bounded(lines: Sequence[str], count: int, length: int = 4096) -> list[str]:
@@ -82,14 +82,14 @@ def signed(value: float) -> str:
 
 
 def interval_of(measure: Measure) -> str:
-    """The interval of a measure's change, or that there is none."""
+    """The interval of a measure's change, or a note that it has none."""
     if not measure.has_interval:
         return "(one sample, no interval)"
     return f"[{signed(measure.ci_low)}, {signed(measure.ci_high)}]"
 
 
 def percent(old: float, new: float) -> str:
-    """The relative change, or a dash where there is none to give."""
+    """The relative change, or a dash if it is undefined."""
     return f"{(new - old) / old:+.1%}" if old else "-"
 
 
@@ -118,7 +118,7 @@ def specs_by_layer(layers: Sequence[LayerSpec]) -> list[tuple[str, LayerSpec]]:
 
 
 def banded_sides(layers: Sequence[LayerSpec]) -> str:
-    """``keys of layers 0-3, values of layers 1`` for what is stored in bands; empty if nothing is."""
+    """``keys of layers 0-3, values of layers 1`` for the sides stored in bands; empty if there are none."""
     sides = {
         "keys": [index for index, layer in enumerate(layers) if layer.key.banded],
         "values": [index for index, layer in enumerate(layers) if layer.value.banded],

@@ -1,6 +1,6 @@
 """The signed-off block that ``validate`` writes into a profile: what was measured on a server, and whether it holds.
 
-It names the digest of the profile without the block, so a block that was carried over to another profile is noticed.
+It names the digest of the profile without the block, so a block that was copied to another profile is detected.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ Verdict = Literal["pass", "fail"]
 
 
 class Check(Strict):
-    """One threshold and what was held against it."""
+    """One threshold and the value compared with it."""
 
     name: Name
     """What is judged, e.g. nll.recall or capacity."""
     relation: Literal["at most", "at least"]
-    """How the value has to lie to the limit."""
+    """The required relation of the value to the limit."""
     limit: Number
     """The threshold, as the user set it or by default."""
     value: Number | None
-    """What was held against it: for a figure with an interval the end that counts against the profile; absent if it could not be measured."""
+    """The value compared with it: for a figure with an interval the end that counts against the profile; absent if it could not be measured."""
     passed: bool
-    """Whether the threshold holds; what could not be measured does not."""
+    """Whether the threshold holds; it does not if the value could not be measured."""
     reason: Annotated[str, Field(max_length=2048)] = ""
     """Why nothing could be measured."""
 
@@ -57,12 +57,12 @@ def holds(value: float | None, relation: Literal["at most", "at least"], limit: 
 
 
 class ServerRecord(Strict):
-    """The server that was measured, by its own account."""
+    """The measured server, as it reports itself."""
 
     version: Name
     """SGLang's version."""
     started: bool
-    """True: started by `validate` itself. False: a running server that was pointed at."""
+    """True: started by `validate` itself. False: a running server given by its URL."""
     attention_backend: Name
     """SGLang's attention backend."""
     dtype: Name
@@ -76,12 +76,12 @@ class ServerRecord(Strict):
 
 
 class Semantics(Strict):
-    """How it was ensured that attention read cached rows as stored while likelihood was measured, as it does in decode."""
+    """How attention was made to read cached rows as stored while likelihood was measured, as in decode."""
 
     method: Literal["as-stored-extend", "token-by-token", "decode"]
-    """as-stored-extend: the server says that a prompt's own keys and values are read as stored. token-by-token: each token was a request of its own on top of cached rows, so only the newest token's own key and value were read unquantized. decode: the cache stores what attention would read anyway (16 bits)."""
+    """as-stored-extend: the server says that a prompt's own keys and values are read as stored. token-by-token: each token was a request of its own on top of cached rows, so only the newest token's own key and value were read unquantized. decode: the cache stores exactly what attention would read (16 bits)."""
     tokens: Count
-    """Tokens that the server chose by decoding and then scored again as a prompt; 0 if that was not done."""
+    """Tokens that the server chose in decode and then scored again as a prompt; 0 if that was not done."""
     difference: Number | None = None
     """Mean absolute difference between the two log-likelihoods of those tokens, nats a token."""
     baseline_difference: Number | None = None
@@ -137,7 +137,7 @@ class Capacity(Strict):
     comparable: bool
     """Whether both servers had the same memory to fill and no cap on tokens."""
     reason: Annotated[str, Field(max_length=2048)] = ""
-    """Why they cannot be compared."""
+    """Why the capacities cannot be compared."""
 
     @model_validator(mode="after")
     def _divided(self) -> Self:
@@ -162,7 +162,7 @@ class OfflineAgreement(Strict):
     ci_high: Number
     """Upper end of the same interval."""
     generated: Count
-    """Tokens that the server chose greedily and that the offline model was asked about, after the same tokens."""
+    """Tokens that the server chose greedily and that the offline model scored after the same tokens."""
     token_agreement: Number
     """Fraction of them that the offline model ranks first too."""
     decode_difference: Number

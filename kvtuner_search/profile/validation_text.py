@@ -14,7 +14,7 @@ CHECK_HEADS = ("check", "value", "limit", "result")
 _METHODS = {
     "as-stored-extend": "the server reads a prompt's own keys and values as stored",
     "token-by-token": "each token was a request on top of cached rows; only its own key and value were read unquantized",
-    "decode": "16 bits are stored as they are read",
+    "decode": "the cache stores 16 bits exactly as attention reads them",
 }
 
 
@@ -25,10 +25,10 @@ def is_stale(profile: Profile) -> bool:
 
 
 def verdict(profile: Profile) -> str:
-    """``pass``, ``fail``, or why the block says nothing of this profile."""
+    """``pass``, ``fail``, or why the block does not apply to this profile."""
     assert profile.validation is not None
     if is_stale(profile):
-        return f"stale: it is of a profile with digest {profile.validation.profile_digest[:19]}…"
+        return f"stale: it belongs to a profile with digest {profile.validation.profile_digest[:19]}…"
     return profile.validation.verdict
 
 
@@ -63,7 +63,7 @@ def fact_rows(block: Validation) -> list[tuple[str, str]]:
         ("measured", f"{block.date} by {printable(block.tool)}"),
         (
             "server",
-            f"SGLang {printable(server.version)}, {'started for it' if server.started else 'pointed at'},"
+            f"SGLang {printable(server.version)}, {'started by validate' if server.started else 'already running'},"
             f" {printable(server.attention_backend)}, {printable(server.dtype)}, TP {server.tensor_parallel}, PP"
             f" {server.pipeline_parallel}, page {server.page_size}, {printable(block.hardware)}",
         ),
@@ -80,7 +80,7 @@ def fact_rows(block: Validation) -> list[tuple[str, str]]:
             (
                 "greedy agreement",
                 f"{g.agreement:.3f} [{g.ci_low:.3f}, {g.ci_high:.3f}] of {g.tokens} tokens, {g.identical} of {g.prompts}"
-                f" prompts identical, first divergence in the median {median}",
+                f" prompts identical, median first divergence {median}",
             )
         )
     if block.capacity is not None:

@@ -1,4 +1,4 @@
-"""Drawings of bands, one column a layer: the bits that each band gets, what it is worth, and what it is worth head by head."""
+"""Drawings of bands, one column per layer: each band's bits, its worth, and its worth head by head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROW: Final = 16.0  # height of a band's row
 _DIGITS: Final = 13.0  # width of the narrowest column that has room for a digit
 _ACROSS: Final = 10  # small panels in one row
 _PANEL: Final = (92.0, 62.0)  # width and height of a small panel
-_DECADES: Final = 6  # of worth that a figure shows; what is worth less lies on its edge
+_DECADES: Final = 6  # of worth that a figure shows; smaller values lie on its edge
 
 
 def bits_by_band(layers: Sequence[LayerSpec]) -> str:

@@ -36,10 +36,10 @@ class ClaimedTables:
     title: str  # model and hardware
     cells: Sequence[ClaimedCell]
     violations: Sequence[Violation]
-    remarks: Sequence[str]  # figures that say less than they seem to
+    remarks: Sequence[str]  # figures that show less than they seem to
 
     def claimed(self, text: str, where: str, kind: str) -> str:
-        """The text of a figure, marked where a violation of this kind says that it cannot be."""
+        """The text of a figure, marked if a violation of this kind says that it is impossible."""
         wrong = text != NONE and any(v.where == where and kind in v.figure for v in self.violations)
         return f"{text}, {IMPOSSIBLE}" if wrong else text
 

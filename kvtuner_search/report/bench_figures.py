@@ -1,4 +1,4 @@
-"""Drawings of a benchmark report: measured times and rates on log axes, with what the hardware cannot do as a hatched zone behind a line."""
+"""Drawings of a benchmark report: measured times and rates on log axes, with the area that the hardware cannot reach as a hatched zone behind a line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Series(NamedTuple):
 
 
 class Zone(NamedTuple):
-    """What cannot be: all beyond a line, which is a floor of times or a ceiling of rates."""
+    """An impossible area: everything beyond a line, which is a floor of times or a ceiling of rates."""
 
     line: Sequence[Point]  # rising in x
     class_: str  # floor or claimedfloor
@@ -93,7 +93,7 @@ def plot(
         title: what stands over the panel.
         axes: names of both axes.
         series: the figures; at least one.
-        zones: what cannot be, the most lenient first.
+        zones: impossible areas, the most lenient first.
         above: the zones lie above their lines (rates) instead of below (times).
     """
     spots = [spot for one in series for spot in one.spots]
@@ -118,7 +118,7 @@ def plot(
         panel.parts.append(path(_across(panel, zone.line), zone.class_))
         panel.parts.append(_words(panel, zone, above))
     for index, one in enumerate(series):
-        shift = (index - (len(series) - 1) / 2) * 5.0  # runs with like figures stay apart
+        shift = (index - (len(series) - 1) / 2) * 5.0  # runs with similar figures stay distinguishable
         panel.parts += _series(panel, one, shift)
     return svg(WIDTH, _TOP + _TALL + _BELOW, f"{title}: {axes[1]} over {axes[0]}", panel.parts)
 

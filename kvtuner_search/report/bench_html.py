@@ -27,7 +27,7 @@ from kvtuner_search.report.bench_tables import (
 from kvtuner_search.report.svg import escaped
 from kvtuner_search.secrets import mask, mask_arguments
 
-VIOLATION_HEADS: Final = ("rule", "where", "figure", "why it cannot be")
+VIOLATION_HEADS: Final = ("rule", "where", "figure", "why it is impossible")
 
 
 def report(records: Sequence[Record], adapter: AdapterReport | None = None) -> str:
@@ -63,7 +63,7 @@ def _header(title: str, all_runs: Sequence[ReportedRun], claims: ClaimedTables |
     )
     if any(run.record.model.dummy_weights for run in all_runs):
         parts.append(
-            '<p class="warn">Random weights (<code>--load-format dummy</code>): times mean something, answers and quality do not.</p>'
+            '<p class="warn">Random weights (<code>--load-format dummy</code>): times are meaningful, answers and quality are not.</p>'
         )
     bad = [run for run in all_runs if run.record.violations or not run.record.correct]
     for run in bad:
@@ -121,7 +121,7 @@ def _runs(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
                 ),
                 (f"{record.served.token_capacity:,}", "tokens that the cache holds"),
                 (figure(peak), "output tokens/s at most"),
-                (f"{figure(min(first, default=None))} ms", "mean TTFT of the quickest prompt length"),
+                (f"{figure(min(first, default=None))} ms", "mean TTFT of the fastest prompt length"),
                 (f"{whole:,} of {asked:,}", "requests with a whole answer"),
             ]
         )
@@ -130,7 +130,7 @@ def _runs(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
         if failures:
             yield page.table(("cell", "failure", "requests"), failures, right=(2,))
         if record.violations:
-            yield "<p class=bad>Why this is no result:</p>"
+            yield "<p class=bad>Why this is not a result:</p>"
             yield page.table(VIOLATION_HEADS, [_violation(v) for v in record.violations])
 
 

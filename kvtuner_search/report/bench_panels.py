@@ -1,4 +1,4 @@
-"""What the drawings of a benchmark report show: which figures, over what, and beside which floors."""
+"""The drawings of a benchmark report: which figures, over what, and beside which floors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvtuner_search.report.svg import Point
 
 
 class Quantity(NamedTuple):
-    """Something that is drawn."""
+    """A quantity to draw."""
 
     id: str
     unit: str
@@ -40,7 +40,7 @@ class Drawing(NamedTuple):
     title: str
     axis: str
     part: int  # of the key
-    prompt: int | None = None  # only cells with so many prompt tokens
+    prompt: int | None = None  # only cells with this many prompt tokens
 
 
 _DRAWN: Final[dict[str, tuple[Drawing, ...]]] = {

@@ -56,7 +56,7 @@ def machine(record: Record) -> str:
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    """A figure with so many digits, thousands apart; a dash for none."""
+    """A figure with ``digits`` significant digits and thousands separators; a dash for none."""
     if value is None:
         return NONE
     if value and abs(value) >= 10 ** (digits - 1):
@@ -65,7 +65,7 @@ def figure(value: float | None, digits: int = 4) -> str:
 
 
 def beyond(value: float, floor: float | None, above: bool) -> bool:
-    """Whether a figure cannot be; with the margin for clocks that judge.py allows."""
+    """Whether a figure is impossible; with the margin for clocks that judge.py allows."""
     if floor is None:
         return False
     return value * (1 - CLOCK_MARGIN) > floor if above else value < floor * (1 - CLOCK_MARGIN)
@@ -106,7 +106,7 @@ HEADINGS: Final[dict[Section, str]] = {
 
 
 def key_of(cell: Cell) -> Key:
-    """What tells a cell from the others of its table."""
+    """The key of a cell within its table."""
     return _KEYS[cell.section][1](cell)
 
 
@@ -198,7 +198,7 @@ def _rates(section: Section, all_runs: Sequence[ReportedRun], claims: ClaimedTab
         answers = figure(cell.figures["succeeded"]) if batch else NONE if success is None else f"{success:.1%}"
         return [*first, figure(rate), figure(ceiling), kept, NONE, figure(cell.figures["latency"]), NONE, answers]
 
-    note = "Rates count whole answers only; latency and TTFT are means. "
+    note = "Rates count complete answers only; latency and TTFT are means. "
     note += (
         "The adapter's report does not say how many tokens it asked for, so its ceiling is that of one token in answer to one."
         if claims
@@ -241,7 +241,7 @@ def _long(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> Grid
         claims,
         ours,
         theirs,
-        "Latency and time per token are means; tokens are those that came back.",
+        "Latency and time per token are means; tokens are returned ones.",
     )
 
 

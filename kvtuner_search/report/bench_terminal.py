@@ -53,7 +53,7 @@ def print_records(out: Console, records: Sequence[Record], adapter: AdapterRepor
             f"{cache.effective_bits:.3f} effective bits, {served.token_capacity:,} tokens fit, preset {record.preset}"
         )
         if record.model.dummy_weights:
-            out.print("random weights: times mean something, answers do not", style="yellow")
+            out.print("random weights: times are meaningful, answers are not", style="yellow")
         out.print()
     claims = tables(adapter) if adapter else None
     for grid in grids(all_runs, claims):
@@ -87,10 +87,10 @@ def _judged(out: Console, record: Record, name: str) -> None:
         _print(out, ("check", "what was seen"), failed, ())
     lost = [(cell.title, kind, f"{count:,}") for cell in record.cells for kind, count in cell.failures.items()]
     if lost:
-        out.print(Text(f"{prefix}requests that failed, which are no samples", "bold"))
+        out.print(Text(f"{prefix}requests that failed, which are not samples", "bold"))
         _print(out, ("cell", "failure", "requests"), lost, (2,))
     if record.violations:
-        out.print(Text(f"{prefix}why this is no result", "bold red"))
+        out.print(Text(f"{prefix}why this is not a result", "bold red"))
         rows = [(v.rule, v.where, v.figure, split_causes(v.reason)[0]) for v in record.violations]
         _print(out, ("rule", "where", "figure", "why"), rows, ())
         causes = dict.fromkeys(c for v in record.violations for c in split_causes(v.reason)[1].split("; ") if c)
@@ -134,21 +134,21 @@ def print_comparison(out: Console, found: RecordComparison, adapter: AdapterRepo
             _print(out, grid.heads, grid.rows, grid.right)
             out.print()
     if found.unpaired:
-        out.print(f"not compared, as only one has speed for them: {'; '.join(map(printable, found.unpaired))}\n")
+        out.print(f"not compared, because only one has speed for them: {'; '.join(map(printable, found.unpaired))}\n")
     out.print(_basis(found.rows), style="dim")
 
 
 def _basis(rows: Sequence[ComparedFigure]) -> str:
-    """What the intervals are from and what they do not cover."""
+    """The source of the intervals and what they do not cover."""
     used = {row.ratio.basis for row in rows}
     parts = [
         f"Ratios are B over A, intervals at {CONFIDENCE:.0%} by bootstrap over blocks of requests that were in flight together."
     ]
     if "summaries" in used:
-        parts.append("(s): from the summaries, as the raw requests of both do not lie beside the records: rough.")
+        parts.append("(s): from the summaries, because the raw requests of both are not beside the records: rough.")
     if "none" in used:
         parts.append(f"No interval: fewer than {MIN_BLOCKS} blocks.")
-    parts.append("They cover the scatter within these two runs, not that from one start of a server to the next.")
+    parts.append("They cover the scatter within these two runs, not the variation from one server start to the next.")
     return " ".join(parts)
 
 

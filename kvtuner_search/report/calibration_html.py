@@ -21,10 +21,10 @@ GLOSSARY: Final = (
         "effective bits",
         "Everything stored for a token (codes, scales, minima, padding), divided by the cached numbers.",
     ),
-    ("K4V2", "Keys in 4-bit codes, values in 2-bit codes; K3.5V2.75: that many bits in the mean over the bands."),
+    ("K4V2", "Keys in 4-bit codes, values in 2-bit codes; K3.5V2.75: mean bits over the bands."),
     (
         "b65443322",
-        "Stored in a fitted basis whose channels form eight equal bands; a digit is the bits of a band, the worthiest channels first.",
+        "Stored in a fitted basis whose channels form eight equal bands; each digit is the bits of a band, the most valuable channels first.",
     ),
     (
         "worth of a band",
@@ -54,7 +54,7 @@ GLOSSARY: Final = (
         "proxy",
         "Sum of layer-alone KLs; its exact optimum at every size is found by dynamic programming. Refined: the same with weights learnt from finished trials.",
     ),
-    ("fisher", "Bits handed out by what bands are worth, from one backward pass and without a trial."),
+    ("fisher", "Bits allocated by the worth of bands, from one backward pass and without a trial."),
     ("interval", "Percentile bootstrap over samples; differences are paired, on the same samples."),
     ("undecided", "The interval of the difference includes zero: more samples might decide."),
     ("hypervolume", "Area between a front and the corner, in effective bits times decades of loss. Larger is better."),
@@ -71,7 +71,7 @@ def render(record: CalibrationRecord) -> str:
         ("chosen", "What was chosen", _chosen(record)),
         ("bits", "Bits per layer", _bits(record)),
         ("why", "Why: the sensitivity of each layer", _why(record)),
-        *([("worth", "What bands of channels are worth", _worth(record))] if _has_worth(record) else []),
+        *([("worth", "The worth of bands of channels", _worth(record))] if _has_worth(record) else []),
         ("front", "Front", _front(record)),
         ("comparison", "Comparison on the test split", _comparison(record)),
         ("history", "Search history", _history(record)),
@@ -134,10 +134,10 @@ def _bits(record: CalibrationRecord) -> Iterator[str]:
         if reading.has_bands(row):
             yield figure(
                 bits_by_band(reading.specs(row)),
-                "Bits of each band of channels, the worthiest in band 1; a block in one colour is stored without bands.",
+                "Bits of each band of channels, the most valuable in band 1; a block in one colour is stored without bands.",
             )
         yield fold("Every layer, with its errors", _layers(record, row))
-    mean = ", of bands in the mean" if banded else ""
+    mean = ", for bands their mean" if banded else ""
     yield (
         "<p class=dim>A bar's height is the effective bits on a logarithmic scale; figures on the bars are the bits of the"
         f" codes{mean}.</p>"
@@ -187,9 +187,7 @@ def _why(record: CalibrationRecord) -> Iterator[str]:
             (svg(14, 14, name, [mark(shape, 7, 7, 4, class_)]), f"keys {name}") for _, class_, shape, name in VARIANTS
         ]
         yield legend("", marks)
-        yield figure(
-            drawn, "Values at 16 bits. Where the lines lie apart, that transform is what makes few bits possible."
-        )
+        yield figure(drawn, "Values at 16 bits. Where the lines differ, that transform makes few bits possible.")
 
 
 def _has_worth(record: CalibrationRecord) -> bool:
@@ -205,7 +203,7 @@ def _worth(record: CalibrationRecord) -> Iterator[str]:
     )
     yield figure(
         worth_figure(record, shown),
-        "What the loss would be expected to rise by, in nats a token, if a band were stored in no bits: the spectrum of each layer,"
+        "Expected rise of the loss, in nats a token, if a band were stored in no bits: the spectrum of each layer,"
         f" summed by band.{digits}",
     )
     drawn = head_figure(record)
@@ -222,7 +220,7 @@ def _front(record: CalibrationRecord) -> Iterator[str]:
     lines = [
         ('<span class="rule searched"></span>', "front of the study"),
         ('<span class="rule random"></span>', "front of the random search"),
-        ('<span class="rule predicted"></span>', "what the proxy predicts"),
+        ('<span class="rule predicted"></span>', "prediction of the proxy"),
     ]
     yield legend("", [*marks, *lines])
     stopped = [t for t in [*record.trials, *record.random_trials] if not t.complete]
@@ -254,7 +252,7 @@ def _comparison(record: CalibrationRecord) -> Iterator[str]:
         yield fold(f"By source, as change from 16 bits [{level}]", _by_source(rows))
     yield (
         "<p class=dim>The last columns compare the chosen setting with the one in the row: better means a lower KL. Settings that take"
-        " more bytes, or far fewer, are there for scale. Trials from random are numbered apart.</p>"
+        " more bytes, or far fewer, are shown for scale. Trials of the random search have their own numbers.</p>"
     )
 
 
@@ -327,7 +325,7 @@ def _space(record: CalibrationRecord) -> Iterator[str]:
     stages = record.options.stages
     if stages > 1:
         yield (
-            f"<p>The budget holds for {stages} times the bytes of the heaviest of {stages} pipeline stages, as every stage must hold"
+            f"<p>The budget holds for {stages} times the bytes of the heaviest of {stages} pipeline stages, because every stage must hold"
             " every token.</p>"
         )
     rows = [(v.name, ranges(v.layers), len(v.pairs), " ".join(v.pairs)) for v in variables]

@@ -39,7 +39,7 @@ VARIANTS: Final = (  # of keys: (centred, rotated), CSS class, mark, name
 
 
 class Columns:
-    """Where the layers' columns lie."""
+    """The positions of the layers' columns."""
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
@@ -66,11 +66,11 @@ class Columns:
 
 
 class Scale:
-    """A logarithmic scale of strengths in [0, 1] for positive values; what is zero or less has none.
+    """A logarithmic scale of strengths in [0, 1] for positive values; zero and negative values have no strength.
 
     Args:
-        values: what must have room.
-        decades: how much of it is shown below the largest value; all of it if not given.
+        values: values that must fit.
+        decades: range shown below the largest value; the whole range if not given.
     """
 
     def __init__(self, values: Sequence[float], decades: float = math.inf) -> None:
@@ -84,7 +84,7 @@ class Scale:
 
 
 def side_bits(spec: TensorSpec, head_dim: int) -> float:
-    """Bits per channel of one side with its metadata; of bands without the room that their words leave, which keys and values share."""
+    """Bits per channel of one side with its metadata; for bands without the unused bits of their words, which keys and values share."""
     return (
         spec.mean_bits + 8 * spec.metadata_bytes(head_dim) / head_dim if spec.banded else spec.effective_bits(head_dim)
     )
@@ -109,7 +109,7 @@ def bits_figure(record: CalibrationRecord, row: Compared) -> str:
             tall = max(2.0, LANE * math.log2(bits) / math.log2(most))
             y = middle - tall if up else middle + 4
             what = f"layer {index} {side}: {spec}, "
-            what += f"{spec.mean_bits:g} bits in the mean" if spec.banded else f"{bits:.3f} effective bits"
+            what += f"{spec.mean_bits:g} bits on average" if spec.banded else f"{bits:.3f} effective bits"
             parts.append(rect(x, y, columns.step - gap, tall, "bb" if spec.banded else f"b{spec.bits}", what))
             text = f"{spec.mean_bits:.3g}" if spec.banded else str(spec.bits)
             if columns.step >= 2 + 5 * len(text) and tall >= 12:

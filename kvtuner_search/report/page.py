@@ -132,7 +132,7 @@ def table(
 
 
 def figures(cards: Iterable[tuple[str, str]]) -> str:
-    """Cards with a large figure each and what it is."""
+    """Cards, each with a large figure and its meaning."""
     inner = "".join(
         f"<div><b>{escaped(value)}</b><span class=dim>{escaped(name)}</span></div>" for value, name in cards
     )

@@ -109,7 +109,7 @@ def _bits_svg(profile: Profile) -> str:
             tall = _tall(spec)
             y = middle - tall if up else middle + 6
             what = f"layer {index} {'keys' if up else 'values'}: {spec}"
-            what += f", {spec.mean_bits:g} bits in the mean" if spec.banded else ""
+            what += f", {spec.mean_bits:g} bits on average" if spec.banded else ""
             kind = "band" if spec.banded else f"b{spec.bits}"
             bars.append(
                 f'<rect class="{kind}" x="{x:.2f}" y="{y:g}" width="{step - gap:.2f}" height="{tall:g}"><title>{what}</title></rect>'
@@ -122,7 +122,7 @@ def _bits_svg(profile: Profile) -> str:
         for bits in BITS
     )
     if banded_sides(layers):
-        legend += '<span class="key" style="background: var(--band)"></span>in bands, in the mean'
+        legend += '<span class="key" style="background: var(--band)"></span>in bands, on average'
     label = "Bits of keys and values in each layer"
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{"".join(bars)}</svg>'
@@ -136,11 +136,11 @@ def _tall(spec: TensorSpec) -> float:
 
 
 def _bands(profile: Profile) -> list[str]:
-    """What is stored in bands, and the bits of each band; nothing if nothing is."""
+    """The sides stored in bands, and the bits of each band; empty if there are none."""
     sides = banded_sides(profile.layer_specs())
     if not sides:
         return []
-    caption = f"In bands of a fitted basis: {sides}. Band 1 has the worthiest channels; a block in one colour is stored without bands."
+    caption = f"In bands of a fitted basis: {sides}. Band 1 has the most valuable channels; a block in one colour is stored without bands."
     return [
         "<h2>Bits by band of channels</h2>",
         f"<figure>{bits_by_band(profile.layer_specs())}<figcaption>{caption}</figcaption></figure>",
@@ -211,7 +211,7 @@ def _front(profile: Profile) -> list[str]:
     label = "Loss over bytes per token"
     caption = "Loss in nats over bytes per token"
     marked = any(mine for *_, mine in spots)
-    caption += "; the large point is this profile" if marked else "; this profile is none of these points"
+    caption += "; the large point is this profile" if marked else "; this profile is not among these points"
     svg = f'<svg viewBox="0 0 {_WIDTH} {top + tall + 28}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     return ["<h2>Front</h2>", f"<figure>{svg}<figcaption>{caption}.</figcaption></figure>"]
 

@@ -1,4 +1,4 @@
-"""What a calibration record says: the figures, comparisons and sentences that the terminal and the HTML report share."""
+"""The figures, comparisons and sentences of a calibration record that the terminal and the HTML report share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.profile.text import size
 
 REFERENCE_LABEL: Final = (
-    "This is the embedded reference model, a test instrument: its profile is of no use for another model."
+    "This is the embedded reference model, a test instrument: its profile does not apply to any other model."
 )
 OFFLINE_LABEL: Final = "Quality was measured offline, with attention reading every key and value as stored. No server was started; speed was not measured."
-RIVALS: Final = {  # origin -> how a sentence calls it; anything else was found by the search itself
+RIVALS: Final = {  # origin -> its name in a sentence; anything else was found by the search itself
     "fisher": "best allocation by worth alone",
     "proxy": "proxy's optimum",
     "uniform": "best uniform setting",
@@ -41,13 +41,13 @@ class HistoryPoint(NamedTuple):
     """One point of a search history."""
 
     number: int  # trial number
-    value: float  # loss in nats, or effective bits where the goal is a loss
+    value: float  # loss in nats, or effective bits if the goal is a loss
     best: float  # best value so far, this trial included
     origin: str
 
 
 class TrialCount(NamedTuple):
-    """How the trials of one origin went."""
+    """Counts of the trials of one origin."""
 
     origin: str
     complete: int  # all rungs were run
@@ -91,7 +91,7 @@ def loss_interval(row: Compared) -> Interval:
     """The loss, the mean KL of the sources, with its interval.
 
     The record has it as ``loss_low`` and ``loss_high``; without them the sources' intervals are combined in quadrature, each side
-    for itself, as the sources are independent samples.
+    separately, because the sources are independent samples.
     """
     if row.loss_low is not None and row.loss_high is not None:
         return Interval(row.loss, row.loss_low, row.loss_high)
@@ -116,7 +116,7 @@ def test_samples(record: CalibrationRecord) -> tuple[int, int]:
 
 
 def number(value: float | None, sign: str = "", digits: int = 3) -> str:
-    """Significant digits, trailing zeros included; ``sign`` may be ``+``. A dash for what was not measured."""
+    """Significant digits, trailing zeros included; ``sign`` may be ``+``. A dash for missing values."""
     if value is None:
         return "–"
     return format(value, f"{sign}#.{digits}g").rstrip(".") if value else "0"

@@ -42,7 +42,7 @@ def rect(x: float, y: float, width: float, height: float, class_: str, title: st
 
 
 def svg(width: float, height: float, name: str, parts: Iterable[str]) -> str:
-    """A whole drawing; ``name`` is what a screen reader says."""
+    """A whole drawing; ``name`` is the text for screen readers."""
     content = "".join(parts)
     return tag("svg", content, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=name)
 
@@ -123,7 +123,7 @@ def _share(value: float, ends: tuple[float, float], log: bool) -> float:
 
 @dataclass
 class Panel:
-    """A plot area at (left, top) with two axes; what lies below a log axis, zero and less included, is drawn at its lower edge."""
+    """A plot area at (left, top) with two axes; values below a log axis, including zero and negative ones, are drawn at its lower edge."""
 
     left: float
     top: float

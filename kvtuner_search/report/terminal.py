@@ -1,4 +1,4 @@
-"""What the terminal shows at the end of a calibration; readable at 100 columns and without colour."""
+"""The terminal's summary at the end of a calibration; readable at 100 columns and without colour."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _layers(console: Console, record: CalibrationRecord, row: Compared) -> None:
             console.print(Text(f"  KL at {name}".ljust(_LEAD) + levels, "dim"))
     console.print(
         Text(
-            f"F is 16 bits{', of bands the rounded mean stands' if reading.has_bands(row) else ''}. KL: of the model's output with that side of that layer alone stored so, on a log scale from"
+            f"F is 16 bits{', bands are shown by their rounded mean' if reading.has_bands(row) else ''}. KL: of the model's output with only that side of that layer stored in that class, on a log scale from"
             f" {number(low)} ({_LEVELS[0]}) to {number(high)} ({_LEVELS[-1]}) nats.",
             "dim",
         )

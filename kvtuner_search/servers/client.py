@@ -1,4 +1,4 @@
-"""A server over HTTP, distrusted: an answer that is missing, short, cut, of another prompt or with impossible values is an error with a reason."""
+"""An untrusted server over HTTP: an answer that is missing, short, truncated, for another prompt or with impossible values is an error with a reason."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kvtuner_search.servers.transport import Transport, cut
 
 _INFO: Final = 4 << 20  # bytes of /server_info; SGLang's has some 10 KB a rank
 _ANSWER: Final = 1 << 20  # bytes of an answer, and for each token of prompt and answer
-_TOKEN: Final = 512  # as many more: an id, a log-probability, and text
-_IDS: Final = 2**31  # where the vocabulary is not known
+_TOKEN: Final = 512  # bytes for each token: an id, a log-probability, and text
+_IDS: Final = 2**31  # if the vocabulary is not known
 ROUNDING: Final = 1e-5  # nats above 0 that a log-probability may come to; it then counts as 0
-_LEAST: Final = -1e6  # nats; logits of 16 bits lie not so far apart
+_LEAST: Final = -1e6  # nats; 16-bit logits do not differ by this much
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Request:
     asked: int | None = None  # log-probability of this token at the first generated position
 
     def body(self) -> dict[str, Any]:
-        """What is posted."""
+        """The body of the request."""
         sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": self.max_new_tokens}
         if self.exact_length:
             sampling["ignore_eos"] = True
@@ -51,23 +51,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back, checked against the request."""
+    """An answer, checked against the request."""
 
     output_ids: tuple[int, ...]
     cached_tokens: int  # tokens of the prompt that were found in the prefix cache
     input_logprobs: tuple[float, ...]  # of the prompt's tokens from position ``logprob_start + 1`` on
     output_logprobs: tuple[float, ...]
-    asked: float | None  # log-probability of the token that was asked about
+    asked: float | None  # log-probability of the requested token
 
     @classmethod
     def of(cls, request: Request, content: Any, vocabulary: int | None = None) -> Self:
-        """Check the JSON that ``/generate`` answered. This is the one door: what passes needs no further look.
+        """Check the JSON that ``/generate`` answered. This is the only check: later code trusts what passes.
 
         Args:
             vocabulary: ids of the model's embedding; None: not known.
 
         Raises:
-            ServerError: says what is missing, cannot be, or does not fit the request.
+            ServerError: says what is missing, impossible, or does not fit the request.
         """
         meta = content.get("meta_info") if isinstance(content, dict) else None
         if not isinstance(meta, dict):
@@ -85,7 +85,7 @@ class Answer:
         if not (isinstance(output, list) and output):
             raise BadAnswerError(f"/generate answered output_ids {cut(output)}: the answer is empty")
         if not all(type(token) is int for token in output):
-            raise BadAnswerError(f"/generate answered output_ids {cut(output)}: these are no token ids")
+            raise BadAnswerError(f"/generate answered output_ids {cut(output)}: these are not token ids")
         if foreign := [token for token in output if not 0 <= token < (vocabulary or _IDS)]:
             raise BadAnswerError(
                 f"/generate answered token {cut(foreign[0])}, and the vocabulary ends at {(vocabulary or _IDS) - 1}: it serves"
@@ -100,7 +100,7 @@ class Answer:
         cached = meta.get("cached_tokens") or 0
         if type(cached) is not int or not 0 <= cached <= prompt:
             raise BadAnswerError(
-                f"/generate took {cut(cached)} of {prompt} tokens from its prefix cache: that cannot be"
+                f"/generate took {cut(cached)} of {prompt} tokens from its prefix cache, which is impossible"
             )
         inputs: list[float] = []
         if request.logprob_start is not None:
@@ -120,11 +120,11 @@ def _counted(meta: dict[str, Any], name: str) -> int:
     value = meta.get(name)
     if value is None:
         raise BadAnswerError(
-            f"/generate answered without {name}, so nothing says that the prompt and the answer are whole: a proxy that drops"
-            " counts, or no SGLang"
+            f"/generate answered without {name}, so prompt and answer cannot be checked for completeness: a proxy drops"
+            " counts, or the server is not SGLang"
         )
     if type(value) is not int or value < 0:
-        raise BadAnswerError(f"/generate answered {name}={cut(repr(value))}: that is no number of tokens")
+        raise BadAnswerError(f"/generate answered {name}={cut(repr(value))}: that is not a number of tokens")
     return value
 
 
@@ -140,11 +140,15 @@ def _logprobs(meta: dict[str, Any], name: str, tokens: Sequence[int], skip: int 
         value, of = row[:2] if isinstance(row, list) and len(row) >= 2 else (None, None)
         if type(of) is not int or of != token:
             raise BadAnswerError(
-                f"/generate answered {name}[{index}] of token {cut(of)}, asked was {token}: another prompt's"
+                f"/generate answered {name}[{index}] of token {cut(of)} instead of {token}: another prompt's"
             )
         if index >= skip:
-            if type(value) not in (int, float) or not _LEAST <= value <= ROUNDING:  # which NaN is not either
-                kind = "no finite log-probability" if not _finite(value) else "no log-probability, which is at most 0"
+            if type(value) not in (int, float) or not _LEAST <= value <= ROUNDING:  # NaN fails this too
+                kind = (
+                    "not a finite log-probability"
+                    if not _finite(value)
+                    else "not a log-probability, which is at most 0"
+                )
                 raise BadAnswerError(f"/generate answered {name}[{index}] = {cut(value)}: {kind}")
             found.append(min(float(value), 0.0))
     return found
@@ -176,7 +180,7 @@ class Client(Transport):
         return content
 
     async def flush(self) -> None:
-        """Empty the prefix cache; a server that is still busy is waited for."""
+        """Empty the prefix cache, after waiting for a busy server."""
         await self.body("POST", f"/flush_cache?timeout={min(self.timeout / 2, 60.0):g}", limit=1 << 16)
 
     async def generate(self, request: Request) -> tuple[Answer, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a server says of itself in ``/server_info``, as far as a validation depends on it."""
+"""The facts in ``/server_info`` that a validation depends on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SAME_MEMORY = ("memory_fraction", "device", "page_size")
 
 @dataclass(frozen=True)
 class Facts:
-    """One server, by its own account."""
+    """One server, as it reports itself."""
 
     version: str
-    model: str  # path or hub id, as the server was given it
-    dtype: str  # as the server was given it: may be ``auto``
+    model: str  # path or hub id given to the server
+    dtype: str  # given to the server: may be ``auto``
     quantization: str | None  # of weights
     attention_backend: str
     device: str
@@ -32,7 +32,7 @@ class Facts:
     tokens: int  # capacity of the cache
     cache_gib: float | None  # memory of the first rank's cache, GiB to two digits
     profile_digest: str | None  # None: a stock server
-    as_stored: bool  # a prompt's own keys and values are read as stored too
+    as_stored: bool  # prefill also reads a prompt's own keys and values as stored
     tool: str | None  # the plugin's name and version
 
     @classmethod
@@ -40,13 +40,13 @@ class Facts:
         """Read ``/server_info``.
 
         Raises:
-            ServerError: if a field is missing, of another type or beyond reason.
+            ServerError: if a field is missing, of another type or implausible.
         """
         return cls.from_info(ServerInfo.of(content, url))
 
     @classmethod
     def from_info(cls, info: ServerInfo) -> Self:
-        """The same of what was checked."""
+        """The same from checked information."""
         plugin = info.kvtuner
         return cls(
             version=info.version,
@@ -72,7 +72,7 @@ class Facts:
         """Refuse a server that does not serve this very profile.
 
         Raises:
-            NotComparableError: says what it serves.
+            NotComparableError: names what it serves.
         """
         if self.profile_digest != profile.digest:
             serves = (
@@ -95,7 +95,7 @@ class Facts:
 
 
 def check_alike(baseline: Facts, ours: Facts) -> None:
-    """Refuse two servers whose difference is not the profile alone.
+    """Refuse two servers that differ in more than the profile.
 
     Raises:
         UsageError: names what differs.
@@ -114,7 +114,7 @@ def memory_differs(baseline: Facts, ours: Facts) -> str:
         if server.token_cap is not None:
             return f"the {name} server is capped at {server.token_cap} tokens"
     if baseline.dtype in ("float32", "float"):
-        return "the stock server stores 32 bits a number, the prediction is against 16"
+        return "the stock server stores 32 bits a number, but the prediction assumes 16"
     for field in _SAME_MEMORY:
         a, b = getattr(baseline, field), getattr(ours, field)
         if a != b:
@@ -126,7 +126,7 @@ def memory_differs(baseline: Facts, ours: Facts) -> str:
 
 
 def resolve_dtype(stated: str, config_dtype: str) -> str:
-    """The dtype that a server computes in, of what it was given: SGLang's ``auto`` is the config's, with float16 for float32."""
+    """The dtype that a server computes in, from the given one: SGLang's ``auto`` is the config's, with float16 for float32."""
     if stated == "auto":
         return "float16" if config_dtype == "float32" else config_dtype
     return {"half": "float16", "float": "float32"}.get(stated, stated)

@@ -1,4 +1,4 @@
-"""The folder of one run: its settings, and every response as it came, so that a run that was stopped goes on."""
+"""The folder of one run: its settings, and every response as received, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class RunFolder:
 
     Args:
         path: the folder; made if it does not exist.
-        settings: what the responses depend on; a run that is resumed must have the same.
-        resume: go on with what is there.
-        overwrite: delete what is there.
-        journals: files of what was answered.
+        settings: the settings that responses depend on; a resumed run must have the same.
+        resume: continue the run in the folder.
+        overwrite: delete the run in the folder.
+        journals: files of answers.
         results: the run's other files; both are all that ``overwrite`` deletes.
 
     Raises:
@@ -52,7 +52,7 @@ class RunFolder:
         elif file.exists():
             if not resume:
                 raise UsageError(
-                    f"{path} holds a run: go on with --resume, delete it with --overwrite, or name another"
+                    f"{path} holds a run: continue with --resume, delete it with --overwrite, or name another"
                 )
             stored = _parse(file)
             differing = [name for name in sorted({*settings, *stored}) if stored.get(name) != settings.get(name)]
@@ -66,12 +66,12 @@ class RunFolder:
         write_atomic(file, text)
 
     def _has_answers(self) -> bool:
-        """Whether a server has answered anything; a run that failed before that is not worth asking about."""
+        """Whether a server has answered anything; a run that failed before that may be overwritten without asking."""
         files = (self.path / name for name in self._journals)
         return any(file.exists() and file.stat().st_size for file in files)
 
     def borrow(self, name: str, other: Path, alike: Sequence[str]) -> None:
-        """Take one server's responses over from another run, if this one has none yet.
+        """Copy one server's responses from another run, if this one has none yet.
 
         Args:
             name: the server.
@@ -79,7 +79,7 @@ class RunFolder:
             alike: settings that the responses depend on.
 
         Raises:
-            UsageError: if it is no run's, has none, or was made with other settings.
+            UsageError: if it is not a run's folder, has no answers, or was made with other settings.
         """
         mine, theirs = (_parse(path / _SETTINGS) for path in (self.path, other))
         differing = [setting for setting in alike if mine.get(setting) != theirs.get(setting)]
@@ -115,7 +115,7 @@ class AnswerJournal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.done: dict[str, list[Any]] = {}  # id -> responses as they came
+        self.done: dict[str, list[Any]] = {}  # id -> responses as received
         self.failures: list[str] = []
         self.server: dict[str, Any] | None = None
         keep = 0

@@ -1,4 +1,4 @@
-"""On what, and with which versions, servers ran."""
+"""The hardware and versions that servers ran on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def server_versions(python: str) -> dict[str, str]:
 
 
 def offline_versions() -> dict[str, str]:
-    """Versions of what the offline evaluation runs on."""
+    """Versions of the packages that the offline evaluation uses."""
     return {f"offline {name}": metadata.version(name) for name in ("torch", "transformers")}
 
 
@@ -64,7 +64,7 @@ def tool() -> str:
 
 
 def hardware(facts: Facts, url: str | None, stated: str | None) -> str:
-    """What a server runs on: as stated, or this machine's processor or GPUs for a server that is here."""
+    """What a server runs on: as stated, or this machine's processor or GPUs for a local server."""
     if stated is not None:
         return stated
     if url is not None and urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
@@ -89,7 +89,7 @@ def processor() -> str:
 
 
 def public_command(arguments: Sequence[str]) -> str:
-    """The command line without passwords and keys, and with folders left out of absolute paths: a profile names no machine's places."""
+    """The command line without passwords and keys, and without the folders of absolute paths: a profile contains no paths of a machine."""
     shown = []
     for argument in mask_arguments(arguments):
         option, equals, value = argument.rpartition("=")

@@ -1,4 +1,4 @@
-"""``/server_info`` at the door: every field that anything here depends on, of the right type and within reason. All others are ignored."""
+"""Checks of ``/server_info``: every field that this program uses must have the right type and a plausible value. All others are ignored."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def _object(text: str) -> str:
     try:
         found = from_json(text or "{}")
     except ValueError as error:
-        raise ValueError("it is no JSON") from error
+        raise ValueError("it is not JSON") from error
     if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return text
 
 
@@ -56,7 +56,7 @@ class SchedulerState(_Read):
 
 
 class Plugin(_Read):
-    """What the plugin reports; a stock server has none."""
+    """The plugin's report; a stock server has none."""
 
     profile_digest: Digest
     as_stored: bool | None = None
@@ -65,7 +65,7 @@ class Plugin(_Read):
 
 
 class ServerInfo(_Read):
-    """By SGLang's names."""
+    """The fields, by SGLang's names."""
 
     version: Word
     model_path: Word
@@ -98,12 +98,12 @@ class ServerInfo(_Read):
 
     @classmethod
     def of(cls, content: dict[str, Any], url: str) -> Self:
-        """Check what ``/server_info`` answered.
+        """Check the answer of ``/server_info``.
 
         Raises:
-            ServerError: names the first field that is missing or cannot be.
+            ServerError: names the first field that is missing or impossible.
         """
-        if content.get("kvtuner") == {}:  # a plugin without anything to serve
+        if content.get("kvtuner") == {}:  # a plugin without a profile
             content = {**content, "kvtuner": None}
         try:
             return cls.model_validate(content)

@@ -1,4 +1,4 @@
-"""Servers that ``validate`` starts: one at a time, in a process group of their own, stopped whatever happens."""
+"""Servers that ``validate`` starts: one at a time, in a process group of their own, always stopped at the end."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ STOP_SECONDS: Final = 20.0  # between SIGTERM and SIGKILL
 PORTS: Final = range(20000, 32000)
 _POLL: Final = 0.5  # seconds
 _LOG_TAIL: Final = 64 * 1024  # bytes of a log that are searched for the reason of a failure
-_LINE: Final = 64 * 1024  # bytes of a log's line that are masked together
+_LINE: Final = 64 * 1024  # bytes of a log line that are masked together
 _LOOK: Final = 30.0  # seconds that /health may take
-_DRAIN: Final = 5.0  # seconds for what an ended server had still written
-_KEYS: Final = ("KVTUNER_API_KEY",)  # variables of this program that a server has no use for
+_DRAIN: Final = 5.0  # seconds to read an ended server's remaining output
+_KEYS: Final = ("KVTUNER_API_KEY",)  # variables of this program that a server does not need
 
 
 class Server:
@@ -74,7 +74,7 @@ def started_server(python: str, arguments: Sequence[str], log: Path) -> Iterator
     port = free_port()
     command = engine().command(python, [*arguments, "--host", "127.0.0.1", "--port", str(port)])
     tied = [sys.executable, "-m", "kvtuner_search.servers.tied", str(os.getpid()), *command]
-    # The flags alone decide what is served.
+    # Only the flags decide what is served.
     environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, *_KEYS)}
     log.parent.mkdir(parents=True, exist_ok=True)
     refuse_unusual(log)
@@ -98,7 +98,7 @@ def started_server(python: str, arguments: Sequence[str], log: Path) -> Iterator
 
 
 def _copy_masked(output: IO[bytes], log: Path) -> None:
-    """Append what a server writes to its log, line by line, without passwords and keys. A disk that is full does not hold the server up."""
+    """Append what a server writes to its log, line by line, without passwords and keys. A full disk does not block the server."""
     with output, log.open("ab", buffering=0) as stream:
         while line := output.readline(_LINE):
             masked = mask(line.decode(errors="surrogateescape")).encode(errors="surrogateescape")
@@ -107,9 +107,9 @@ def _copy_masked(output: IO[bytes], log: Path) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the whole process group: SIGTERM for the launcher, which ends its children, then SIGKILL for what is left.
+    """End the whole process group: SIGTERM for the launcher, which ends its children, then SIGKILL for the rest.
 
-    A second Ctrl-C only skips the waiting. The children get no SIGTERM: the launcher would take their end for a crash.
+    A second Ctrl-C only skips the waiting. The children get no SIGTERM: the launcher would treat their end as a crash.
     """
     try:
         if process.poll() is None:
@@ -125,7 +125,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on.
 
-    It lies below the ports that the system hands out itself, and SGLang puts its own second port 10,000 above it.
+    It is below the system's ephemeral ports, and SGLang uses a second port 10,000 above it.
 
     Raises:
         ServerError: if none of a hundred is free.
@@ -134,7 +134,7 @@ def free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise ServerError(f"no port of {PORTS.start} to {PORTS.stop - 1} is free: end what listens there")
+    raise ServerError(f"no port of {PORTS.start} to {PORTS.stop - 1} is free: end a program that listens there")
 
 
 def failure_line(log: Path) -> str:
@@ -146,4 +146,4 @@ def failure_line(log: Path) -> str:
     except OSError:
         return "no log"
     errors = [line for line in lines if "rror" in line and not line.startswith(("File ", "Traceback"))]
-    return printable((errors or lines or ["it said nothing"])[-1])[:300]
+    return printable((errors or lines or ["it printed nothing"])[-1])[:300]

@@ -1,6 +1,6 @@
 """Run a command that dies with the process that started it: ``python -m kvtuner_search.servers.tied PARENT COMMAND...``
 
-SGLang's own children end when their parent does; this does the same for the first one, so that a ``validate`` that was
+SGLang's own children end when their parent does; this does the same for the first process, so that a ``validate`` that was
 killed with SIGKILL leaves no server behind. Linux keeps the setting over ``execvp``.
 """
 

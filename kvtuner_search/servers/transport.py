@@ -19,17 +19,17 @@ from kvtuner_search.errors import ServingError
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask
 
-EXCERPT: Final = 200  # characters of what came that are shown
-_READ: Final = 4096  # bytes that are read of a refusal; masked before they are cut to the excerpt
-_PROBE: Final = 5.0  # seconds for a look at what else a server answers
+EXCERPT: Final = 200  # characters of an answer that are shown
+_READ: Final = 4096  # bytes read from a refusal; masked before they are cut to the excerpt
+_PROBE: Final = 5.0  # seconds for a probe of another path
 
 
 class ServerError(ServingError):
-    """A server did not answer, or answered something that cannot be used."""
+    """A server did not answer, or its answer cannot be used."""
 
 
 class BadAnswerError(ServerError):
-    """Something came, and no server that works sends it."""
+    """An answer that no working server sends."""
 
 
 class DrippingError(BadAnswerError):
@@ -37,20 +37,20 @@ class DrippingError(BadAnswerError):
 
 
 def cut(value: object) -> str:
-    """What a server sent, fit for a message."""
+    """A server's text, safe for a message."""
     text = printable(" ".join(mask(value).split()))
     return (text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…") or "nothing"
 
 
 class Sink(Protocol):
-    """Takes a body as it comes."""
+    """Consumes a body piece by piece."""
 
     def take(self, data: bytes) -> None:
-        """The next piece; raises BadAnswerError, without the address, if it is too much, and _EnoughError if no more is wanted."""
+        """The next piece; raises BadAnswerError, without the address, if it is too long, and _EnoughError if the rest is not needed."""
 
 
 class _EnoughError(Exception):
-    """The rest of a body is not wanted."""
+    """The rest of a body is not needed."""
 
 
 class Body:
@@ -63,7 +63,7 @@ class Body:
         """Keep it."""
         self.content += data
         if len(self.content) > self.limit:
-            raise BadAnswerError(f"more than {self.limit:,} bytes came, which no such answer has")
+            raise BadAnswerError(f"more than {self.limit:,} bytes came, too many for this answer")
 
 
 class Start(Body):
@@ -88,7 +88,7 @@ class Transport:
     def __init__(self, url: str, timeout: float, key: str | None = None) -> None:
         self.url, self.timeout, self.key = url.rstrip("/"), timeout, key
         try:
-            # trust_env off: a proxy of the environment must not stand between this client and a local server.
+            # trust_env off: a proxy of the environment must not come between this client and a local server.
             self._http = httpx2.AsyncClient(
                 base_url=self.url,
                 timeout=httpx2.Timeout(timeout, connect=min(timeout, 30.0)),
@@ -97,7 +97,7 @@ class Transport:
                 trust_env=False,
             )
         except (httpx2.InvalidURL, ValueError) as error:
-            raise ServerError(f"{url} is no URL ({error}): write http://host:port") from error
+            raise ServerError(f"{url} is not a URL ({error}): write http://host:port") from error
 
     async def __aenter__(self) -> Self:
         return self
@@ -109,14 +109,14 @@ class Transport:
         """The JSON of an answer of at most ``limit`` bytes.
 
         Raises:
-            ServerError: if none came.
+            ServerError: if there is none.
         """
         content = await self.body(method, path, limit=limit, body=body)
         try:
             return from_json(content)
         except ValueError as error:
             start = content[:_READ].decode(errors="replace")
-            raise BadAnswerError(f"{self.url}{path} answered no JSON: {cut(start)} ({error})") from error
+            raise BadAnswerError(f"{self.url}{path} did not answer with JSON: {cut(start)} ({error})") from error
 
     async def body(self, method: str, path: str, *, limit: int, body: dict[str, Any] | None = None) -> bytes:
         """An answer of at most ``limit`` bytes with status 200; errors as for :meth:`json`."""
@@ -135,7 +135,7 @@ class Transport:
         raise ServerError(f"{self.url}{path} answered {status}: {text}{hint}")
 
     async def answers(self, path: str, within: float = _PROBE) -> bool:
-        """Whether a GET is answered with status 200 within so many seconds."""
+        """Whether a GET is answered with status 200 within ``within`` seconds."""
         return await self._look(path, within) is not None
 
     async def _exchange(
@@ -148,7 +148,7 @@ class Transport:
                 coding = response.headers.get("content-encoding", "identity").strip().lower()
                 if coding not in ("identity", ""):
                     raise BadAnswerError(
-                        f"it is compressed ({cut(coding)}), which was not asked for: ask the server, not a proxy"
+                        f"it is compressed ({cut(coding)}), which was not requested: use the server's address, not a proxy's"
                     )
                 sink = sink_of(response.status_code)
                 with suppress(_EnoughError):
@@ -159,7 +159,7 @@ class Transport:
         except BadAnswerError as error:
             raise BadAnswerError(f"{self.url}{path} gave no answer that can be used: {error}") from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise ServerError(f"{self.url} is no URL ({error}): write http://host:port") from error
+            raise ServerError(f"{self.url} is not a URL ({error}): write http://host:port") from error
         except (httpx2.TimeoutException, TimeoutError) as error:
             if came:
                 raise DrippingError(
@@ -171,7 +171,7 @@ class Transport:
             raise ServerError(f"{self.url}{path} cannot be reached ({reason}): is the server up?") from error
 
     async def _look(self, path: str, within: float = _PROBE) -> bytes | None:
-        """The beginning of what a GET is answered with status 200; None otherwise."""
+        """The beginning of the answer to a GET if its status is 200, otherwise None."""
         start = Start(1 << 16)
         probe = Transport(self.url, min(self.timeout, within), self.key)
         try:
@@ -183,13 +183,13 @@ class Transport:
             return None
 
     async def _hint(self, status: int) -> str:
-        """What a status other than 200 usually means, and the remedy."""
+        """The usual meaning of a status other than 200, and the remedy."""
         if status in (401, 403):
             if self.key is None:
-                return f"; it wants a key: {KEY_OPTION}"
-            return "; it does not take the key that was given: SGLang's --api-key, or --admin-api-key where it has one"
+                return f"; it requires an API key: {KEY_OPTION}"
+            return "; it rejects the given key: use SGLang's --api-key, or --admin-api-key if it has one"
         if 300 <= status < 400:
-            return "; redirects are not followed, because a key or a figure would go astray: give the address that it leads to"
+            return "; redirects are not followed, because a key or a figure would go to another address: give the target's address"
         if status not in (404, 405):
             return ""
         served = await self._openai()
@@ -201,11 +201,11 @@ class Transport:
                 " address of the SGLang server itself"
             )
         if await self.answers("/health"):
-            return "; the first node answers, ask that one: this address answers /health, as a node of rank above 0 does, or another program"
-        return "; the first node answers, if this is a node of rank above 0; else no SGLang is at this address and path"
+            return "; use the first node's address: this one answers only /health, as a node of rank above 0 does, or another program"
+        return "; if this is a node of rank above 0, use the first node's address; otherwise there is no SGLang at this address and path"
 
     async def _openai(self) -> str | None:
-        """Whose OpenAI-compatible endpoint this is, as far as it tells; None if it is none."""
+        """The owner of this OpenAI-compatible endpoint, as far as it tells; None if it is not such an endpoint."""
         base = self.url.endswith("/v1")
         content = await self._look("/models" if base else "/v1/models")
         try:

@@ -3,8 +3,8 @@
 Under tensor parallelism a rank holds its own KV heads of every layer in its stage; with fewer heads than ranks each rank holds one,
 so heads are stored more than once. Under pipeline parallelism every stage must hold every token: the heaviest stage decides.
 
-Beside the rows a rank holds the bases of its layers and heads (:func:`basis_bytes`): they do not grow with the tokens, and come off
-what is there for them.
+Beside the rows a rank holds the bases of its layers and heads (:func:`basis_bytes`): they do not grow with the tokens, and reduce
+the memory for tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _FLOAT32: Final = 4  # bytes
 
 @dataclass(frozen=True)
 class StageBytes:
-    """What one rank of a pipeline stage stores for a token; the ranks of a stage store equally much."""
+    """Bytes that one rank of a pipeline stage stores for a token; all ranks of a stage store the same number."""
 
     first: int  # global index of the stage's first layer
     end: int  # one past its last layer
-    stored: int  # bytes, everything counted (codes, scales, minima, padding)
+    stored: int  # bytes, including codes, scales, minima and padding
     raw: int  # bytes of an unquantized 16-bit cache
-    bases: int  # bytes of the stage's bases, whatever the tokens
+    bases: int  # bytes of the stage's bases, independent of the tokens
 
 
 def heads_per_rank(kv_heads: int, tp_size: int) -> int:
@@ -67,8 +67,8 @@ def stage_bytes(layers: Sequence[LayerSpec], counts: Sequence[int], kv_heads: in
 def basis_bytes(layers: Sequence[LayerSpec], kv_heads: int, head_dim: int) -> int:
     """Bytes that a rank holds for the bases of these layers.
 
-    Each head has the tensor of the transforms file, and beside it in fp32 what ``kvtuner_kernels.bands.basis`` makes of it for the
-    kernels: the matrix, its inverse, that transposed, the mean and the first token's point. Centring vectors are not worth counting.
+    Each head has the tensor of the transforms file and, in fp32, the tensors that ``kvtuner_kernels.bands.basis`` derives for the
+    kernels: the matrix, its inverse, the inverse transposed, the mean and the first token's point. Centring vectors are too small to count.
 
     Args:
         layers: of the rank's stage.
@@ -87,7 +87,7 @@ def token_capacity(cache_bytes: int, nbytes: int, page_size: int = 1, limit: int
         cache_bytes: bytes of cache on each rank.
         nbytes: bytes of a token on a rank of the heaviest stage.
         page_size: tokens of a page.
-        limit: most tokens that were asked for (``--max-total-tokens``).
+        limit: the user's limit on tokens (``--max-total-tokens``).
     """
     tokens = max(0, cache_bytes) // nbytes
     return (tokens if limit is None else min(tokens, limit)) // page_size * page_size

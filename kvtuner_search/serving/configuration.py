@@ -1,4 +1,4 @@
-"""What every process of a server must know, carried from the launcher to its children in one environment variable.
+"""The configuration that every process of a server needs, passed from the launcher to its children in one environment variable.
 
 SGLang spawns its processes, so nothing but the environment reaches them. Each one reads the profile again and compares its
 digest, so that no two of them can serve different files. Neither torch nor SGLang is imported here.
@@ -23,7 +23,7 @@ ENVIRONMENT: Final = "KVTUNER_SERVING"
 
 @dataclass(frozen=True)
 class ServingConfiguration:
-    """How a server stores its cache. The layers themselves stand in the profile."""
+    """How a server stores its cache. The profile has the layers themselves."""
 
     profile: str  # absolute path of the profile's file, which every node has
     digest: str  # the profile's digest; a file with another one is refused
@@ -45,7 +45,7 @@ class ServingConfiguration:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self | None:
-        """The inverse of :meth:`to_environment`; None where nobody asked for a profile.
+        """The inverse of :meth:`to_environment`; None if no profile is requested.
 
         Raises:
             UsageError: if the variable holds something else.
@@ -57,13 +57,13 @@ class ServingConfiguration:
             fields = json.loads(text)
             found = cls(**fields)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"{ENVIRONMENT}={text[:80]!r} is no serving configuration: unset it") from error
+            raise UsageError(f"{ENVIRONMENT}={text[:80]!r} is not a serving configuration: unset it") from error
         if not (isinstance(found.profile, str) and isinstance(found.digest, str) and isinstance(found.as_stored, bool)):
             raise UsageError(f"{ENVIRONMENT}={text[:80]!r} has a field of the wrong type: unset it")
         return found
 
     def open(self) -> tuple[Profile, bytes | None]:
-        """The profile that this configuration means, and the content of its transforms file, checked; None if it has none.
+        """The profile that this configuration names, and the content of its transforms file, checked; None if it has none.
 
         Raises:
             ProfileError: if the file cannot be used, or is not the one that the server was started with.

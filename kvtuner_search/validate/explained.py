@@ -1,8 +1,8 @@
-"""What rounding explains of the difference between a server and the offline evaluation, and the limits that follow.
+"""How much of the difference between a server and the offline evaluation rounding explains, and the limits that follow.
 
-Each figure is taken twice in the same way: of the server against the offline evaluation, and of the second offline computation
-against the first (:mod:`kvtuner_search.validate.twice`), which plays the server and is known to be correct. The latter is
-what rounding explains, with all that follows from it: codes that turn, and tokens that are chosen otherwise.
+Each figure is computed twice in the same way: for the server against the offline evaluation, and for the second offline computation
+against the first (:mod:`kvtuner_search.validate.twice`); the second plays the server and is known to be correct. The latter figure is
+what rounding explains, with all its consequences: codes that change, and tokens that are chosen differently.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from kvtuner_search.profile.validation import OfflineAgreement
 from kvtuner_search.validate.measure import ServerAnswers
 from kvtuner_search.validate.twice import Floats, Twice
 
-FLOOR: Final = 0.005  # nats a token that never count: a tenth of what a profile may cost by default
-SLACK: Final = 0.25  # by this share of itself a distance may exceed what rounding explains
-TIMES: Final = 2.0  # so many times what it is between two correct computations may a mean, a share of tokens, or the stock server's be
-TOKENS: Final = 0.01  # of the greedy tokens, that never count
-LEAST: Final = 0.1  # two correct computations must share this much of the profile's effect, else nobody can look for it
+FLOOR: Final = 0.005  # nats a token that are always allowed: a tenth of what a profile may cost by default
+SLACK: Final = 0.25  # fraction by which a distance may exceed what rounding explains
+TIMES: Final = (
+    2.0  # factor over two correct computations allowed for a mean, a share of tokens, or the stock server's distance
+)
+TOKENS: Final = 0.01  # share of the greedy tokens that is always allowed
+LEAST: Final = (
+    0.1  # two correct computations must share this much of the profile's effect, otherwise it cannot be tested
+)
 
 
 class Bound(NamedTuple):
-    """What is held against a limit, and the limit."""
+    """The value that is compared with a limit, and the limit."""
 
     value: float
     limit: float
@@ -36,7 +40,7 @@ class Bound(NamedTuple):
 class Distance(NamedTuple):
     """Mean absolute difference of the log-probabilities of the same tokens, nats a token."""
 
-    found: float  # of what is judged
+    found: float  # of the judged computation
     explained: float  # of the two offline computations
 
     @classmethod
@@ -70,7 +74,7 @@ class ExplainedSide:
         return _agreement(cache, self.scored(), self.decoded(), [same[0] for same in self.twice.same])
 
     def played(self, cache: Literal["profile", "16bit"]) -> OfflineAgreement:
-        """The same with the second offline computation in the server's place; it too is asked about tokens that it ranks first itself."""
+        """The same with the second offline computation in the server's place; it too is scored on tokens that it ranks first itself."""
         own, same = _between(self.twice.own), [same[1] for same in self.twice.same]
         return _agreement(cache, _between(self.twice.scored), own, same)
 
@@ -101,7 +105,7 @@ class Explained:
         return _distance(self.profile.decoded(), self.profile.twice.decoded, wide)
 
     def stock_distance(self) -> Bound:
-        """The stock server against offline, scored tokens. Its noise widens the other limits, so it has one of its own."""
+        """The stock server against offline, scored tokens. Its noise widens the other limits, so it has a limit of its own."""
         found, explained = self.scored_distances()[1]
         return Bound(found, TIMES * explained + FLOOR)
 
@@ -116,7 +120,7 @@ class Explained:
         return Bound(worse(ours.ci_low, ours.ci_high), TIMES * worse(played.ci_low, played.ci_high) + FLOOR)
 
     def decode_nll(self) -> Bound:
-        """Mean likelihood of the chosen tokens, which is higher for whoever chose them."""
+        """Mean likelihood of the chosen tokens, which is higher for the server that chose them."""
         ours, played = self.profile.agreement("profile"), self.profile.played("profile")
         return Bound(
             worse(ours.decode_low, ours.decode_high), TIMES * worse(played.decode_low, played.decode_high) + FLOOR
@@ -130,8 +134,8 @@ class Explained:
     def effect(self) -> Interval | None:
         """Share of the profile's effect, token by token, that the server shows: about 1 if it is correct, 0 if it reads 16 bits.
 
-        The effect of a computation is the profile's log-probability of a scored token minus the 16-bit one. The share is how much
-        of the offline effect the server's holds, over how much the second computation's holds. None if the latter is too little to tell.
+        The effect of a computation is the profile's log-probability of a scored token minus the 16-bit one. The share is the part
+        of the offline effect that the server's shows, over the part that the second computation's shows. None if the latter is too small.
         """
         ours, stock = self.profile, self.stock
         offline, second = (
@@ -149,21 +153,21 @@ class Explained:
 
 
 def notes_on_rounding(explained: Explained) -> list[str]:
-    """What the limits came from, for the block."""
+    """How the limits were derived, for the block."""
     profile, stock = explained.scored_distances()
     notes = [
-        f"two correct computations of this cache lie {profile.explained:.2g} nats a token apart on the scored tokens (16 bits:"
+        f"two correct computations of this cache differ by {profile.explained:.2g} nats a token on the scored tokens (16 bits:"
         f" {stock.explained:.2g}), the server and the offline evaluation {profile.found:.2g} ({stock.found:.2g})"
     ]
     if explained.effect() is None:
         notes.append(
-            "what the profile does to a token's likelihood is lost in rounding, so the server was not asked to show it"
+            "the profile's effect on a token's likelihood is lost in rounding, so the server was not tested for it"
         )
     return notes
 
 
 def worse(low: float, high: float) -> float:
-    """The end of an interval that lies farther from zero."""
+    """The end of an interval that is farther from zero."""
     return max(abs(low), abs(high))
 
 
@@ -189,8 +193,8 @@ def _weights(parts: Sequence[NDArray[np.generic]]) -> Floats:
 def _distance(found: Sequence[Floats], twice: Sequence[Floats], stock: Distance) -> Bound:
     """The upper end of a distance, paired by sample with what rounding explains, against that and a quarter.
 
-    A server rounds at other places than the offline evaluation. Where the stock server is farther from its own than rounding explains,
-    what is explained grows in the same ratio.
+    A server rounds in other places than the offline evaluation. If the stock server is farther from its own evaluation than rounding
+    explains, the explained distance grows in the same ratio.
     """
     ratio = max(1.0, stock.found / stock.explained) if stock.explained else 1.0
     explained, weights = ratio * _size(_between(twice)), _weights(found)

@@ -1,4 +1,4 @@
-"""From what two servers answered to figures with intervals."""
+"""Figures with intervals from the answers of two servers."""
 
 from __future__ import annotations
 

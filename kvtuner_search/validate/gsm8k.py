@@ -5,7 +5,7 @@
 ``#items=N``              test questions, the first ones (``--task-prompts``)
 ``#tokens=N``             most tokens of an answer (400)
 ``#chat``                 through the tokenizer's chat template: shots are turns of user and assistant
-``#answer=marked|last``   the number after the first ``####`` (marked), or where there is none the last number of the answer
+``#answer=marked|last``   the number after the first ``####`` (marked), or if there is none the last number of the answer
 ========================  ==================================================================================================
 """
 
@@ -25,8 +25,8 @@ from kvtuner_search.files import refuse_unusual
 PREFIX: Final = "gsm8k:"
 MARKED: Final = re.compile(r"#### *\$?(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
 _NUMBER: Final = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
-_NEXT: Final = "\nQuestion:"  # where a model that goes on writes the next question
-_ASK: Final = "\nThink step by step, then write #### and the number alone."  # to a chat model that sees no example
+_NEXT: Final = "\nQuestion:"  # how a model that continues writes the next question
+_ASK: Final = "\nThink step by step, then write #### and the number alone."  # for a chat model without examples
 _USE: Final = "use #shots=N, #items=N, #tokens=N, #chat and #answer=marked or #answer=last"
 
 Reading = Literal["marked", "last"]  # which number of an answer counts
@@ -34,7 +34,7 @@ Reading = Literal["marked", "last"]  # which number of an answer counts
 
 @dataclass(frozen=True)
 class Gsm8k:
-    """What a task asks for."""
+    """The settings of a task."""
 
     folder: Path
     items: int
@@ -49,7 +49,7 @@ class Gsm8k:
         return () if self.chat else (_NEXT,)
 
     def prompts(self, tokenizer: Any) -> list[tuple[tuple[int, ...], str]]:
-        """Token ids of each prompt, and the number that is right.
+        """Token ids of each prompt, and the right number.
 
         Raises:
             DataError: if the files cannot be read or are too short.
@@ -70,7 +70,7 @@ class Gsm8k:
 
 
 def parse(spec: str, items: int) -> tuple[str, Gsm8k]:
-    """A task's name, which holds no folder, and what it asks for; ``items`` questions if the spec does not say.
+    """A task's name without its folder, and its settings; ``items`` questions if the spec does not say.
 
     Raises:
         UsageError: for an unknown option or value.
@@ -95,7 +95,7 @@ def parse(spec: str, items: int) -> tuple[str, Gsm8k]:
 
 
 def is_right(text: str, expected: str, reading: Reading) -> bool:
-    """Whether the number that counts is the expected one. Commas do not count, nor what follows a next question."""
+    """Whether the number that counts is the expected one. Commas and text after a further question are ignored."""
     text = text.split(_NEXT)[0]
     marked = MARKED.search(text)
     if marked is not None:
@@ -136,5 +136,5 @@ def _rows(path: Path, count: int) -> list[dict[str, str]]:
             f"{path}: cannot be read ({error}): give a folder with GSM8K's train.jsonl and test.jsonl"
         ) from error
     if not all(isinstance(row, dict) and {"question", "answer"} <= row.keys() for row in rows) or len(rows) < count:
-        raise DataError(f"{path}: has not {count} rows with question and answer: ask for fewer")
+        raise DataError(f"{path}: has fewer than {count} rows with question and answer: use fewer")
     return rows

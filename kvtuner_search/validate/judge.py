@@ -1,4 +1,4 @@
-"""Hold the figures to the thresholds."""
+"""Compare the figures with the thresholds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvtuner_search.validate.explained import Explained, worse
 from kvtuner_search.validate.options import Limits
 
 UNEXPLAINED: Final = (
-    0.05  # nats a token, decode against extend where nothing was computed offline and likelihood has no threshold
+    0.05  # nats a token, decode against extend without an offline evaluation and without a threshold on likelihood
 )
 
 

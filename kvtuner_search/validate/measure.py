@@ -1,4 +1,4 @@
-"""Ask one server everything, keep every response, and read the figures' raw material out of the responses."""
+"""Send all requests to one server, keep every response, and extract the raw data of the figures."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PAUSE: Final = 1.0  # seconds before the second attempt, twice that before the 
 
 @dataclass(frozen=True)
 class ServerAnswers:
-    """What one server answered, in the order of the prompts."""
+    """One server's answers, in the order of the prompts."""
 
     scored: list[NDArray[np.float64]]  # log-probabilities of the scored tokens, a sample each
     task_tokens: list[tuple[int, ...]]  # generated, a prompt each
     continuations: list[tuple[int, ...]]  # greedy
     decoded: list[NDArray[np.float64]]  # log-probabilities of the continuations' tokens, by decode
-    rescored: list[NDArray[np.float64]]  # the same tokens scored as part of a prompt; empty if that was not done
+    rescored: list[NDArray[np.float64]]  # the same tokens scored as part of a prompt; empty if they were not rescored
     failures: list[str]  # attempts that failed before one succeeded
 
     @property
@@ -45,7 +45,7 @@ class ServerAnswers:
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """How one server is asked."""
+    """The requests to one server, and how to send them."""
 
     prompts: Prompts
     method: Method
@@ -56,7 +56,7 @@ class MeasurementPlan:
 
     @property
     def requests(self) -> int:
-        """Requests of the whole run; a sequence that is scored token by token counts once."""
+        """Number of requests in the whole run; a sequence that is scored token by token counts once."""
         again = 0 if self.method == "token-by-token" else len(self.prompts.greedy)
         return len(self.prompts.split.samples) + len(self.prompts.tasks) + len(self.prompts.greedy) + again
 
@@ -78,10 +78,10 @@ def _again(prompt: tuple[int, ...], continuation: tuple[int, ...]) -> Request:
 
 
 async def ask(client: Client, plan: MeasurementPlan, journal: AnswerJournal, advance: Callable[..., None]) -> None:
-    """Send whatever the journal does not have yet, phase by phase, with the prefix cache emptied before each.
+    """Send the requests that the journal does not have yet, phase by phase, with the prefix cache emptied before each.
 
     Raises:
-        ServerError: if a request failed ATTEMPTS times, or the server ended; all that was answered is in the journal.
+        ServerError: if a request failed ATTEMPTS times, or the server ended; the journal has all answers so far.
     """
     prompts = plan.prompts
     score = _step_by_step if plan.method == "token-by-token" else _score_at_once
@@ -101,7 +101,7 @@ async def ask(client: Client, plan: MeasurementPlan, journal: AnswerJournal, adv
         await part("again", [_single(client, _again(prompt, answer.output_ids)) for prompt, answer in pairs])
 
 
-Job = Callable[[], Awaitable[list[Any]]]  # returns the responses as they came, each checked
+Job = Callable[[], Awaitable[list[Any]]]  # returns the responses as received, each checked
 
 
 def _single(client: Client, request: Request) -> Job:
@@ -118,8 +118,8 @@ def _score_at_once(client: Client, sample: Sample) -> Job:
 def _step_by_step(client: Client, sample: Sample) -> Job:
     """Each token as a request of its own on top of cached rows; the log-probabilities of all tokens after the first.
 
-    A request's last token is computed on top of the rows of all others, which the requests before it have stored. The server says
-    how many it took from the cache; if that is not all, rows were computed again from unquantized keys, and the request fails.
+    A request's last token is computed on top of the rows of all others, which earlier requests have stored. The server reports
+    how many it took from the cache; if it did not take all, it recomputed rows from unquantized keys, and the request fails.
     """
     tokens, end = sample.tokens, sample.scored[-1][1]
 

@@ -25,7 +25,7 @@ from kvtuner_search.validate.measure import ServerAnswers
 
 @dataclass(frozen=True)
 class _Generated:
-    """What the offline model says of one server's continuations, given the same tokens before each."""
+    """The offline model's scores of one server's continuations, given the same tokens before each."""
 
     same: NDArray[np.int64]  # [prompts]: tokens that the offline model ranks first too
     logprobs: NDArray[np.float64]  # [prompts]: sum of its log-probabilities of the tokens, nats

@@ -1,4 +1,4 @@
-"""What a validation is asked to do, and the thresholds that it is held to."""
+"""The options of a validation, and its thresholds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Auto = Literal["auto"]  # what rounding explains, measured in the same run: kvtu
 
 @dataclass(frozen=True)
 class Limits:
-    """Thresholds; None drops the check. Where a figure has an interval, the end that counts against the profile is judged."""
+    """Thresholds; None drops the check. If a figure has an interval, the end that counts against the profile is judged."""
 
     max_nll_increase: float | None = 0.05  # nats a token, of each source
     max_accuracy_drop: float | None = 0.05  # fraction of prompts, of each task
@@ -37,7 +37,7 @@ class ValidationOptions:
     model: str  # folder, hub id or ``reference``
     url: str | None  # of a running server with the profile; None starts one
     baseline_url: str | None  # of a running stock server; None starts one
-    baseline_from: Path | None  # folder of a run whose stock server's answers are taken over
+    baseline_from: Path | None  # folder of a run whose stock server's answers are reused
     server_arguments: tuple[str, ...]  # for both servers that are started
     server_python: str  # interpreter of the environment that has SGLang
     sources: tuple[str, ...]
@@ -54,7 +54,7 @@ class ValidationOptions:
     offline: bool
     device: str  # of the offline evaluation
     batch_tokens: int  # of the offline evaluation
-    hardware: str | None  # what servers that were pointed at run on
+    hardware: str | None  # hardware of servers given by their URL
     limits: Limits
     folder: Path
     resume: bool

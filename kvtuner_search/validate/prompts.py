@@ -1,4 +1,4 @@
-"""What both servers are asked: held-out sequences to score, task prompts to answer, and prompts to continue."""
+"""The requests for both servers: held-out sequences to score, task prompts to answer, and prompts to continue."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kvtuner_search.profile.fields import DataInfo
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.validate import gsm8k
 
-_SPARE: Final = 4  # tokens beyond the expected answer, in which it may still be completed
+_SPARE: Final = 4  # tokens beyond the expected answer, in case it ends later
 
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """A prompt, the answer that is right, and how much may be generated."""
+    """A prompt, the right answer, and the most tokens to generate."""
 
-    task: str  # its name in results, which holds no folder
+    task: str  # its name in results, without a folder
     tokens: tuple[int, ...]
     expected: str
     max_new_tokens: int
@@ -36,7 +36,7 @@ class TaskPrompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Everything that is asked. The same arguments give the same prompts."""
+    """All prompts. The same arguments give the same prompts."""
 
     split: Split  # sequences for likelihood
     tasks: tuple[TaskPrompt, ...]
@@ -44,7 +44,7 @@ class Prompts:
 
     @property
     def digest(self) -> str:
-        """sha256 over all prompts: a resumed run must ask the same."""
+        """sha256 over all prompts: a resumed run must have the same."""
         state = hashlib.sha256(self.split.digest.encode())
         for prompt in self.tasks:
             state.update(repr(prompt).encode())
@@ -52,7 +52,7 @@ class Prompts:
         return f"sha256:{state.hexdigest()}"
 
     def data(self) -> list[DataInfo]:
-        """What stands in the block: each source, and each task (its name as given)."""
+        """The data listed in the block: each source, and each task (its name as given)."""
         found = [
             DataInfo(name=name, split="test", samples=len(part.samples), tokens=part.tokens, digest=part.digest)
             for name, part in self.split.by_source().items()
@@ -92,7 +92,7 @@ def build(
     parts = [_task(task, tokenizer, task_prompts, seed) for task in tasks]
     names = [part[0].task for part in parts]
     if len(set(names)) != len(names):
-        raise UsageError("a task is named twice: results are kept by name, so drop one")
+        raise UsageError("a task is named twice: results are kept by name, so remove one")
     answers = [prompt for part in parts for prompt in part]
     return Prompts(split, tuple(answers), tuple(_beginnings(split, greedy_prompts)))
 
@@ -110,14 +110,14 @@ def right(prompt: TaskPrompt, text: str) -> bool:
 
 
 def cut_short(server: str, prompts: Sequence[TaskPrompt], answers: Sequence[Sequence[int]]) -> list[str]:
-    """Notes on a server's answers that took all tokens they could have; with a larger ``#tokens`` more of them may be right."""
+    """Notes on a server's answers that reached the limit on tokens; with a larger ``#tokens`` more of them may be right."""
     found = []
     rows = zip(prompts, answers, strict=True)
     for (name, most), group in itertools.groupby(rows, key=lambda row: (row[0].task, row[0].max_new_tokens)):
         part = [len(answer) == most for prompt, answer in group if prompt.reading is not None]
         if any(part):
             found.append(
-                f"{sum(part)} of {len(part)} answers of the {server} server to {name} were cut at {most} tokens"
+                f"{sum(part)} of {len(part)} answers of the {server} server to {name} were cut off at {most} tokens"
             )
     return found
 
@@ -127,7 +127,7 @@ def notes_on_data(profile: Profile, split: Split) -> list[str]:
     searched = {data.name for data in profile.provenance.data if data.split != "test"}
     texts = {sample.source for sample in split.samples if not sample.is_task}
     return [
-        f"the profile was calibrated on {name} too, so its windows are not surely held out"
+        f"the profile was calibrated on {name} too, so its windows may not be held out"
         for name in sorted(searched & texts)
     ]
 

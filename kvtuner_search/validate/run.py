@@ -47,7 +47,7 @@ _VARYING: Final = ("tokens", "cache_gib")  # may differ between two starts of th
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two servers, and what it answered."""
+    """One of the two servers, and its answers."""
 
     facts: Facts
     versions: dict[str, str]
@@ -56,7 +56,7 @@ class _Side:
 
 
 class ValidationRun:
-    """What both servers share.
+    """The parts of a validation that both servers share.
 
     Raises:
         KVTunerError: if an input cannot be used, before anything is started.
@@ -101,7 +101,7 @@ class ValidationRun:
             self.folder.borrow("baseline", options.baseline_from, [name for name in settings if name not in _OWN])
 
     def validate(self) -> Validation:
-        """Measure whatever the folder does not have yet, and judge it."""
+        """Measure what the folder does not have yet, and judge it."""
         options = self.options
         baseline = self._side("baseline", self.urls["baseline"], [], None)
         flags = ["--kvtuner-profile", str(options.profile.resolve()), "--kvtuner-as-stored"]
@@ -112,7 +112,7 @@ class ValidationRun:
         return block
 
     def _side(self, name: str, url: str | None, flags: list[str], baseline: Facts | None) -> _Side:
-        """One server's answers: those in the folder, and where some are missing the server's."""
+        """One server's answers: those in the folder, and the missing ones from the server."""
         journal = self.folder.journal(name)
         try:
             if journal.server is None or not self._complete(journal, name):
@@ -220,7 +220,7 @@ class ValidationRun:
         )
         checks = judge(options.limits, likelihood, tasks, greedy, capacity, semantics, explained)
         if not checks:
-            raise UsageError("every threshold is none, so there is nothing to pass: set one")
+            raise UsageError("every threshold is none, so there is nothing to judge: set one")
         return Validation(
             profile_digest=digest_without_validation(self.profile),
             verdict="pass" if all(check.passed for check in checks) else "fail",
@@ -292,7 +292,7 @@ def scoring_method(profile: Profile, facts: Facts) -> Method:
         UsageError: if it cannot.
     """
     if all(spec.key.raw and spec.value.raw for spec in profile.layer_specs()):
-        return "decode"  # what is stored is what extend reads anyway
+        return "decode"  # the cache stores exactly what extend reads
     if facts.as_stored:
         return "as-stored-extend"
     if facts.prefix_cache and facts.page_size == 1:
@@ -304,7 +304,7 @@ def scoring_method(profile: Profile, facts: Facts) -> Method:
 
 
 def _identify(journal: AnswerJournal, facts: Facts, versions: dict[str, str]) -> None:
-    """Note who answers; answers of different servers are never mixed.
+    """Record which server answers; answers of different servers are never mixed.
 
     Raises:
         UsageError: if earlier answers came from another server.

@@ -1,9 +1,9 @@
 """The offline evaluation of one cache on a server's tokens, computed twice: as it is, and rounded differently.
 
-Two correct computations in bfloat16 do not agree: sums are added in another order, one rounds where the other does not. With a
-quantized cache the difference grows, as a key that moves by one step of the dtype may get another code. How far two correct
-computations lie apart depends on the model, the profile and the text, so it is measured: before each layer the second differs
-from the first as if either had rounded once more, after which every later rounding falls anew. It then plays the server.
+Two correct computations in bfloat16 do not agree: they add in different orders and round in different places. With a
+quantized cache the difference grows, because a key that moves by one step of the dtype may get another code. The difference
+depends on the model, the profile and the text, so it is measured: before each layer the second computation differs
+from the first as if each had rounded once more, and all later rounding differs too. It then plays the server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvtuner_search.models.runner import Runner
 Floats = NDArray[np.float64]
 MOVED: Final = (
     1 / 6
-)  # of the numbers, by one step: the variance, in squared steps, between two that were rounded once each, apart
+)  # of the numbers, by one step: the variance, in squared steps, between two numbers that were each rounded once
 SEED: Final = 0x5EED
 
 
@@ -79,7 +79,7 @@ _Read = tuple[Floats, Floats, NDArray[np.bool_]]  # [2, n] each, as in Twice: of
 def _passes(
     runner: Runner, tap: Tap | None, samples: Sequence[Sample], batch_tokens: int, advance: Callable[..., None]
 ) -> Iterator[tuple[int, _Read]]:
-    """Each sample's index, and what both computations say at its scored positions."""
+    """Each sample's index, and the results of both computations at its scored positions."""
     for number, members in enumerate(_batches(samples, batch_tokens)):
         width = max(len(samples[index].tokens) for index in members)
         tokens = torch.zeros(len(members), width, dtype=torch.int64)  # padded on the right, which nothing attends to
@@ -116,7 +116,7 @@ def _read(runner: Runner, hidden: Sequence[Tensor], targets: Tensor) -> _Read:
 
 
 def _batches(samples: Sequence[Sample], batch_tokens: int) -> list[list[int]]:
-    """Indices of samples of like length, at most ``batch_tokens`` padded tokens (or one sample) together."""
+    """Indices of samples of similar length, at most ``batch_tokens`` padded tokens (or one sample) together."""
     groups: list[list[int]] = []
     for index in sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), i)):
         if groups and len(samples[index].tokens) * (len(groups[-1]) + 1) <= batch_tokens:

@@ -50,9 +50,9 @@ PLAIN = [
     "http://[::1]:30000/path?email=a@b.c",
     "git+https://github.com/a/b@v1 and sqlite:////tmp/a@b.db",
     "--kvtuner-nbits-key 4 --kvtuner-axis-key 0 --max-total-tokens 1000 --tokenizer t",
-    "no-tokens: an answer without a single token: its latency is no generation's",
+    "no-tokens: the answer has no tokens: its latency is not that of a generation",
     "a token: 5 bytes, tokens=1000, per token: 0.5 ms, keys: 4 bits, key=4",
-    "it wants a key: --api-key, or KVTUNER_API_KEY; give --api-key or the variable",
+    "it requires an API key: --api-key, or KVTUNER_API_KEY; give --api-key or the variable",
     "Basic authentication and Bearer tokens",
     "sha256:5ccfaac7b979 of profile qwen2.5-7b-kv4",
     "",
@@ -186,10 +186,10 @@ def test_a_remembered_secret_is_found_in_every_spelling() -> None:
     remember("p%40ssw0rd")
     assert mask("decoded p@ssw0rd") == "decoded ***"
     remember("test")
-    assert mask("test of the latest tests") == "*** of the latest tests", "a short one is no part of another word"
+    assert mask("test of the latest tests") == "*** of the latest tests", "a short one is not a part of another word"
     remember("ab")
     assert mask("ab") == "ab"
-    remember("\udcff\udcfe bytes that are no text")
+    remember("\udcff\udcfe bytes that are not text")
     remember(None)
     remember("")
 
@@ -282,7 +282,7 @@ def test_an_address_that_an_option_is_given_is_known_however_it_is_written(addre
         ([], {"KVTUNER_BENCH_URL": text}),
     ):
         remember_all(arguments, environment)
-        for said in (f"{text!r} is no URL", json.dumps({"url": text}), f"bad password {secret}."):
+        for said in (f"{text!r} is not a URL", json.dumps({"url": text}), f"bad password {secret}."):
             assert secret not in mask(said)
             assert secret.replace('"', '\\"') not in mask(said)
 

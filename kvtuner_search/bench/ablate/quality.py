@@ -29,12 +29,12 @@ NOT_SERVED: Final = "not in serving: packed rows of layout version 1 cannot hold
 
 
 class QualityBench:
-    """A model and the data of one ablation. The 16-bit pass is made when the first row asks for it.
+    """A model and the data of one ablation. The 16-bit pass runs when the first row needs it.
 
     Args:
         loaded: the model.
-        sources, samples, length, seed: what is evaluated, as in ``evaluate``.
-        centring: sources of the centring vectors; sequences that are evaluated are left out of them. None: no row needs any.
+        sources, samples, length, seed: the evaluation data, as in ``evaluate``.
+        centring: sources of the centring vectors; evaluated sequences are left out of them. None: no row needs any.
         batch_tokens: padded tokens of one forward pass.
 
     Raises:
@@ -97,9 +97,9 @@ class QualityBench:
 
         Args:
             variant: the row.
-            context: tokens in the cache for which bits are counted where they depend on it.
+            context: tokens in the cache, for rows whose bits depend on it.
             title: of its progress.
-            centres: centring vectors that come with a profile; else those of the centring data.
+            centres: centring vectors that come with a profile; otherwise those of the centring data.
         """
         info = self.loaded.info
         if variant.setting is None and variant.scheme is None:

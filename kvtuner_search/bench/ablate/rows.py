@@ -1,4 +1,4 @@
-"""What one row of an ablation says. No torch."""
+"""One row of an ablation. No torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Figure(Strict):
 
 
 class Quality(Strict):
-    """What a row loses, offline."""
+    """A row's loss of quality, offline."""
 
     nll: Figure
     """Mean negative log-likelihood, nats a token, of all text sources together; of the tasks if there is no text. Bootstrap interval."""
@@ -67,9 +67,9 @@ class AblationSpeed(Strict):
     """A row on a server."""
 
     cells: list[SpeedCell]
-    """What was measured; empty where `reason` says why."""
+    """The measured cells; empty if `reason` says why."""
     token_capacity: Count
-    """Tokens that the server's cache holds, by its own account; 0 if it never said."""
+    """Tokens that the server's cache holds, as it reports; 0 if it never did."""
     record: Name | None
     """The benchmark's own record, relative to the ablation's folder."""
     reason: Text = ""
@@ -82,11 +82,11 @@ class AblationRow(Strict):
     name: Name
     """Of the row."""
     family: Name
-    """What it varies."""
+    """The choice that it varies."""
     specs: Text
     """KEY/VALUE of all layers, or `by layer`."""
     effective_bits: Amount | None
-    """Stored bits per cached number, everything counted; None where there is nothing to measure."""
+    """Stored bits per cached number, including metadata and padding; None if there is nothing to measure."""
     context: Positive | None
     """Tokens in the cache for which the bits were counted; None where they do not depend on it."""
     capacity: Amount | None
@@ -96,7 +96,7 @@ class AblationRow(Strict):
     quality: Quality | None
     """None where there is nothing to measure."""
     speed: AblationSpeed | None = None
-    """None where no server was asked for."""
+    """None without a server."""
     reason: Text = ""
     """Why there is no quality, or no speed."""
 
@@ -105,7 +105,7 @@ class Ablation(Strict):
     """One table."""
 
     format: Literal["kvtuner-ablation"] = "kvtuner-ablation"
-    """Says what the file is."""
+    """Identifies the kind of file."""
     version: Literal[1] = 1
     """Of this schema."""
     created: Name

@@ -1,4 +1,4 @@
-"""One ablation from beginning to end: quality row by row, then servers row by row, each kept as soon as it is finished."""
+"""One ablation from beginning to end: quality row by row, then servers row by row, each saved as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def _serve(
 def _notes(options: AblationOptions, model: str, context: int, rows: Sequence[AblationRow], dtype: str) -> list[str]:
     notes = [
         "Quality is offline: teacher-forced, attention reading every key and value as stored. Intervals are 95 %, paired with the 16-bit cache.",
-        "NLL is that of the text sources together, KL that of all; accuracy is the share of task prompts with every answer token ranked first, flips are prompts lost and gained.",
+        "NLL is over all text sources together, KL over all sources; accuracy is the share of task prompts with every answer token ranked first, flips are prompts lost and gained.",
     ]
     if any(row.context for row in rows):
         notes.append(

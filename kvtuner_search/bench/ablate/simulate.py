@@ -1,4 +1,4 @@
-"""Attention over what layout version 1 cannot store, computed in plain torch: per-channel keys and a 16-bit window of newest tokens."""
+"""Attention over formats that layout version 1 cannot store, computed in plain torch: per-channel keys and a 16-bit window of newest tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvtuner_search.bench.ablate.variants import Scheme
 
 
 def per_channel(key: Tensor, bits: int, group: int) -> Tensor:
-    """Keys [B, T, H, D] with each channel quantized over ``group`` consecutive tokens; a last group that is not full stays as it is.
+    """Keys [B, T, H, D] with each channel quantized over ``group`` consecutive tokens; a last, incomplete group stays unquantized.
 
     The arithmetic is the package's own, tokens taking the place of channels: asymmetric, fp16 scale and minimum.
     """
@@ -23,7 +23,7 @@ def per_channel(key: Tensor, bits: int, group: int) -> Tensor:
 
 
 class SimulatedCache:
-    """Tap: each query sees the older keys and values quantized and the newer ones as they were computed, as a scheme says.
+    """Tap: each query sees older keys and values quantized and newer ones as computed, according to a scheme.
 
     A key can be in 16 bits for one query and quantized for a later one, so attention is given up to four copies of the sequence, one
     for each way in which a token's key and value can be stored, and a mask in which each query sees every earlier token once.

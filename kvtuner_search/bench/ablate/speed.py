@@ -67,14 +67,14 @@ def measure(
     command: str,
     reporter: Reporter,
 ) -> AblationSpeed:
-    """Serve one row and measure it. A server that does not start, or a run that is no result, gives a row without speed and the reason.
+    """Serve one row and measure it. A server that does not start, or a run that is not a result, gives a row without speed and the reason.
 
     Args:
         profile: of the row; None for the 16-bit row, whose server is a stock one.
-        folder: of the ablation; the run has its own below it and goes on with what is there.
+        folder: of the ablation; the run has its own below it and resumes what is there.
 
     Raises:
-        UsageError: if the server cannot be asked for like this at all.
+        UsageError: if the server cannot be started with these options.
     """
     own = folder / "speed" / slug(variant.name)
     options = BenchOptions(
@@ -107,7 +107,7 @@ def measure(
 
 
 def of_record(record: Record, path: str) -> AblationSpeed:
-    """What a row shows of a benchmark record: nothing, if a check failed or a figure cannot be."""
+    """The figures of a benchmark record for a row: none if a check failed or a figure is impossible."""
     failed = [f"check {check.name} failed: {check.detail}" for check in record.correctness if not check.passed]
     failed += [f"{v.where}: {v.rule}: {v.figure}: {v.reason}" for v in record.violations]
     found = []

@@ -12,7 +12,7 @@ from kvtuner_search.bench.ablate.rows import Ablation, AblationRow, Figure, Spee
 from kvtuner_search.bench.ablate.variants import BASELINE
 from kvtuner_search.profile.text import printable
 
-_WIDEST: Final = 400  # columns where output is no terminal: as many as the table needs
+_WIDEST: Final = 400  # columns where output is not a terminal: as many as the table needs
 _STORED: Final = 40  # columns of the specs, which wrap
 _QUALITY: Final = (
     "row",
@@ -33,8 +33,8 @@ def print_ablation(result: Ablation, name: str) -> None:
     """Print the table and its notes on stdout.
 
     Args:
-        result: what was measured.
-        name: what the model is called.
+        result: the ablation.
+        name: the model's name.
     """
     served = any(row.speed is not None for row in result.rows)
     console = Console()

@@ -29,10 +29,10 @@ KIVI_WINDOW: Final = 128  # residual length of KIVI
 
 @dataclass(frozen=True)
 class Scheme:
-    """What layout version 1 cannot store, the same in every layer: per-channel keys, and newest tokens left in 16 bits.
+    """A format that layout version 1 cannot store, the same in every layer: per-channel keys, and newest tokens left in 16 bits.
 
     With ``n`` tokens in the cache, the newest one included, the oldest ``quantized_keys(n)`` keys and ``quantized_values(n)`` values are
-    quantized and the others are as they were computed.
+    quantized and the others are kept as computed.
     """
 
     key: TensorSpec  # per-token spec; with token_group only its bits count
@@ -92,7 +92,7 @@ class StorageVariant:
 
     @property
     def specs(self) -> str:
-        """What is stored, in short: the spec that all layers share, or that layers differ."""
+        """The stored format in short: the spec that all layers share, or that layers differ."""
         if self.setting is None:
             return str(self.scheme or "")
         return str(self.setting[0]) if len(set(self.setting)) == 1 else "by layer"
@@ -113,7 +113,7 @@ def catalogue(model: ModelShape, families: Sequence[str] = FAMILIES) -> list[Sto
     """
     unknown = [name for name in families if name not in FAMILIES]
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is no family of rows: choose from {', '.join(FAMILIES)}")
+        raise UsageError(f"{unknown[0]!r} is not a family of rows: choose from {', '.join(FAMILIES)}")
     rows = [StorageVariant(BASELINE, "bits", (LayerSpec(),) * model.num_layers)]
     rows += [row for row in _all(model) if row.family in families]
     return rows

@@ -1,4 +1,4 @@
-"""Other tools' KV-cache settings as profiles, and back. What the other side cannot express is listed, never dropped in silence."""
+"""Other tools' KV-cache settings as profiles, and back. Settings that the other format cannot express are listed, never silently dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the formats share: parsing, rounding to what can be stored, and lists of what is lost."""
+"""Shared by all formats: parsing, rounding to storable settings, and lists of losses."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def parse(data: bytes, source: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses what a settings file does not need and what can make a small file huge."""
+        """Refuses YAML features that a settings file does not need and that can make a small file huge."""
 
         depth = 0
 
@@ -77,14 +77,14 @@ def parse(data: bytes, source: str) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             mapping = super().construct_mapping(node, deep=deep)
             if len(mapping) != len(node.value):
-                raise yaml.YAMLError(f"a key stands twice in the mapping at line {node.start_mark.line + 1}")
+                raise yaml.YAMLError(f"a key is given twice in the mapping at line {node.start_mark.line + 1}")
             return mapping
 
     try:
         return yaml.load(data.decode("utf-8"), Loader)
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{source} is no valid YAML: {reason[:300]}: restore the file") from error
+        raise DataError(f"{source} is not valid YAML: {reason[:300]}: restore the file") from error
 
 
 def mapping(content: Any, what: str, source: str) -> dict[Any, Any]:
@@ -105,7 +105,9 @@ def integer(value: Any, what: str, source: str, low: int, high: int) -> int:
         DataError: if not.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise DataError(f"{source}: {what}={str(value)[:40]!r} is no integer from {low} to {high}: restore the file")
+        raise DataError(
+            f"{source}: {what}={str(value)[:40]!r} is not an integer from {low} to {high}: restore the file"
+        )
     return value
 
 
@@ -135,12 +137,12 @@ def tensor(bits: int, group_size: int, head_dim: int, source: str, *, symmetric:
 
 
 def changes(profile: Profile, layers: Sequence[LayerSpec]) -> list[str]:
-    """What becomes of a profile's tensors, one line for each kind of change, without tensors that stay; first what no other format has."""
+    """How a profile's tensors change, one line for each kind of change, unchanged ones left out; features that no other format has come first."""
     lines = []
     banded = sum(layer.key.banded or layer.value.banded for layer in profile.layer_specs())
     if banded:
         lines.append(
-            f"fitted basis and bands of {banded} layer{'s' if banded > 1 else ''}, and what their first tokens are stored about"
+            f"fitted basis and bands of {banded} layer{'s' if banded > 1 else ''}, and the points that their first tokens are stored relative to"
         )
     for part in ("key", "value"):
         before: list[TensorSpec] = [getattr(layer, part) for layer in profile.layer_specs()]
@@ -152,12 +154,12 @@ def changes(profile: Profile, layers: Sequence[LayerSpec]) -> list[str]:
 
 
 def widest(spec: TensorSpec) -> int:
-    """The fewest bits that can be stored without a basis and are fewer for no channel."""
+    """The fewest bits that can be stored without a basis and give no channel fewer."""
     return round_bits(max(spec.bands, default=spec.bits))
 
 
 def one_for_all(profile: Profile, make: Callable[[int, int], TensorSpec]) -> TensorSpec:
-    """The single spec that stands in for all tensors of a profile: the widest bits below 16 and the finest groups in use.
+    """One spec for all tensors of a profile: the widest bits below 16 and the finest groups in use.
 
     Widening costs memory, narrowing would cost quality; 16 bits are narrowed only because the format has no room for them. A
     banded tensor counts as one of its widest band's bits, with one group of all channels.

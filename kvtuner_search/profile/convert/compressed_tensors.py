@@ -1,4 +1,4 @@
-"""``kv_cache_scheme`` of compressed-tensors, and what LLM Compressor and ModelOpt write of the cache: one ``QuantizationArgs`` for the keys and values of every layer.
+"""``kv_cache_scheme`` of compressed-tensors, and the cache settings that LLM Compressor and ModelOpt write: one ``QuantizationArgs`` for the keys and values of every layer.
 
 ``strategy="group"`` with ``dynamic=true`` computes scales of consecutive channels as it goes, which is what a profile stores.
 """
@@ -67,7 +67,7 @@ def read(source: Source) -> Imported:
         content = mapping(content["kv_cache_scheme"], "kv_cache_scheme", source.name)
     elif "quant_method" in content or "config_groups" in content:
         raise DataError(
-            f"{source.name} says nothing of the KV cache: it has no kv_cache_scheme; nothing is to be imported"
+            f"{source.name} says nothing of the KV cache: it has no kv_cache_scheme, so there is nothing to import"
         )
     unknown = [str(key)[:40] for key in content if key not in (*_FIELDS, *_ELSE)]
     if unknown or not content:
@@ -85,14 +85,14 @@ def _of_modelopt(content: Any, source: Source) -> dict[Any, Any]:
     fields = mapping(content, "quantization", source.name)
     if "kv_cache_quant_algo" not in fields:
         raise DataError(
-            f"{source.name} says nothing of the KV cache: it has no kv_cache_quant_algo; nothing is to be imported"
+            f"{source.name} says nothing of the KV cache: it has no kv_cache_quant_algo, so there is nothing to import"
         )
     algorithm = fields["kv_cache_quant_algo"]
     if algorithm is None or algorithm == "NONE":
         return {"kv_cache_scheme": None}
     if not isinstance(algorithm, str) or algorithm not in _MODELOPT:
         raise DataError(
-            f"{source.name}: kv_cache_quant_algo={quoted(algorithm)} is none of {', '.join(_MODELOPT)}: check the file and --from"
+            f"{source.name}: kv_cache_quant_algo={quoted(algorithm)} is not one of {', '.join(_MODELOPT)}: check the file and --from"
         )
     return {"kv_cache_scheme": _MODELOPT[algorithm]}
 
@@ -106,11 +106,11 @@ def _of_recipe(content: Any, source: Source) -> dict[Any, Any]:
     schemes = list(_in_modifiers(content))
     if not schemes:
         raise DataError(
-            f"{source.name} says nothing of the KV cache: no modifier has a kv_cache_scheme; nothing is to be imported"
+            f"{source.name} says nothing of the KV cache: no modifier has a kv_cache_scheme, so there is nothing to import"
         )
     if any(scheme != schemes[0] for scheme in schemes):
         raise DataError(
-            f"{source.name} has several kv_cache_scheme that differ: leave the one that the model was made with"
+            f"{source.name} has several kv_cache_scheme that differ: keep the one that the model was made with"
         )
     return {"kv_cache_scheme": schemes[0]}
 
@@ -141,14 +141,14 @@ def _read_scheme(scheme: dict[Any, Any], source: Source) -> Imported:
     strategy = scheme.get("strategy") or ("tensor" if size is None else "group" if size > 0 else "channel")
     if not isinstance(strategy, str) or strategy.lower() not in _STRATEGIES:
         raise DataError(
-            f"{name}: strategy={str(strategy)[:40]!r} is none of {', '.join(_STRATEGIES)}: restore the file"
+            f"{name}: strategy={str(strategy)[:40]!r} is not one of {', '.join(_STRATEGIES)}: restore the file"
         )
     grouped = strategy.lower() in ("group", "tensor_group")
     if grouped and (size is None or size < 1):
         raise DataError(f"{name}: strategy {strategy} needs a positive group_size: restore the file")
     lost = [text for text in (_STRATEGIES[strategy.lower()],) if text]
     if dynamic is not True:
-        lost.append("fixed scales are not kept; here they follow from each token")
+        lost.append("fixed scales are not kept; here each token's scale is computed from the token")
     if kind == "float":
         lost.append(f"{bits}-bit floating-point codes become integer codes")
     if round_bits(bits) != bits or bits == 16:

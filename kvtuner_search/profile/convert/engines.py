@@ -82,7 +82,7 @@ def _read(source: Source, dtypes: dict[str, tuple[int, int, int, tuple[str, ...]
     dtype = options.get("kv-cache-dtype")
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise DataError(
-            f"{source.name}: kv-cache-dtype={str(dtype)[:40]!r} is none of {', '.join(dtypes)}: check the file and --from"
+            f"{source.name}: kv-cache-dtype={str(dtype)[:40]!r} is not one of {', '.join(dtypes)}: check the file and --from"
         )
     key_bits, value_bits, group, lost = dtypes[dtype]
     dim = source.model.head_dim
@@ -107,7 +107,7 @@ def _skip(patterns: Any, source: Source, result: Imported) -> None:
             result.layers[index] = LayerSpec()
         else:
             result.lost.append(
-                f"kv-cache-dtype-skip-layers {text[:40]!r} names layers by kind; they are quantized here"
+                f"kv-cache-dtype-skip-layers {text[:40]!r} names layers by kind, which a profile cannot; they are quantized"
             )
 
 

@@ -1,6 +1,6 @@
 """KVTuner's presets: a YAML mapping from layer to ``nbits_key`` and ``nbits_value`` (github.com/cmd2001/KVTuner).
 
-The file has bits alone. How they are applied is an argument of KVTuner's cache, and only the file's name hints at it:
+The file has only bits. How they are applied is an argument of KVTuner's cache, and only the file's name hints at it:
 
 * ``pertoken``: ``axis_key=0, axis_value=0, q_group_size=-1, residual_length=0``: asymmetric over the whole head_dim;
 * ``kivi``: ``axis_key=1, axis_value=0, q_group_size=32, residual_length=32``: keys per channel over 32 tokens, values per token
@@ -38,7 +38,7 @@ def read(source: Source) -> Imported:
 
     Raises:
         UsageError: if the scheme is missing, or the file's name hints at the other one.
-        DataError: if the file is no preset, or is for another number of layers.
+        DataError: if the file is not a preset, or is for another number of layers.
     """
     scheme = _scheme(source)
     head_dim = source.model.head_dim
@@ -73,17 +73,17 @@ def numbered(content: Any, what: str, source: str) -> dict[int, Any]:
     """A mapping by number; JSON, and YAML with quotes, write numbers as text.
 
     Raises:
-        DataError: if it is no mapping, a key is no number, or one stands there twice.
+        DataError: if it is not a mapping, a key is not a number, or a key is given twice.
     """
     found: dict[int, Any] = {}
     for key, value in mapping(content, what, source).items():
         number = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key) else key
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise DataError(
-                f"{source}: {what} has {quoted(key)} where a number is expected: it is no preset of KVTuner"
+                f"{source}: {what} has {quoted(key)} where a number is expected: it is not a preset of KVTuner"
             )
         if number in found:
-            raise DataError(f"{source}: {what} has {number} twice, as a number and as text: leave one of them")
+            raise DataError(f"{source}: {what} has {number} twice, as a number and as text: keep one of them")
         found[number] = value
     return found
 
@@ -103,14 +103,14 @@ def _scheme(source: Source) -> str:
 
 
 def _bits(entry: Any, part: str, index: int, source: Source, result: Imported) -> int:
-    """Bits of one tensor; of the widest head where a preset has an entry for each head."""
+    """Bits of one tensor; those of the widest head if a preset has an entry for each head."""
     name = f"nbits_{part}"
     fields = mapping(entry, f"layer {index}", source.name)
     if name in fields:
         return integer(fields[name], f"layer {index} {name}", source.name, 1, 16)
     heads = range(source.model.num_kv_heads)
     if any(str(key).startswith("nbits_") for key in fields):
-        raise DataError(f"{source.name}: layer {index} has no {name}: it is no preset of KVTuner")
+        raise DataError(f"{source.name}: layer {index} has no {name}: it is not a preset of KVTuner")
     by_head = numbered(fields, f"layer {index}", source.name)
     if sorted(by_head) != list(heads):
         raise DataError(f"{source.name}: layer {index} has no {name}, nor an entry for each of {len(heads)} KV heads")
@@ -136,5 +136,5 @@ def write(profile: Profile) -> Exported:
     dim = profile.model.head_dim
     layers = [LayerSpec(*(TensorSpec(min(widest(t), 8), dim) for t in (x.key, x.value))) for x in profile.layer_specs()]
     lines = [f"{i}:\n  nbits_key: {x.key.bits}\n  nbits_value: {x.value.bits}\n" for i, x in enumerate(layers)]
-    note = "the preset needs axis_key=0, axis_value=0, q_group_size=-1, residual_length=0, asym=True, which it does not carry"
+    note = "the preset needs axis_key=0, axis_value=0, q_group_size=-1, residual_length=0, asym=True, which it does not contain"
     return Exported("".join(lines), changes(profile, layers), [note])

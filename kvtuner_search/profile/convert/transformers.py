@@ -36,7 +36,7 @@ def read(source: Source) -> Imported:
     """A generation_config or its ``cache_config`` as layers.
 
     Raises:
-        DataError: if it is no such configuration, or one that transformers itself refuses.
+        DataError: if it is not such a configuration, or one that transformers itself refuses.
     """
     content = mapping(source.content, "the configuration", source.name)
     implementation = content.get("cache_implementation")

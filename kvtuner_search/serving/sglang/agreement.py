@@ -1,7 +1,7 @@
-"""Before the first request, every rank of every node says what it serves, and all must have said the same.
+"""Before the first request, every rank of every node reports what it serves, and all reports must agree.
 
-The ranks meet in the key-value store that torch.distributed was set up with, not in a collective: a rank on which the plugin did
-not load says nothing, and that must end in an error that names it, not in a wait without end.
+The ranks exchange reports through torch.distributed's key-value store, not in a collective: a rank without the plugin
+reports nothing, and that must end in an error that names it, not in an endless wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed
 
 from kvtuner_search.errors import ServingError
 
-TIMEOUT: Final = 60  # seconds; the ranks have just been in step to agree on the number of tokens
+TIMEOUT: Final = 60  # seconds; the ranks have just synchronized to agree on the number of tokens
 _KEY: Final = "kvtuner"
 
 
@@ -51,7 +51,7 @@ def exchange(report: RankReport, world: int, store: Any = None, timeout: float =
         timeout: seconds that the other ranks may take.
 
     Raises:
-        ServingError: names the ranks that said nothing.
+        ServingError: names the ranks that reported nothing.
     """
     if world == 1:
         return [report]
@@ -62,7 +62,7 @@ def exchange(report: RankReport, world: int, store: Any = None, timeout: float =
     except RuntimeError as error:
         silent = [rank for rank in range(world) if not store.check([f"{_KEY}/{rank}"])]
         raise ServingError(
-            f"rank {', '.join(map(str, silent))} of {world} did not say what it serves within {timeout:g} s: install"
+            f"rank {', '.join(map(str, silent))} of {world} did not report what it serves within {timeout:g} s: install"
             " kvtuner-search in every node's environment, and start every node with the same profile"
         ) from error
     return [_parse(store.get(f"{_KEY}/{rank}")) for rank in range(world)]
@@ -112,7 +112,7 @@ def check(reports: Sequence[RankReport], layers: int, kv_heads: int) -> None:
 
 
 def _check_cover(reports: Sequence[RankReport], layers: int, kv_heads: int) -> None:
-    """Every head of every layer must be stored, and each layer by one pipeline stage only."""
+    """Every head of every layer must be stored, each layer by only one pipeline stage."""
     stored: dict[int, set[int]] = {}
     owner: dict[int, tuple[int, int]] = {}
     for report in reports:
@@ -126,7 +126,7 @@ def _check_cover(reports: Sequence[RankReport], layers: int, kv_heads: int) -> N
     missing = [layer for layer in range(layers) if stored.get(layer) != set(range(kv_heads))]
     if missing or len(stored) != layers:
         raise ServingError(
-            f"layer {missing[0] if missing else max(stored)} is not stored whole by the {len(reports)} ranks: give every node the"
+            f"layer {missing[0] if missing else max(stored)} is not stored completely by the {len(reports)} ranks: give every node the"
             " same --tp-size, --pp-size and SGLANG_PP_LAYER_PARTITION"
         )
 

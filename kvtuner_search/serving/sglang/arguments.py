@@ -1,4 +1,4 @@
-"""Those of SGLang's own options that ``serve`` has to understand; all others pass through unread. SGLang is not imported."""
+"""The SGLang options that ``serve`` has to understand; all others pass through unread. SGLang is not imported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FACTORS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What was given, by SGLang's field names; None where SGLang chooses."""
+    """The given options, by SGLang's field names; None if SGLang chooses."""
 
     model_path: str
     revision: str | None
@@ -59,7 +59,7 @@ class ServerOptions:
     mem_fraction_static: float | None
     max_total_tokens: int | None
     page_size: int | None
-    refusable: Mapping[str, Any]  # what was given of the options that cannot, or not always, go with a profile
+    refusable: Mapping[str, Any]  # the given options that cannot always be combined with a profile
 
     @property
     def address(self) -> str:
@@ -68,7 +68,7 @@ class ServerOptions:
 
     @property
     def public(self) -> bool:
-        """Whether other machines can reach it; a name that is not known to be this machine's own counts as one that they can."""
+        """Whether other machines can reach it; a name that is not known to be this machine's own counts as reachable."""
         try:
             return not ipaddress.ip_address(self.address).is_loopback
         except ValueError:
@@ -102,7 +102,7 @@ def read_options(arguments: Sequence[str]) -> ServerOptions:
     """SGLang's options, with those of a ``--config`` file before them, as SGLang merges the two.
 
     Raises:
-        UsageError: if an option cannot be used, or is abbreviated so that what it means is uncertain.
+        UsageError: if an option cannot be used, or has an ambiguous abbreviation.
     """
     merged = [*_config_file(arguments), *arguments]
     namespace, rest = parse_flags(merged, _add_options)
@@ -119,7 +119,7 @@ def read_options(arguments: Sequence[str]) -> ServerOptions:
 
 
 def api_key(given: str | None, arguments: Sequence[str]) -> str | None:
-    """The key that a server wants: as given, or as a server that is started with these arguments gets it.
+    """The API key of a server: as given, or from the arguments of a server that is started.
 
     Raises:
         UsageError: if no HTTP header can carry it.
@@ -173,7 +173,7 @@ def _count(text: str) -> int:
     match = _COUNT.fullmatch(text.strip())
     suffix = match[2] or "" if match else ""
     if match is None or ("." in match[1] and (not suffix or suffix.endswith("i"))):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: write for example 100000, 25.6k or 1Mi")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens: write for example 100000, 25.6k or 1Mi")
     whole, _, decimals = match[1].partition(".")
     return int(whole + decimals) * _FACTORS[suffix] // int(10 ** len(decimals))
 
@@ -191,7 +191,7 @@ def _config_file(arguments: Sequence[str]) -> list[str]:
     if list(arguments).count(CONFIG) > 1:
         raise UsageError(f"{CONFIG} is given twice: SGLang takes one file")
     if path.suffix.lower() not in (".yaml", ".yml"):
-        raise UsageError(f"{path} is no YAML file by its name: SGLang takes .yaml and .yml")
+        raise UsageError(f"{path} is not a YAML file by its name: SGLang takes .yaml and .yml")
     try:
         content = yaml.safe_load(read_limited(path, "a YAML file of SGLang's options", _MAX_CONFIG)) or {}
     except yaml.YAMLError as error:
@@ -214,7 +214,7 @@ def _config_file(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_abbreviations(rest: Sequence[str]) -> None:
-    """SGLang completes unique prefixes; without all its options at hand that cannot be done alike here."""
+    """Refuse abbreviations: SGLang completes unique prefixes, which is not possible here without the list of all its options."""
     parser = argparse.ArgumentParser(add_help=False)
     _add_options(parser)
     known = [name for action in parser._actions for name in action.option_strings] + [flag.name for flag in FLAGS]
@@ -254,16 +254,16 @@ def _check_address(options: ServerOptions) -> None:
     if host is not None and (
         not host or not re.fullmatch(r"[\w.:%-]+", host) or host in ("None", "null", "true", "false")
     ):
-        # An empty host binds to every interface, which nobody asked for.
+        # An empty host binds to every interface, which the user did not request.
         raise UsageError(
-            f"--host {host!r} is no address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface, or leave it out"
+            f"--host {host!r} is not an address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface, or leave it out"
         )
     if not 1 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: give a number from 1 to 65535")
 
 
 def node_ranks(options: ServerOptions) -> tuple[range, range]:
-    """The pipeline stages and tensor-parallel ranks on this node, as SGLang deals them out."""
+    """The pipeline stages and tensor-parallel ranks on this node, as SGLang assigns them."""
     stages = max(options.pp_size // options.nnodes, 1)
     nodes_per_stage = max(options.nnodes // options.pp_size, 1)
     ranks = options.tp_size // nodes_per_stage

@@ -3,15 +3,15 @@
 Everything but the kernels is SGLang's: metadata, CUDA-graph buffers, windows, masks. The Triton backend replaces the three
 functions through which its parent reads the pool; the torch backend, for the CPU, replaces the two forward methods.
 
-The two forward methods are also SGLang's only ways into the pool, and they say where the tokens are that are stored
+SGLang stores into the pool only through the two forward methods, and they give the positions of the stored tokens
 (:meth:`~kvtuner_search.serving.sglang.pool.PackedPool.storing`):
 
-* **Decode** stores no first token: a request has at least the one token of its prompt by then, which an extend stored. So it says
-  that there is none, and reads nothing. Padding within a graph goes to slot 0, which no request has.
-* **All else is an extend** (chunks, mixed batches with their decoded tokens, drafted tokens that are verified, replays of graphs of
+* **Decode** stores no first token: an extend has already stored the request's prompt. So it declares that there is none, without
+  reading positions. Padding within a graph goes to slot 0, which no request has.
+* **Everything else is an extend** (chunks, mixed batches with their decoded tokens, drafted tokens that are verified, replays of graphs of
   prompts) and comes with the positions by which SGLang rotates keys, counted from the start of the sequence: 0 is a sequence's
   first token and no other, whatever the radix cache, an earlier chunk or an earlier life of the request had stored. Graphs
-  read positions and slots from buffers of theirs that are filled alike before each replay.
+  read positions and slots from their own buffers, which SGLang fills in the same way before each replay.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from kvtuner_search.serving.sglang.prefill import PrefillAttention, prefill_atte
 
 
 class PackedTorchBackend(TorchNativeAttnBackend):
-    """Attention on the CPU by ``kvtuner_kernels.reference``. Prompts, too, are read as stored."""
+    """Attention on the CPU by ``kvtuner_kernels.reference``. Prefill, too, reads rows as stored."""
 
     token_to_kv_pool: PackedPool
 
@@ -89,7 +89,7 @@ class PackedTritonBackend(TritonAttnBackend):
 
     Args:
         model_runner: SGLang's, with a :class:`PackedPool`.
-        as_stored: a prompt's own keys and values are read from the pool too, as in deterministic mode.
+        as_stored: prefill also reads a prompt's own keys and values from the pool, as in deterministic mode.
     """
 
     token_to_kv_pool: PackedPool
@@ -97,9 +97,9 @@ class PackedTritonBackend(TritonAttnBackend):
     def __init__(self, model_runner: Any, as_stored: bool = False, **named: Any) -> None:
         self.enable_deterministic = False  # the parent sets it
         super().__init__(model_runner, **named)
-        # With splits and tiles that depend on a request alone, its result does not depend on who else is in the batch.
+        # With splits and tiles that depend on a request alone, its result does not depend on the rest of the batch.
         self.batch_invariant = bool(self.enable_deterministic)
-        # The parent reads this to choose how prompts attend, and for the splits of decode, which then go unused.
+        # The parent reads this to choose how prefill attends, and for the splits of decode, which then go unused.
         self.enable_deterministic = self.enable_deterministic or as_stored
         self.decode_attention_fwd = torch.compiler.disable(self._decode)
         self.extend_attention_fwd = torch.compiler.disable(self._extend)
@@ -108,11 +108,11 @@ class PackedTritonBackend(TritonAttnBackend):
         self._workspaces = self._make_workspaces()
         self._prefill = self._prefill_attention()
         self._planned: Any = None  # extend_seq_lens_cpu of the batch that FlashInfer is prepared for
-        self._by_flashinfer = False  # the layer that runs belongs to it
+        self._by_flashinfer = False  # FlashInfer handles the current layer
         self._warm_up()
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """As the parent's; and prompts for which it pays are planned for FlashInfer."""
+        """As the parent's; and plan FlashInfer for prefill where that pays."""
         super().init_forward_metadata(forward_batch)
         self._planned = None
         if self._prefill is not None and forward_batch.forward_mode == ForwardMode.EXTEND:
@@ -130,7 +130,7 @@ class PackedTritonBackend(TritonAttnBackend):
     ) -> Tensor:
         """As the parent's, over packed rows."""
         self._select(layer)
-        # A graph of prefill comes with a copy of the batch that was planned, which has its lists; one that is being captured is for all batches.
+        # A prefill graph gets a copy of the planned batch with its lists; a graph under capture is for all batches.
         planned = self._planned is not None and self._planned is forward_batch.extend_seq_lens_cpu
         self._by_flashinfer = planned and not torch.cuda.is_current_stream_capturing()
         if k is None:
@@ -156,7 +156,7 @@ class PackedTritonBackend(TritonAttnBackend):
         k_scale: float = 1.0, v_scale: float = 1.0, logit_cap: float = 0.0, sinks: Tensor | None = None,
         xai_temperature_len: int = -1, **_: Any,
     ) -> None:  # fmt: skip
-        """SGLang's ``decode_attention_fwd``. A window is in ``kv_indices`` already; scales of the checkpoint are not used."""
+        """SGLang's ``decode_attention_fwd``. ``kv_indices`` already accounts for a window; scales of the checkpoint are not used."""
         _check_extras(sinks, xai_temperature_len)
         assert self._layer is not None
         spec, centres, rows = self._layer
@@ -224,11 +224,11 @@ class PackedTritonBackend(TritonAttnBackend):
         return Workspaces(parts, self.num_head, pool.head_dim, device)
 
     def _splits(self, device: torch.device, programs: int) -> int:
-        """Splits of each request, or of the whole batch; ``programs`` is how many a multiprocessor takes."""
+        """Splits of each request, or of the whole batch; ``programs`` is the number per multiprocessor."""
         return self.max_kv_splits if self.batch_invariant else multiprocessors(device) * programs
 
     def _prefill_attention(self) -> PrefillAttention | None:
-        """FlashInfer for prompts; None if the packed kernels attend to them: they alone read a batch in one order, or as stored."""
+        """FlashInfer for prefill; None if the packed kernels do it: only they read a batch in one order, or as stored."""
         pool = self.token_to_kv_pool
         device = pool.k_buffer[0].device
         if device.type != "cuda" or self.enable_deterministic:
@@ -237,7 +237,7 @@ class PackedTritonBackend(TritonAttnBackend):
         return prefill_attention(self.num_head, self.num_kv_head, pool.head_dim, pool.model_dtype, device, capability)
 
     def _warm_up(self) -> None:
-        """Compile every kernel that this model takes, before graphs are captured.
+        """Compile every kernel that this model uses, before graphs are captured.
 
         A soft cap or a window is part of a kernel: those variants are compiled by the passes that SGLang runs before it captures.
 
@@ -245,7 +245,7 @@ class PackedTritonBackend(TritonAttnBackend):
             ServingError: if a kernel's results are wrong on this GPU.
         """
         pool, device = self.token_to_kv_pool, self.token_to_kv_pool.k_buffer[0].device
-        if device.type != "cuda":  # the interpreter compiles nothing, and its results have tests
+        if device.type != "cuda":  # the interpreter compiles nothing, and tests cover its results
             return
         # The merge of partial results has one form for few requests and another from a twelfth of all partial results on.
         use = Use(
@@ -260,7 +260,7 @@ class PackedTritonBackend(TritonAttnBackend):
 
 
 def _window(sliding_window_size: int, custom_mask: Tensor | None) -> int:
-    """SGLang counts the tokens before the current one, the kernels count that one too; 0 is no window."""
+    """SGLang counts the tokens before the current one, the kernels count that one too; 0 means no window."""
     if sliding_window_size < 0:
         return 0
     if custom_mask is not None:
@@ -269,7 +269,7 @@ def _window(sliding_window_size: int, custom_mask: Tensor | None) -> int:
 
 
 def _check_layer(layer: Any) -> None:
-    """Refuse what no model that passed the checks at start has."""
+    """Refuse layers that no model has that passed the checks at start."""
     if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
         _unsupported(f"layer {layer.layer_id} is {layer.attn_type}, not causal self-attention")
     if layer.logit_cap and layer.logit_capping_method != "tanh":

@@ -88,7 +88,7 @@ def requested(arguments: argparse.Namespace) -> bool:
     """Whether a profile, or the adapter's flags, were given.
 
     Raises:
-        UsageError: if both were, or flags that mean nothing without the others.
+        UsageError: if both were, or flags that have no effect without others.
     """
     given = [flag.name for flag in _UNIFORM if getattr(arguments, flag.dest) is not None]
     enabled = bool(arguments.enable_kvtuner_quant)
@@ -102,7 +102,7 @@ def requested(arguments: argparse.Namespace) -> bool:
 
 
 def profile_of(arguments: argparse.Namespace, model: ModelInfo, source: str) -> tuple[Profile, Path]:
-    """The profile that the flags ask for, and the file that it is, or will be, in. Nothing is written.
+    """The profile that the flags request, and its present or future file. Nothing is written.
 
     Args:
         arguments: a namespace for which :func:`requested` is true.
@@ -112,7 +112,7 @@ def profile_of(arguments: argparse.Namespace, model: ModelInfo, source: str) -> 
     Raises:
         ProfileError: if the profile or its transforms file cannot be used.
         NotComparableError: if it belongs to another model.
-        UsageError: if the flags ask for what cannot be served.
+        UsageError: if the flags request something that cannot be served.
     """
     if arguments.kvtuner_profile is None:
         profile = _uniform(arguments, model)
@@ -124,7 +124,7 @@ def profile_of(arguments: argparse.Namespace, model: ModelInfo, source: str) -> 
 
 
 def resolve(arguments: argparse.Namespace, model: ModelInfo, source: str) -> ServingConfiguration | None:
-    """What every process of the server must know, or None if the flags ask for nothing. Writes a uniform setting's profile.
+    """The configuration for every process of the server, or None if the flags request nothing. Writes a uniform setting's profile.
 
     Raises:
         KVTunerError: as :func:`requested` and :func:`profile_of`, or if the uniform profile cannot be written.
@@ -142,11 +142,11 @@ def _uniform(arguments: argparse.Namespace, model: ModelInfo) -> Profile:
     for flag in _UNIFORM:
         value = getattr(arguments, flag.dest)
         if flag.name.startswith("--kvtuner-axis") and value == 1:
-            raise UsageError(f"{flag.name} 1 (a scale per channel) is not yet in serving: use 0 (a scale per token)")
+            raise UsageError(f"{flag.name} 1 (a scale per channel) is not served yet: use 0 (a scale per token)")
     if arguments.kvtuner_residual_length:
         raise UsageError(
-            f"--kvtuner-residual-length {arguments.kvtuner_residual_length} (newest tokens left unquantized) is not yet in"
-            " serving: use 0"
+            f"--kvtuner-residual-length {arguments.kvtuner_residual_length} (newest tokens left unquantized) is not served"
+            " yet: use 0"
         )
     group = 64 if arguments.kvtuner_q_group_size is None else arguments.kvtuner_q_group_size
     if group == 0 or group < -1:
@@ -183,7 +183,7 @@ def _cache() -> Path:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Write a profile that was made from flags, unless its file is there and whole.
+    """Write a profile that was made from flags, unless its file exists and is valid.
 
     Raises:
         UsageError: if the folder cannot be written to.

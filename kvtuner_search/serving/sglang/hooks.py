@@ -1,4 +1,4 @@
-"""What the versions of SGLang have in common: how hooks are placed, and what the hooks do.
+"""Code for all versions of SGLang: how hooks are placed, and what they do.
 
 A version's module names the places (:class:`HookPoints`) and adds the two hooks that size and make the pool.
 """
@@ -18,7 +18,7 @@ from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import flags, launcher, not_finite
 from kvtuner_search.serving.sglang.refusals import Refusal
 
-Hook = tuple[str, Callable[..., Any], HookType]  # a dotted path, what is called there, and how
+Hook = tuple[str, Callable[..., Any], HookType]  # a dotted path, the function called there, and how
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class HookPoints:
     resolved: Callable[[Any], Any] = lambda arguments: arguments  # server arguments as SGLang will read them
 
 
-_active: list[ServingConfiguration] = []  # at most one: what this process serves
+_active: list[ServingConfiguration] = []  # at most one: the configuration that this process serves
 
 
 def active() -> ServingConfiguration:
-    """What this process serves. Called from hooks that are placed only once there is something."""
+    """The configuration that this process serves. Called from hooks, which are placed only if there is one."""
     return _active[0]
 
 
@@ -86,7 +86,7 @@ def activate(places: HookPoints, configuration: ServingConfiguration) -> None:
 
 
 def _place(places: HookPoints, target: str, function: Callable[..., Any], kind: HookType) -> None:
-    """Register a hook. SGLang only logs one that it cannot place, so look first."""
+    """Register a hook. SGLang only logs one that it cannot place, so check first."""
     try:
         pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
@@ -104,7 +104,7 @@ def _device(given: str | None) -> str:
 
 
 def _wait_until_ready(original: Callable[..., list[dict[str, Any]]], readers: Any, processes: Sequence[Any]) -> Any:
-    """In the launcher: wait for the schedulers that it started, and see that each serves the profile."""
+    """In the launcher: wait for the schedulers that it started, and check that each serves the profile."""
     try:
         infos = original(readers, processes)
     except RuntimeError:
@@ -118,18 +118,18 @@ def _wait_until_ready(original: Callable[..., list[dict[str, Any]]], readers: An
 
 
 def reserve(configurator: Any, nbytes: int) -> None:
-    """Remember, for :func:`leave_room`, what a rank will hold beside its rows."""
+    """Remember, for :func:`leave_room`, the bytes that a rank will hold beside its rows."""
     configurator.kvtuner_reserved = nbytes
 
 
 def leave_room(original: Callable[..., Any], configurator: Any, available_bytes: int, page_size: int) -> Any:
-    """SGLang's tokens for these bytes, less what is held beside the rows: it is allocated with the pool, after SGLang has measured."""
+    """SGLang's tokens for these bytes, minus those held beside the rows, which are allocated with the pool, after SGLang has measured."""
     reserved = getattr(configurator, "kvtuner_reserved", 0)  # a draft model's has none
     return original(configurator, available_bytes - reserved, page_size)
 
 
 def _add_report(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
-    """What the launcher looks for, and ``/server_info`` shows. Looks once more: other plugins have run since."""
+    """Add the report that the launcher expects and ``/server_info`` shows. Checks again, because other plugins have run since."""
     from kvtuner_search.serving.sglang import rank
 
     runner = scheduler.tp_worker.model_runner

@@ -1,7 +1,7 @@
-"""Start SGLang for a profile: read the options, check everything that can be checked, say what will happen, become the server.
+"""Start SGLang for a profile: read the options, check everything that can be checked, print the plan, become the server.
 
-``serve`` replaces itself by SGLang's launcher (exec) instead of starting it as a child. Signals, exit code, terminal and logs are
-then SGLang's own, and there is no parent whose death could leave a server behind: SGLang's processes ask the kernel to end
+``serve`` replaces itself with SGLang's launcher (exec) instead of starting it as a child. Signals, exit code, terminal and logs are
+then SGLang's own, and no parent can die and leave a server behind: SGLang's processes ask the kernel to end them
 with the launcher.
 """
 
@@ -38,8 +38,8 @@ def prepare(
     Args:
         arguments: all that ``serve`` did not take for itself: the adapter's flags and SGLang's options.
         profile: the profile's file, if one is given.
-        as_stored: read a prompt's own keys and values as stored too.
-        gpu_memory: bytes of one GPU's memory, if the user says so.
+        as_stored: in prefill, too, read a prompt's own keys and values as stored.
+        gpu_memory: bytes of one GPU's memory, if the user gives them.
 
     Returns:
         the plan, and SGLang's whole argument list.
@@ -72,7 +72,7 @@ def prepare(
 
 
 def sglang_version() -> str | None:
-    """The installed SGLang, which is not imported; None if there is none."""
+    """The version of the installed SGLang, without importing it; None if it is not installed."""
     try:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
@@ -80,14 +80,14 @@ def sglang_version() -> str | None:
 
 
 def check_installation(version: str | None) -> None:
-    """Refuse an SGLang that is missing, that no adapter is for, or that would not load the plugin.
+    """Refuse an SGLang that is missing, has no adapter, or would not load the plugin.
 
     Raises:
         ServingError: with what to install or unset.
     """
     if version is None:
         raise ServingError(
-            f"SGLang is not installed for {sys.executable}: {_INSTALL}, or look at the plan with --dry-run"
+            f"SGLang is not installed for {sys.executable}: {_INSTALL}, or print the plan with --dry-run"
         )
     if version not in ADAPTERS:
         raise ServingError(f"SGLang {version} is not supported, only {' and '.join(ADAPTERS)}: {_INSTALL}")
@@ -124,13 +124,13 @@ def start(plan: ServePlan, arguments: Sequence[str]) -> NoReturn:
 
 
 def _check_options(options: ServerOptions) -> str:
-    """Refuse what cannot go with a profile, before SGLang is imported; the plugin looks again at what SGLang makes of it.
+    """Refuse options that cannot be combined with a profile, before SGLang is imported; the plugin checks SGLang's resolved arguments again.
 
     Returns:
         the one attention backend that reads packed rows.
 
     Raises:
-        UsageError: if another one, or an option that cannot be combined with a profile, is asked for.
+        UsageError: if another backend, or an option that cannot be combined with a profile, is given.
     """
     for refusal in ALL:
         if refusal.field in options.refusable:
@@ -145,14 +145,14 @@ def _check_options(options: ServerOptions) -> str:
     check_speculation(options.speculative_algorithm, device)
     if options.speculative_algorithm is not None and options.pp_size > 1:
         raise UsageError(
-            f"--speculative-algorithm {options.speculative_algorithm} with --pp-size {options.pp_size}: SGLang combines pipeline stages with no"
+            f"--speculative-algorithm {options.speculative_algorithm} with --pp-size {options.pp_size}: SGLang cannot combine pipeline stages with"
             " speculation: leave one out"
         )
     return backend
 
 
 def check_dtype(options: ServerOptions, profile: Profile) -> None:
-    """Refuse a model of 32 bits where packed rows, or sides that are stored raw, need 16; each rank looks again.
+    """Refuse a model of 32 bits where packed rows, or sides that are stored raw, need 16; each rank checks again.
 
     Raises:
         UsageError: names the dtypes that can be served.
@@ -160,7 +160,7 @@ def check_dtype(options: ServerOptions, profile: Profile) -> None:
     raw = any(side.raw for layer in profile.layer_specs() for side in (layer.key, layer.value))
     if options.dtype in ("float32", "float") and (raw or not options.on_cpu):
         raise UsageError(
-            f"--dtype {options.dtype}: on a GPU, and where a side is stored raw, a profile needs a model of 16 bits; give --dtype"
+            f"--dtype {options.dtype}: on a GPU, and if a side is stored raw, a profile needs a model of 16 bits; give --dtype"
             " bfloat16 or float16"
         )
 
@@ -172,9 +172,7 @@ def _memory(options: ServerOptions, gpu_memory: int | None) -> Memory:
     if options.on_cpu:
         return Memory(None, "the memory that is free on the CPU changes as the server starts", weights)
     free = _free_gpu_memory()
-    return Memory(
-        free, "free now, by nvidia-smi" if free is not None else "no GPU is found here by nvidia-smi", weights
-    )
+    return Memory(free, "free now, by nvidia-smi" if free is not None else "nvidia-smi finds no GPU here", weights)
 
 
 def _free_gpu_memory() -> int | None:

@@ -1,4 +1,4 @@
-"""What the launcher's process does before SGLang starts any other: flags to a configuration, refusals, one line and an exit code.
+"""The launcher's work before SGLang starts other processes: flags to a configuration, refusals, one line and an exit code.
 
 Neither torch nor SGLang is imported.
 """
@@ -25,14 +25,14 @@ EXIT_CODES = frozenset(int(code) for code in (ExitCode.USAGE, ExitCode.DATA, Exi
 
 
 def refuse(error: KVTunerError) -> NoReturn:
-    """Say why there is no server, and end this process. SGLang catches exceptions of plugins; it does not catch this."""
+    """Print why no server starts, and end this process. SGLang catches exceptions of plugins, but not this."""
     print(f"kvtuner-search: {one_line(error)}", file=sys.stderr, flush=True)
     raise SystemExit(int(error.exit_code))
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Errors that are the caller's to mend end the process in one line and their exit code."""
+    """Errors that the caller can fix end the process with one line and their exit code."""
     try:
         yield
     except KVTunerError as error:
@@ -53,7 +53,7 @@ def configure(arguments: argparse.Namespace, device: str) -> ServingConfiguratio
         device: what SGLang will run on.
 
     Returns:
-        the configuration; None if no profile is asked for.
+        the configuration; None if no profile is requested.
 
     Raises:
         KVTunerError: with the reason and the remedy.
@@ -83,8 +83,8 @@ def check_server(arguments: Any, configuration: ServingConfiguration, more: Iter
 
     Args:
         arguments: SGLang's ServerArgs, resolved.
-        configuration: what is asked for.
-        more: refusals of this SGLang's own arguments.
+        configuration: the requested configuration.
+        more: refusals of arguments that only this SGLang version has.
 
     Raises:
         KVTunerError: with the reason and the remedy.
@@ -96,32 +96,32 @@ def check_server(arguments: Any, configuration: ServingConfiguration, more: Iter
 
 
 def check_ready(infos: Sequence[Mapping[str, Any]], configuration: ServingConfiguration) -> None:
-    """Compare what the ranks that this launcher started report with what was asked for.
+    """Compare the reports of the ranks that this launcher started with the requested configuration.
 
     Raises:
-        ServingError: if one reports nothing, or something else.
+        ServingError: if a rank reports nothing, or something else.
     """
     for rank, info in enumerate(infos):
         report = info.get("kvtuner")
         if not isinstance(report, Mapping):
             raise ServingError(
                 f"scheduler {rank} came up without the plugin, and would serve an unquantized cache: install kvtuner-search in"
-                " its environment, and let SGLANG_PLUGINS allow it"
+                " its environment, and allow it in SGLANG_PLUGINS"
             )
         if report.get("profile_digest") != configuration.digest or report.get("tokens") != info["max_total_num_tokens"]:
             raise ServingError(
-                f"scheduler {rank} serves {str(report.get('profile_digest'))[:19]}… with {report.get('tokens')} tokens, asked"
-                f" was {configuration.digest[:19]}… with {info['max_total_num_tokens']}: start the server again"
+                f"scheduler {rank} serves {str(report.get('profile_digest'))[:19]}… with {report.get('tokens')} tokens, not"
+                f" {configuration.digest[:19]}… with {info['max_total_num_tokens']}: start the server again"
             )
 
 
 def check_exits(codes: Sequence[int | None]) -> None:
-    """Pass on the exit code of a child that refused to serve; it has said why.
+    """Pass on the exit code of a child that refused to serve; it has printed the reason.
 
     Raises:
         SystemExit: with that code.
     """
     for code in codes:
         if code in EXIT_CODES:
-            print("kvtuner-search: a rank refused to serve; its reason stands above", file=sys.stderr, flush=True)
+            print("kvtuner-search: a rank refused to serve; see its reason above", file=sys.stderr, flush=True)
             raise SystemExit(code)

@@ -23,11 +23,11 @@ def served_model(
         model_path: folder or hub id (``--model-path``).
         revision: branch, tag or commit on the hub (``--revision``).
         overrides: JSON object that replaces fields of config.json (``--json-model-override-args``).
-        context: most tokens of a sequence (``--context-length``); a window that is as long is full attention.
+        context: most tokens of a sequence (``--context-length``); a window at least that long is full attention.
 
     Raises:
-        DataError: if config.json cannot be found or read, or describes no decoder.
-        UsageError: if ``overrides`` is no JSON object, the context is longer than the model reaches, or its attention cannot be served
+        DataError: if config.json cannot be found or read, or does not describe a decoder.
+        UsageError: if ``overrides`` is not a JSON object, the context is longer than the model reaches, or its attention cannot be served
             with a profile.
     """
     file, config = read_source(model_path, revision)
@@ -55,7 +55,7 @@ def context_remark(config: dict[str, Any], context: int | None, model_path: str)
     """Compare ``--context-length`` with the positions that a model was made for.
 
     Returns:
-        a remark where the scaling of the rotary embedding reaches further than the positions; None if nothing is to be said.
+        a remark if only the scaling of the rotary embedding reaches that far; None if the positions do.
 
     Raises:
         UsageError: if the context is longer than both.
@@ -74,7 +74,7 @@ def context_remark(config: dict[str, Any], context: int | None, model_path: str)
 
 
 def weight_bytes(model_path: str) -> int | None:
-    """Bytes of a local model's safetensors files; None for a hub id, or where there are none."""
+    """Bytes of a local model's safetensors files; None for a hub id, or if there are none."""
     return sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors")) or None
 
 
@@ -82,9 +82,9 @@ def _overrides(text: str | None) -> dict[str, Any]:
     try:
         content = parse_json((text or "{}").encode(errors="surrogateescape"), "it", "model's config")
     except ProfileError as error:
-        raise UsageError(f"--json-model-override-args {(text or '')[:80]!r} is no JSON: {error}") from error
+        raise UsageError(f"--json-model-override-args {(text or '')[:80]!r} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(
-            f"--json-model-override-args {(text or '')[:80]!r} is no JSON object: write for example '{{\"rope_theta\": 1e6}}'"
+            f"--json-model-override-args {(text or '')[:80]!r} is not a JSON object: write for example '{{\"rope_theta\": 1e6}}'"
         )
     return content

@@ -1,9 +1,9 @@
-"""End a request whose numbers are not finite, and that one alone. On the CPU; a GPU is not asked, for every question makes it wait.
+"""End a request whose numbers are not finite, and only that one. Only on the CPU: on a GPU every check would make it wait.
 
 A key or value that cannot be stored (NaN, infinite, beyond fp16) is stored as a row that reads back as NaN
 (:func:`kvtuner_kernels.reference.pack_rows`), so that attention, and at the end the logits, of its request are NaN, on every rank and in no other
-request. The sampler then gives a token that no vocabulary has, which the ranks of a pipeline pass on as any other. It ends the request with
-an error, and what the request stored does not get into the prefix cache.
+request. The sampler then returns a token id outside every vocabulary, which the ranks of a pipeline pass on like any other. It ends the
+request with an error, and the request's rows do not enter the prefix cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sample(original: Callable[..., Tensor], sampler: Any, logits_output: Any, *a
     bad = logits.isnan().any(-1)
     if not bad.any():
         return original(sampler, logits_output, *arguments, **named)
-    logits.masked_fill_(bad[:, None], 0)  # drawing from NaN would end the process
+    logits.masked_fill_(bad[:, None], 0)  # sampling from NaN would end the process
     tokens = original(sampler, logits_output, *arguments, **named)
     return tokens.masked_fill(bad, NO_TOKEN)
 
@@ -48,7 +48,7 @@ def finish(original: Callable[..., None], request: Any, new_accepted_len: int = 
 
 
 def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *arguments: Any, **named: Any) -> Any:
-    """SGLang's ``ModelRunner.forward``: where batches overlap, a request goes through the model once more before :func:`finish` sees it."""
+    """SGLang's ``ModelRunner.forward``: with overlapping batches, a request passes through the model once more before :func:`finish` sees it."""
     if forward_batch.input_ids is not None and not forward_batch.input_ids.is_cuda:
         forward_batch.input_ids.clamp_(min=0)
     return original(runner, forward_batch, *arguments, **named)

@@ -20,7 +20,7 @@ class Partition:
     """The number of layers of each pipeline stage, from the first to the last."""
 
     counts: tuple[int, ...]
-    by_user: bool = False  # the user's ENVIRONMENT; else balanced by bytes
+    by_user: bool = False  # True: from the user's ENVIRONMENT; False: balanced by bytes
 
     def __str__(self) -> str:
         return ",".join(map(str, self.counts))
@@ -34,7 +34,7 @@ def of_profile(profile: Profile, tp_size: int, pp_size: int) -> Partition:
     """The partition for a server of ``profile`` with these parallel sizes.
 
     Raises:
-        UsageError: if the profile's heads or layers cannot be divided so.
+        UsageError: if the profile's heads or layers cannot be divided that way.
     """
     model = profile.model
     kv_heads = heads_per_rank(model.num_kv_heads, tp_size)
@@ -44,13 +44,13 @@ def of_profile(profile: Profile, tp_size: int, pp_size: int) -> Partition:
 def choose(layer_bytes: Sequence[int], stages: int, environment: Mapping[str, str] = os.environ) -> Partition:
     """The partition that a server uses: the user's if there is one, else the one whose heaviest stage is lightest.
 
-    The heaviest stage limits the tokens of all. Among equally good partitions the layers are spread most evenly, because
-    a stage's time goes with its layers, and what is left over goes to later stages, as SGLang does it.
+    The heaviest stage limits the tokens of all. Among equally good partitions it takes the most even one in layers, because
+    a stage's time grows with its layers; remaining layers go to later stages, as in SGLang.
 
     Args:
         layer_bytes: bytes a token of each layer, on one rank.
         stages: pipeline stages.
-        environment: where the user's choice is looked for.
+        environment: the variables that may hold the user's choice.
 
     Raises:
         UsageError: if there are more stages than layers, or the user's partition does not fit.

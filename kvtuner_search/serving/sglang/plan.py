@@ -1,4 +1,4 @@
-"""What a server is about to do with its cache: bits by layer, bytes by rank, layers by stage, tokens that fit."""
+"""The plan of a server's cache: bits by layer, bytes by rank, layers by stage, tokens that fit."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from kvtuner_search.serving.sglang.arguments import ServerOptions, node_ranks
 from kvtuner_search.serving.sglang.partition import ENVIRONMENT, Partition, of_profile
 
 GIB: Final = 2**30
-ASSUMED_FRACTION: Final = 0.88  # SGLang's own choice where it does not know the GPU's memory
+ASSUMED_FRACTION: Final = 0.88  # SGLang's own choice if it does not know the GPU's memory
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a prediction of the token capacity rests on; None for what is not known."""
+    """The inputs of a prediction of token capacity; None for unknown ones."""
 
     device_bytes: int | None  # memory of one GPU
-    device_source: str  # where that figure is from
+    device_source: str  # source of that figure
     weight_bytes: int | None  # weights of the whole model, from its safetensors files
 
 
 @dataclass(frozen=True)
 class ServePlan:
-    """Everything that is printed before a server starts."""
+    """The content printed before a server starts."""
 
     options: ServerOptions
     profile: Profile
@@ -63,7 +63,7 @@ class ServePlan:
 
     @property
     def cache_bytes(self) -> int | None:
-        """Bytes of cache on a rank, as far as they can be predicted: the static fraction less the weights."""
+        """Bytes of cache on a rank, if they can be predicted: the static fraction minus the weights."""
         memory = self.memory
         if memory.device_bytes is None or memory.weight_bytes is None:
             return None
@@ -72,7 +72,7 @@ class ServePlan:
 
     @property
     def basis_bytes(self) -> int:
-        """Bytes of bases on the rank that has most of them; they come off the cache's."""
+        """Bytes of bases on the rank that has most of them; they are subtracted from the cache's."""
         return max(stage.bases for stage in self.stages)
 
     @property
@@ -89,7 +89,7 @@ class ServePlan:
         return token_capacity(cache_bytes, nbytes, self.options.page_size or 1, self.options.max_total_tokens)
 
     def tokens_per_gib(self, nbytes: int) -> int:
-        """Tokens for each GiB of cache on every rank, where a token takes ``nbytes`` of the heaviest stage."""
+        """Tokens for each GiB of cache on every rank, if a token takes ``nbytes`` on the heaviest stage."""
         return token_capacity(GIB, nbytes, self.options.page_size or 1)
 
     def unknown(self) -> list[str]:
@@ -119,7 +119,7 @@ def make_plan(
     """Divide a profile's layers and heads over the ranks of a server.
 
     Raises:
-        UsageError: if they cannot be divided so.
+        UsageError: if they cannot be divided that way.
     """
     model = profile.model
     kv_heads = heads_per_rank(model.num_kv_heads, options.tp_size)
@@ -239,7 +239,7 @@ def _specs(profile: Profile) -> list[str]:
 
 
 def _shown(spec: TensorSpec) -> str:
-    """The spec; of bands, whose bits are not read off at a glance, the mean too."""
+    """The spec; for bands also their mean bits."""
     return f"{spec} (mean {spec.mean_bits:g})" if spec.banded else str(spec)
 
 

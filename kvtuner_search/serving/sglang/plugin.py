@@ -1,7 +1,7 @@
 """SGLang's entry point (group ``sglang.srt.plugins``): called at the start of the launcher and of each scheduler process.
 
-It does nothing unless asked: by our flags on the launcher's command line, or by ``KVTUNER_SERVING`` in the environment. The
-flags are known to a supported SGLang's parser at all times, so that ``--help`` lists them.
+It does nothing unless requested by our flags on the launcher's command line, or by ``KVTUNER_SERVING`` in the environment. The
+flags are always added to a supported SGLang's parser, so that ``--help`` lists them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ADAPTERS: Final = _adapters()
 
 
 class Adapter(Protocol):
-    """What a version's module offers."""
+    """The interface of a version's module."""
 
     def register_flags(self) -> None:
         """Let SGLang's command line know our flags."""
@@ -39,14 +39,14 @@ class Adapter(Protocol):
 
 
 def register() -> None:
-    """SGLang calls this in each process, and logs and forgets what it raises; only an exit stops a server."""
+    """SGLang calls this in each process, and only logs exceptions; only an exit stops a server."""
     with refusing():
         version = metadata.version("sglang")
         wanted = asked(sys.argv[1:])
         if version not in ADAPTERS:
             if wanted:
                 raise UsageError(
-                    f"SGLang {version} is installed, a profile can be served with {', '.join(ADAPTERS)}: install one of them, or"
+                    f"SGLang {version} is installed, but a profile needs {' or '.join(ADAPTERS)}: install one of them, or"
                     " leave the profile out"
                 )
             return

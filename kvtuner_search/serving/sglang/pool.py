@@ -3,8 +3,8 @@
 A layer is one tensor, uint8 [slots, row bytes], and a slot is one row that holds the keys and the values of all local KV heads
 (``kvtuner_kernels.layout``). Slots are SGLang's own: the token's slot id is the row's index.
 
-A row in a fitted basis says itself whether it holds the first token of a sequence, so nothing has to be known about a slot to read,
-copy, move or reuse it. Whoever stores says where the tokens are (:meth:`PackedPool.storing`).
+A row in a fitted basis records whether it holds the first token of a sequence, so code can read, copy, move or reuse a slot without
+knowing its content. Only code that stores has to give the tokens' positions (:meth:`PackedPool.storing`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvtuner_search.errors import ProfileError
 
 
 class LayerStorage(NamedTuple):
-    """Where one layer's cache lies on this rank, and how."""
+    """One layer's cache on this rank: its rows and their format."""
 
     spec: LayerSpec
     centres: Centres  # fp32 [local KV heads, D], or a basis [local KV heads, D + 2, D], on the pool's device
@@ -36,7 +36,7 @@ class LayerStorage(NamedTuple):
 
 
 class _Said(NamedTuple):
-    """What is known of the tokens that are being stored."""
+    """The known facts about the tokens that are being stored."""
 
     positions: Tensor | None  # int64 [tokens or more]; None: none of them is the first of its sequence
     prefixes: Tensor | None  # int [requests]: tokens that each has stored already
@@ -59,8 +59,8 @@ def local_heads(kv_heads: int, rank: int, ranks: int) -> slice:
 class PackedPool(MHATokenToKVPool):
     """A pool of packed rows for the layers of one rank.
 
-    SGLang's getters of key and value buffers return an empty tensor of the right head and channel numbers: nothing but the
-    backends in :mod:`kvtuner_search.serving.sglang.attention` can read a row, and anything else fails at once.
+    SGLang's getters of key and value buffers return an empty tensor of the right head and channel numbers: only the
+    backends in :mod:`kvtuner_search.serving.sglang.attention` can read a row, and any other code fails at once.
 
     Args:
         layers: the specs of this rank's layers, the first of which is ``start_layer``.
@@ -79,14 +79,14 @@ class PackedPool(MHATokenToKVPool):
         self._all_centres = centres
         self._heads = heads
         self._said: _Said | None = None  # within `storing`
-        self._counts_from_0 = False  # it was seen that the model's positions do so
+        self._counts_from_0 = False  # whether a batch has confirmed it
         self.model_dtype: torch.dtype = named.pop("dtype")
         super().__init__(size, dtype=torch.uint8, **named)
 
     def _create_buffers(self) -> None:
         if len(self.specs) != self.layer_num or self.head_dim != self.v_head_dim:
             raise ValueError(
-                f"the pool has {self.layer_num} layers of {self.head_dim} and {self.v_head_dim} channels, the profile gives"
+                f"the pool has {self.layer_num} layers of {self.head_dim} and {self.v_head_dim} channels, the profile has"
                 f" {len(self.specs)} layers of equal channels: this model is not supported"
             )
         device = torch.device(self.device)
@@ -104,7 +104,7 @@ class PackedPool(MHATokenToKVPool):
         self.data_strides = torch.tensor([rows.stride(0) for rows in self.k_buffer], device=device)
 
     def _local_centres(self, layer: int, spec: LayerSpec, device: torch.device) -> Centres:
-        """This rank's heads of what a layer needs from the transforms file. What follows from a basis is worked out here, once."""
+        """This rank's heads of a layer's tensors in the transforms file. Quantities derived from a basis are computed here, once."""
         both = self._all_centres.get(layer, NO_CENTRES)
         local = Centres(*(None if side is None else side[self._heads].to(device).contiguous() for side in both))
         for name, side, centre in (("key", spec.key, local.key), ("value", spec.value, local.value)):
@@ -120,14 +120,14 @@ class PackedPool(MHATokenToKVPool):
 
     @contextmanager
     def storing(self, positions: Tensor | None, prefixes: Tensor | None = None) -> Iterator[None]:
-        """Within it, say where in their sequences the tokens are that are stored.
+        """Give the positions of the tokens that are stored inside the block.
 
         Args:
             positions: int64 [at least N] of the N tokens of each call of :meth:`set_kv_buffer`, 0 for the first of a sequence; None
                 if none of them is the first.
-            prefixes: int [requests], how many tokens each request has stored already, if that is known. The first batch is
-                compared with it, for a model that changes SGLang's positions (as Gemma 3's class for images does, in place) would
-                have its first tokens stored as any others, and that shows in nothing but the answers.
+            prefixes: int [requests], number of tokens that each request has already stored, if known. The first batch is
+                compared with it: a model that changes SGLang's positions in place (as Gemma 3's image class does) would
+                store its first tokens like any others, which only the answers would show.
         """
         before, self._said = self._said, _Said(positions, prefixes)
         try:
@@ -136,13 +136,13 @@ class PackedPool(MHATokenToKVPool):
             self._said = before
 
     def _positions_of(self, tokens: int) -> Tensor | None:
-        """What :meth:`storing` said about the tokens of a call, int64 [tokens].
+        """The positions that :meth:`storing` gave for the tokens of a call, int64 [tokens].
 
         Raises:
-            RuntimeError: if nothing was said, or not about all of them, or it cannot be so.
+            RuntimeError: if none were given, or not for all tokens, or they are impossible.
         """
         if self._said is None:
-            _refuse_store(f"nothing says where the {tokens} tokens are in their sequences")
+            _refuse_store(f"the positions of {tokens} tokens in their sequences are unknown")
         positions, prefixes = self._said
         if positions is None:
             return None
@@ -154,7 +154,7 @@ class PackedPool(MHATokenToKVPool):
             least, most, expected = int(positions.min()), int(positions.max()), int(prefixes.min())
             if least != expected:
                 _refuse_store(f"after {expected} stored tokens the model counts from position {least}")
-            self._counts_from_0 = most > 0  # where SGLang tries a model out, all are 0
+            self._counts_from_0 = most > 0  # in SGLang's trial runs of a model, all are 0
         return positions
 
     def storage(self, layer_id: int) -> LayerStorage:
@@ -180,11 +180,11 @@ class PackedPool(MHATokenToKVPool):
         layer_id_override: int | None = None,
         **_: Any,
     ) -> None:
-        """Quantize and store keys and values [N, H, D] of one layer; they are left as they are. Scales are not needed.
+        """Quantize and store keys and values [N, H, D] of one layer; they are not changed. Scales are not needed.
 
         Raises:
-            RuntimeError: if the layer is stored in a fitted basis, and :meth:`storing` did not say where the tokens are: what is
-                stored wrongly shows in nothing but the answers.
+            RuntimeError: if the layer is stored in a fitted basis, and :meth:`storing` did not give the tokens' positions: only
+                the answers would show rows that are stored wrongly.
         """
         slots, *_others = unwrap_write_loc(loc_info)
         spec, centres, rows = self.storage(layer.layer_id if layer_id_override is None else layer_id_override)
@@ -225,7 +225,7 @@ class PackedPool(MHATokenToKVPool):
         return copies
 
     def load_cpu_copy(self, kv_cache_cpu: list[list[Tensor]], indices: Tensor, *_: Any, **__: Any) -> None:
-        """The inverse of :meth:`get_cpu_copy`, into other slots if need be."""
+        """The inverse of :meth:`get_cpu_copy`, into other slots if necessary."""
         chunks = indices.split(self.cpu_offloading_chunk_size)
         for rows, copies in zip(self.k_buffer, kv_cache_cpu, strict=True):
             for chunk, copy in zip(chunks, copies, strict=True):
@@ -246,6 +246,6 @@ def _synchronize(device: torch.device) -> None:
 
 def _refuse_store(what: str) -> NoReturn:
     raise RuntimeError(
-        f"{what}: layers in a fitted basis cannot be stored so; report this with the model and the options, or serve a profile"
+        f"{what}: layers in a fitted basis need every position; report this with the model and the options, or serve a profile"
         " without bases"
     )

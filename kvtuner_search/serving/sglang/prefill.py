@@ -1,9 +1,9 @@
-"""Attention of prompts by FlashInfer, where it is there and pays.
+"""Prefill attention by FlashInfer, where it is available and pays.
 
-A prompt's own keys and values are in 16 bits still when its attention is computed. FlashInfer's kernel for Hopper does that
-arithmetic at three times the rate of our portable Triton kernel (docs/log.md), so the time to the first token is its. What a
-prompt finds in the cache is dequantized for it, a layer at a time: it is read once for every query of the chunk, so that writing it out
-costs little beside the arithmetic of a long chunk, and nothing of it is kept.
+A prompt's own keys and values are still in 16 bits when its attention is computed. FlashInfer's kernel for Hopper does that
+arithmetic at three times the rate of our portable Triton kernel (docs/log.md), so it decides TTFT. A cached prefix is dequantized
+first, one layer at a time: every query of the chunk reads it, so writing it out costs little beside the arithmetic of a long chunk,
+and none of it is kept.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ SWITCH: Final = "KVTUNER_PREFILL"  # environment variable: auto, or triton for t
 HEAD_DIMS: Final = (64, 128, 256)
 CAPABILITY: Final = (9, 0)  # where it was measured
 TOLERANCE: Final = 0.02  # relative error against the reference: several times what rounding costs
-LEAST_TOKENS: Final = 16  # new ones of a request in the mean; fewer were not measured
-ENOUGH_TOKENS: Final = 128  # new ones of a batch, whatever each request has
-LARGEST_SHARE: Final = 16  # tokens of prefixes for each new one, where the packed kernel has work for the whole chip
+LEAST_TOKENS: Final = 16  # new tokens of a request on average; fewer were not measured
+ENOUGH_TOKENS: Final = 128  # new tokens of a batch, whatever each request has
+LARGEST_SHARE: Final = 16  # prefix tokens for each new one, if the packed kernel has work for the whole chip
 TILE: Final = 128  # query heads of one group that a program of the packed kernel takes
 _FLOAT32: Final = 4  # bytes
-LARGEST_COPY: Final = 512 * 2**20  # bytes of dequantized keys and values of one layer, out of what SGLang leaves free
+LARGEST_COPY: Final = (
+    512 * 2**20
+)  # bytes of dequantized keys and values of one layer, from the memory that SGLang leaves free
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class PrefillAttention:
         device: a CUDA device.
 
     Raises:
-        ImportError: if FlashInfer is not there.
+        ImportError: if FlashInfer is not installed.
     """
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -64,7 +66,7 @@ class PrefillAttention:
         )
 
     def plan(self, lengths: Sequence[int], prefixes: Sequence[int]) -> bool:
-        """Prepare for chunks of these tokens over prefixes of those. False, and nothing is prepared, if it does not pay."""
+        """Prepare for chunks of these lengths over these prefixes. False, without preparation, if it does not pay."""
         new, old = sum(lengths), sum(prefixes)
         heads, kv_heads, head_dim = self.shape
         numbers, nbytes = kv_heads * head_dim, self.dtype.itemsize  # of one side of a token, and bytes of one
@@ -91,7 +93,7 @@ class PrefillAttention:
         self._rows = _rows(lengths, prefixes, self.device)
 
     def takes(self, scale: float | None, soft_cap: float, window: int) -> bool:
-        """Whether a layer that asks for this can be run; a window below 0 is none."""
+        """Whether a layer with these settings can be run; a window below 0 means none."""
         return scale in (None, self.scale) and not soft_cap and window < 0
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, slots: Tensor, layer: LayerStorage) -> None:
@@ -168,9 +170,9 @@ def _rows(lengths: Sequence[int], prefixes: Sequence[int], device: torch.device)
 def prefill_attention(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, capability: tuple[int, int]
 ) -> PrefillAttention | None:
-    """FlashInfer's attention for prompts, checked; None where it is not there, not measured, or does not work.
+    """FlashInfer's attention for prompts, checked; None if it is not installed, not measured on this GPU, or does not work.
 
-    The Triton kernels do the same then. What is wrong with FlashInfer is logged.
+    The Triton kernels do the same then. A failure of FlashInfer is logged.
 
     Raises:
         UsageError: if the environment variable SWITCH has an unknown value.
@@ -183,7 +185,7 @@ def prefill_attention(
         return None
     try:
         found = PrefillAttention(heads, kv_heads, head_dim, dtype, device)
-        logger.info("prompts: FlashInfer's kernel, which is compiled once a machine (a minute)")
+        logger.info("prefill: FlashInfer's kernel, which is compiled once per machine (a minute)")
         found.check()
     except ModuleNotFoundError:
         return None

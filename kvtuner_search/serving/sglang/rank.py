@@ -1,4 +1,4 @@
-"""What a rank of the server does with the profile, whatever SGLang's version: its layers, its heads, its pool, its report."""
+"""A rank's part of the profile, for all versions of SGLang: its layers, heads, pool and report."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class RankPlace:
     rank: int  # among the ranks that share the KV heads
     ranks: int
     dtype: torch.dtype  # of the model
-    cache_dtype: torch.dtype  # that SGLang would store
+    cache_dtype: torch.dtype  # dtype that SGLang would store
     device: str  # cuda or cpu
-    as_stored: bool  # the backend reads a prompt's own keys and values as stored, whether it was asked to or not
+    as_stored: bool  # the backend reads a prompt's own keys and values as stored, requested or not
 
     @property
     def heads(self) -> slice:
@@ -68,12 +68,12 @@ class RankPlace:
 
     @property
     def local_heads(self) -> int:
-        """How many they are."""
+        """Their number."""
         return self.heads.stop - self.heads.start
 
 
 def check_place(place: RankPlace, which: ServedProfile) -> None:
-    """Refuse a model that is not the profile's, as it looks once it is loaded.
+    """Refuse a loaded model that the profile does not belong to.
 
     Raises:
         NotComparableError: if the shapes differ.
@@ -88,18 +88,18 @@ def check_place(place: RankPlace, which: ServedProfile) -> None:
     ):
         if stated != actual:
             raise NotComparableError(
-                f"profile {which.profile.name} is for {name}={stated}, the loaded model has {actual}: it is for another"
-                " model; choose its own, or calibrate this one"
+                f"profile {which.profile.name} is for {name}={stated}, the loaded model has {actual}: it belongs to another"
+                " model; use that model, or calibrate this one"
             )
     if place.cache_dtype != place.dtype:
         raise UsageError(
-            f"the model is {place.dtype} and SGLang would store {place.cache_dtype}: its checkpoint asks for another cache; serve"
+            f"the model is {place.dtype} and SGLang would store {place.cache_dtype}: its checkpoint requests another cache format; serve"
             " it without a profile"
         )
     raw = any(side.raw for layer in which.layers for side in (layer.key, layer.value))
     if place.dtype.itemsize != 2 and (raw or place.device != "cpu"):
         raise UsageError(
-            f"--dtype {place.dtype}: on a GPU, and where a side is stored raw, a profile needs a model of 16 bits; give --dtype"
+            f"--dtype {place.dtype}: on a GPU, and if a side is stored raw, a profile needs a model of 16 bits; give --dtype"
             " bfloat16 or float16"
         )
     if place.kv_heads % place.ranks and place.ranks % place.kv_heads:
@@ -107,7 +107,7 @@ def check_place(place: RankPlace, which: ServedProfile) -> None:
 
 
 def rank_bytes_per_token(place: RankPlace, which: ServedProfile) -> int:
-    """Bytes that this rank stores for one token, everything counted.
+    """Bytes that this rank stores for one token, including metadata and padding.
 
     Raises:
         NotComparableError, UsageError: as :func:`check_place`.
@@ -140,7 +140,7 @@ def reported() -> RankReport:
 
 
 def check_own(pool: Any, backend: Any = None) -> None:
-    """Look whether this rank's pool and attention backend (once there is one) are ours.
+    """Check that this rank's pool and, if it exists, attention backend are ours.
 
     Raises:
         ServingError: if one is not.
@@ -163,9 +163,9 @@ def check_ranks(pool: Any, tokens: int, place: RankPlace, which: ServedProfile, 
 
     Args:
         pool: what SGLang made.
-        tokens: what SGLang takes its capacity to be.
+        tokens: the capacity that SGLang reports.
         place: the rank's layers and heads.
-        which: what it serves.
+        which: the profile that it serves.
         rank: among all ``world`` ranks.
 
     Raises:
@@ -175,7 +175,7 @@ def check_ranks(pool: Any, tokens: int, place: RankPlace, which: ServedProfile, 
     nbytes = pool.get_kv_size_bytes()
     if pool.size != tokens or nbytes != pool.predicted_bytes():
         raise ServingError(
-            f"rank {rank} has {nbytes} bytes for {pool.size} tokens, the profile gives {pool.predicted_bytes()} bytes for"
+            f"rank {rank} has {nbytes} bytes for {pool.size} tokens, but the profile predicts {pool.predicted_bytes()} bytes for"
             f" {tokens}: report this"
         )
     mine = RankReport(

@@ -1,4 +1,4 @@
-"""What cannot be combined with a profile, by name. Pure functions over SGLang's server arguments."""
+"""SGLang features that cannot be combined with a profile, by name. Pure functions over SGLang's server arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 from kvtuner_search.errors import UsageError
 
 ATTENTION: Final = {"cuda": "triton", "cpu": "torch_native"}  # the backend that reads packed rows on a device
-SPECULATION: Final = ("STANDALONE", "NGRAM")  # tried on GPUs; the others are not
+SPECULATION: Final = ("STANDALONE", "NGRAM")  # tested on GPUs; the others are not
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ LATER: Final = (  # arguments that SGLang 0.5.23 has and 0.5.14 does not
 
 
 def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
-    """Look for what cannot be combined with a profile.
+    """Refuse arguments that cannot be combined with a profile.
 
     Args:
         arguments: SGLang's ServerArgs, resolved.
@@ -89,7 +89,7 @@ def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
 
     Raises:
         UsageError: names the option, its value and the remedy.
-        AttributeError: if SGLang has no such argument any more; the version's adapter must say what took its place.
+        AttributeError: if SGLang has no such argument any more; the version's adapter must name its replacement.
     """
     for refusal in (*REFUSALS, *more):
         refusal.check(getattr(arguments, refusal.field))
@@ -107,14 +107,14 @@ def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
 
 
 def check_speculation(algorithm: str | None, device: str) -> None:
-    """Look whether an algorithm of speculative decoding has been tried with a profile.
+    """Refuse an algorithm of speculative decoding that was not tested with a profile.
 
     Raises:
-        UsageError: if not.
+        UsageError: if it was not tested.
     """
     if algorithm is not None and (algorithm not in SPECULATION or device != "cuda"):
         raise UsageError(
-            f"--speculative-algorithm {algorithm}: with a profile only {', '.join(SPECULATION)} have been tried, on GPUs: leave it out"
+            f"--speculative-algorithm {algorithm}: with a profile only {', '.join(SPECULATION)} have been tested, on GPUs: leave it out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Everything that only SGLang 0.5.14 has: where its code is hooked, and what its objects call things."""
+"""Everything specific to SGLang 0.5.14: where its code is hooked, and the names that its objects use."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _place(runner: Any) -> Any:
 
 
 def _measure_cell(original: Callable[..., None], configurator: Any, runner: Any) -> None:
-    """Bytes of a token: ours for the model's own layers, SGLang's for what a draft model adds."""
+    """Bytes of a token: ours for the model's own layers, SGLang's for a draft model's."""
     original(configurator, runner)
     if runner.is_draft_worker:
         return
@@ -59,7 +59,7 @@ def _measure_cell(original: Callable[..., None], configurator: Any, runner: Any)
 
 
 def _init_pools(original: Callable[..., None], runner: Any) -> None:
-    """Swap the class of SGLang's pool while a rank makes its pools; then compare notes with the other ranks."""
+    """Swap the class of SGLang's pool while a rank makes its pools; then compare reports with the other ranks."""
     if runner.is_draft_worker:
         original(runner)
         return

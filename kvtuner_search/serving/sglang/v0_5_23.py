@@ -1,4 +1,4 @@
-"""Everything that only SGLang 0.5.23 has: where its code is hooked, and what its objects call things."""
+"""Everything specific to SGLang 0.5.23: where its code is hooked, and the names that its objects use."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _place(configurator: Any) -> Any:
 
 
 def _measure_cell(original: Callable[..., None], sizes: Any, configurator: Any) -> None:
-    """Bytes of a token: ours for the model's own layers, SGLang's for what a draft model adds."""
+    """Bytes of a token: ours for the model's own layers, SGLang's for a draft model's."""
     original(sizes, configurator)
     if configurator.is_draft_worker:
         return
@@ -73,7 +73,7 @@ def _pool_class(original: Callable[..., Any], configurator: Any, *, kind: str, d
 
 
 def _configure(original: Callable[..., Any], configurator: Any, **named: Any) -> Any:
-    """Make the pools before graphs are captured, not after; then compare notes with the other ranks."""
+    """Make the pools before graphs are captured, not after; then compare reports with the other ranks."""
     if configurator.is_draft_worker:
         return original(configurator, **named)
     from sglang.srt.distributed.parallel_state import get_world_group
@@ -90,7 +90,7 @@ def _configure(original: Callable[..., Any], configurator: Any, **named: Any) ->
 
 
 def _resolved(arguments: Any) -> Any:
-    """Server arguments with what SGLang chose, which it keeps apart from what was given."""
+    """Server arguments with SGLang's own choices, which it keeps separate from the given values."""
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
     return resolved_view(arguments)

@@ -65,7 +65,7 @@ def test_decode(spec: LayerSpec) -> None:
 def test_decode_refuses_a_query_of_2_to_the_31_numbers() -> None:
     rows, slots = filled(SPECS[0], 3)
     query = torch.zeros(DIM).half().expand(2**25, HEADS * GROUP, DIM)
-    with pytest.raises(LayoutError, match="give fewer at once"):
+    with pytest.raises(LayoutError, match="pass fewer at once"):
         decode(query, rows, SPECS[0], HEADS, slots.int(), slots)
 
 

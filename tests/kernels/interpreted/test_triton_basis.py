@@ -96,7 +96,7 @@ def test_first_rows(spec: str, head_dim: int) -> None:
     lengths = [3, 0, 1, 7, 0]
     indptr = torch.tensor([0, *lengths]).cumsum(0).int()
     first = torch.zeros(tokens, dtype=torch.bool)
-    first[3] = True  # of the third request; the others' first rows are no first tokens
+    first[3] = True  # of the third request; the others' first rows are not first tokens
     pool[slots] = pack_rows(key, value, layer, centres, first)
     pool[slots[torch.tensor([1, 2, 5])]] = 0xFF  # later rows are not read
     got = first_rows(pool, indptr, slots, layer, heads, head_dim, centres, torch.float16)

@@ -62,7 +62,7 @@ def test_group_sizes_are_those_that_divide_the_head() -> None:
 
 
 def test_an_unknown_family_is_refused() -> None:
-    with pytest.raises(UsageError, match="'bit' is no family"):
+    with pytest.raises(UsageError, match="'bit' is not a family"):
         catalogue(SMALL, ["bit"])
 
 

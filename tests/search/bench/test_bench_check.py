@@ -53,7 +53,7 @@ def test_a_good_record_passes(check: Run) -> None:
 def test_figures_under_their_floor_fail_with_reasons(check: Run) -> None:
     code, out, err = check("quick.json")
     assert (code, err) == (1, "")
-    assert out.startswith("quick.json: 5 figures cannot be\n")
+    assert out.startswith("quick.json: 5 figures are impossible\n")
     assert "this is 10 times faster" in " ".join(out.split())
     assert "  - tokens were counted as requested, not as returned\n" in out
 
@@ -61,7 +61,7 @@ def test_figures_under_their_floor_fail_with_reasons(check: Run) -> None:
 def test_the_adapters_report_is_flagged(check: Run) -> None:
     code, out, err = check(str(CLAIMS))
     assert (code, err) == (1, "")
-    assert "64 figures cannot be" in out
+    assert "64 figures are impossible" in out
     assert (
         "judged: Qwen2.5-7B with TP=2 x PP=2 on 4 x NVIDIA GeForce RTX 4090 (NVIDIA Ada GPU Architecture white paper)"
         in out
@@ -114,8 +114,8 @@ def test_unknown_hardware_does_not_pass_unseen(check: Run) -> None:
     ("content", "said"),
     [
         (None, "does not exist"),
-        ("{", "no valid JSON"),
-        ("[]", "no benchmark record"),
+        ("{", "not valid JSON"),
+        ("[]", "not a benchmark record"),
         ('{"format": "kvtuner-bench", "version": 99}', "version 99"),
         ('{"model": "m", "hardware": {}, "parallel": {}}', "hardware.gpus"),
         ('{"model": "x", "hardware": {"gpus": 1, "gpu": "RTX 4090"}, "parallel": {"tp": 1, "pp": 1}, "quantization": {"key_bits": 4, "value_bits": 4}}', "--model"),
@@ -129,7 +129,7 @@ def test_an_unreadable_file_is_one_line_and_the_others_are_judged(check: Run, co
     assert len(err.splitlines()) == 1
     assert "bad.json" in err or "--model" in err
     assert said in err
-    assert "quick.json: 5 figures cannot be" in out
+    assert "quick.json: 5 figures are impossible" in out
     assert "good.json: no figure is impossible" in out
 
 

@@ -176,7 +176,7 @@ def test_p99_needs_a_hundred_requests() -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Record], Record], str]] = {
-    "model": (lambda r: altered(r, "model", name="Other"), r"B of Other, 28 layers \(name Qwen2.5-7B and Other\)"),
+    "model": (lambda r: altered(r, "model", name="Other"), r"B Other, 28 layers \(name Qwen2.5-7B and Other\)"),
     "layers": (lambda r: altered(r, "model", layers=32), "layers 28 and 32"),
     "preset": (lambda r: r.model_copy(update={"preset": "quick"}), "A is of preset legacy and B of quick"),
     "red": (lambda r: made.record(small=True, correct=False), r"B failed its correctness check \(profile\)"),
@@ -184,7 +184,7 @@ REFUSALS: dict[str, tuple[Callable[[Record], Record], str]] = {
         lambda r: r.model_copy(
             update={"violations": [Violation(rule="below-floor", where="ttft", figure="2 ms", reason="because")]}
         ),
-        "B has 1 violations, the first below-floor at ttft: it is no result",
+        "B has 1 violations, the first below-floor at ttft: it is not a result",
     ),
     "cells": (lambda r: r.model_copy(update={"cells": [made.cell("ttft", 11, 1)]}), "no cell with speed in common"),
 }

@@ -128,8 +128,8 @@ def test_arrivals_are_poisson() -> None:
         ({"rounds": 0}, "in 0 rounds"),
         ({"concurrency": 0}, "0 at a time"),
         ({"rate": 0.0}, "a rate of 0.0 requests/s"),
-        ({"url": "localhost:30000"}, "no URL of a server"),
-        ({"url": "ftp://x"}, "no URL of a server"),
+        ({"url": "localhost:30000"}, "not a URL of a server"),
+        ({"url": "ftp://x"}, "not a URL of a server"),
     ],
 )
 def test_what_cannot_be_sent_is_refused(change: dict[str, Any], message: str) -> None:

@@ -145,7 +145,7 @@ def test_a_result_survives_its_json() -> None:
     "content", [{}, {"tokens": 3}, WHOLE.to_json() | {"more": 1}, WHOLE.to_json() | {"arrivals": [[1]]}]
 )
 def test_a_foreign_result_is_an_error_with_a_remedy(content: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"no result of a request .+: delete the file and run again"):
+    with pytest.raises(DataError, match=r"not the result of a request .+: delete the file and run again"):
         RequestResult.from_json(content)
 
 

@@ -116,10 +116,10 @@ def test_without_its_key_a_server_is_not_measured_and_the_option_is_named(
     server = odd("key")
     assert bench("--url", server.url, "--folder", str(tmp_path / "a")) == 5
     assert "answered 401: " in (said := capsys.readouterr().err)
-    assert "it wants a key: --api-key, or KVTUNER_API_KEY" in said
+    assert "it requires an API key: --api-key, or KVTUNER_API_KEY" in said
     assert bench("--url", server.url, "--folder", str(tmp_path / "b"), "--api-key", "sk-of-another-server") == 5
     said = capsys.readouterr().err
-    assert "it does not take the key that was given" in said
+    assert "it rejects the given key" in said
     assert "sk-of-another-server" not in said, "though the server sends it back"
     assert bench("--url", server.url, "--folder", str(tmp_path / "c"), "--api-key=two words") == 2
 
@@ -258,11 +258,11 @@ def test_a_password_in_the_address_is_used_and_kept_nowhere(
             "/v1",
             "this is an OpenAI-compatible endpoint, and SGLang's own .* are missing: leave /v1 off if",
         ),
-        ("openai-bare", "", "no SGLang is at this address and path"),
+        ("openai-bare", "", "there is no SGLang at this address and path"),
         (
             "worker",
             "",
-            "the first node answers, ask that one: this address answers /health, as a node of rank above 0 does",
+            "use the first node's address: this one answers only /health, as a node of rank above 0 does",
         ),
     ],
 )
@@ -277,7 +277,7 @@ def test_an_answer_without_counts_is_named_for_what_it_lacks(odd: Callable[..., 
     record = measure(tmp_path / "run", url=odd("uncounted").url, steps=STEPS[:1])
     (check,) = [check for check in record.correctness if not check.passed]
     assert (
-        "/generate answered without prompt_tokens, so nothing says that the prompt and the answer are whole"
+        "/generate answered without prompt_tokens, so prompt and answer cannot be checked for completeness"
         in check.detail
     )
 
@@ -355,7 +355,9 @@ def test_a_model_id_that_a_server_names_is_never_fetched(
 
     monkeypatch.setattr(hub, "cached_file", cached_file)
     url = fake(model_path="evil/model").url
-    with pytest.raises(UsageError, match="name the model with --model-path, for what a server names is not fetched"):
+    with pytest.raises(
+        UsageError, match="name the model with --model-path, because a path or id that a server names is not fetched"
+    ):
         measure(tmp_path / "a", url=url, model=None, steps=STEPS[:1])
     assert asked == [("evil/model", True)]
     assert bench("--url", url, "--folder", str(tmp_path / "b"), "--model-path", "own/model") == 3

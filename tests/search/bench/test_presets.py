@@ -179,7 +179,7 @@ def test_sglangs_client_gets_the_same_load_and_figures_are_divided(bench_serving
 @pytest.mark.parametrize(
     ("told", "timeout", "message"),
     [
-        ({"result": None, "code": 1}, 30, "ended with 1: ValueError: no such tokenizer: try it by hand"),
+        ({"result": None, "code": 1}, 30, "ended with 1: ValueError: no such tokenizer: run it by hand"),
         ({"result": None}, 30, "ended with 0: ValueError"),
         ({"result": {"completed": 3}}, 30, "got 3 of 4 answers"),
         ({"result": None, "sleep": 60}, 1, "took more than 1 s"),

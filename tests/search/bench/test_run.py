@@ -94,7 +94,7 @@ def test_a_server_with_another_profile_is_not_measured(fake: Start, tmp_path: Pa
 @pytest.mark.parametrize(
     ("fault", "check", "said"),
     [
-        ({"garbled": True}, "likelihood", "decoding reads something else"),
+        ({"garbled": True}, "likelihood", "decode reads something else"),
         ({"canned": True}, "answers", "different prompts got the same answer"),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_server_that_begins_to_lie_when_load_comes_is_caught(
 def test_a_node_that_answers_404_is_refused_with_the_reason(fake: Start, tmp_path: Path) -> None:
     server = fake()
     server.lie = "404-always"
-    with pytest.raises(ServerError, match=r"/server_info answered 404: .*the first node answers"):
+    with pytest.raises(ServerError, match=r"/server_info answered 404: .*the first node's address"):
         measure(tmp_path / "run", url=server.url)
 
 

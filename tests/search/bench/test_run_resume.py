@@ -114,7 +114,7 @@ def test_an_interrupt_stops_the_server_and_keeps_what_came(
     finally:
         started.kill()
     assert started.returncode == 130, error
-    assert "bench go on with --resume" in error.splitlines()[-1]
+    assert "bench continue with --resume" in error.splitlines()[-1]
     assert "Traceback" not in error
     assert [log for log in journal.read(path).values() if log.results]
     with pytest.raises(ProcessLookupError):

@@ -119,7 +119,7 @@ def test_a_folder_in_which_another_run_is_at_work_is_left_alone(
         fcntl.flock(other, fcntl.LOCK_EX)
         assert run(arguments(tiny_model, tmp_path, how)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "another calibration is at work in" in line
+    assert "another calibration is using" in line
     assert (tmp_path / "study.journal").read_bytes() == b"the other's"
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_written_in_the_end_says_how_to_go_on(
     assert run(arguments(tiny_model, tmp_path, "--trials", "4")) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "tiny-qwen2-4.00bit.json" in line
-    assert "the trials are kept: go on with --resume" in line
+    assert "the trials are kept: continue with --resume" in line
     blocked.rmdir()
     assert run(arguments(tiny_model, tmp_path, "--trials", "4", "--resume")) == 0
     assert blocked.is_file()
@@ -196,7 +196,7 @@ def test_a_storage_that_locks_in_the_middle_is_one_line(
         patch.setattr(TrialObjective, "__call__", lock)
         assert run(arguments(tiny_model, tmp_path / "out", *storage)) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "database is locked: another program keeps it locked; what was finished is kept: go on with --resume" in line
+    assert "database is locked: another program has locked it; finished work is kept: continue with --resume" in line
     for holder in holders:
         holder.close()
     assert run(arguments(tiny_model, tmp_path / "out", *storage, "--resume")) == 0

@@ -59,7 +59,7 @@ def test_calibration_says_so_and_the_gate_says_unproven(
     found = load(path)
     assert any("one sample gives no interval" in note for note in found.provenance.notes)
     assert run(["check", str(path)]) == 0
-    assert "remark quality-unproven: all was measured on one sample" in capsys.readouterr().out
+    assert "remark quality-unproven: everything was measured on one sample" in capsys.readouterr().out
     assert run(["check", "--strict", str(path)]) == 1
     out = capsys.readouterr().out
     assert out.count("error ") == 1, "nothing but that it is unproven"
@@ -97,7 +97,7 @@ def test_the_interval_of_rounded_means_is_not_held_against_a_profile() -> None:
         made = profile(quality=[entry])
         outside += not interval.low <= made.quality[0].delta <= interval.high
         assert remarks(made) == []
-    assert outside > 20, "this is no rare case"
+    assert outside > 20, "this is not a rare case"
     assert remarks(profile(quality=[measure(ci_low=0.03, ci_high=0.04)])) == ["interval-excludes-value"]
     assert remarks(profile(quality=[measure(ci_low=0.02 + 1e-9, ci_high=0.04)])) == ["interval-excludes-value"]
 

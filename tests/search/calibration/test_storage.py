@@ -127,7 +127,7 @@ def test_a_database_that_is_locked_says_how_to_go_on(tmp_path: Path) -> None:
     study.enqueue(make_space(2), [Anchor("proxy", (1, 1))])
     holder = sqlite3.connect(tmp_path / "study.db")
     holder.execute("begin exclusive")
-    with pytest.raises(DataError, match=r"database is locked.*go on with --resume") as raised:
+    with pytest.raises(DataError, match=r"database is locked.*continue with --resume") as raised:
         study.finished()
     assert "\n" not in str(raised.value)
     holder.close()
@@ -211,7 +211,7 @@ def test_a_study_of_that_name_by_another_program_is_left_alone(kind: str, tmp_pa
     if kind == "attributes":
         theirs.set_user_attr("owner", "somebody")
     before = (theirs.get_trials(), theirs.user_attrs)
-    with pytest.raises(DataError, match=r"'test' in .* is of another program.*choose another --study-name"):
+    with pytest.raises(DataError, match=r"'test' in .* belongs to another program.*choose another --study-name"):
         open_study(url)
     theirs = optuna.load_study(storage=url, study_name="test")
     assert (theirs.get_trials(), theirs.user_attrs) == before

@@ -106,7 +106,7 @@ STATED = [
     ("calibration.md", "two fifths of the search split" if options.TIERS[1] == 2 / 5 else "another share"),
     (
         "calibration.md",
-        f"the grid spans {min(min(c) for c in candidates.CLIPS.values()):g} to {max(max(c) for c in candidates.CLIPS.values()):.1f} of",
+        f"the grid spans {min(min(c) for c in candidates._CLIPS.values()):g} to {max(max(c) for c in candidates._CLIPS.values()):.1f} of",
     ),
     ("calibration.md", f"Classes are {candidates.GRAIN} bits apart"),
     ("calibration.md", f"({', '.join(f'`b{total}`' for total in MEASURED)})"),

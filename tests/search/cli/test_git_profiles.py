@@ -290,7 +290,7 @@ def test_a_link_that_was_checked_out_as_text_is_named(command: Run) -> None:
     assert code == 3
     assert "core.symlinks" in err
     Path("a.json").write_text("nonsense")
-    assert "no valid JSON" in command("check", "a.json")[2]
+    assert "not valid JSON" in command("check", "a.json")[2]
 
 
 # new profiles
@@ -320,7 +320,7 @@ def test_a_new_profile_is_one_finding(command: Run, old: str, new: str) -> None:
     assert found["new"]["bytes_per_token"] == 4 * 144
     assert [layer["old"] for layer in found["layers"]] == ["16/16"] * 4
     for style, text in (
-        ("text", "none, so the 16-bit cache"),
+        ("text", "none: compared with the 16-bit cache"),
         ("markdown", "profile-added"),
         ("github", "::warning file="),
         ("junit", "profile-added"),
@@ -429,7 +429,7 @@ def test_the_base_judges_and_an_unchanged_table_is_no_finding(strict: Run) -> No
         ("", "fail-on"),
         (None, "fail-on"),
         (TABLE + "nonsense = 1\n", "no key 'nonsense'"),
-        ("no toml", "no valid TOML"),
+        ("no toml", "not valid TOML"),
     ],
     ids=["gate", "ignore", "severity", "budget", "emptied", "deleted", "nonsense", "broken"],
 )

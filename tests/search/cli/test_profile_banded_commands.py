@@ -224,7 +224,7 @@ def test_layers_with_bands_of_their_own_are_told_together(command: Run, tmp_path
     out = command("diff", "a.json", "b.json", "--format", "github")[1].splitlines()
     told = [line for line in out if "layer-bits-lowered" in line]
     assert len(told) == 2
-    assert "layers 0-1, 3: each its own bands, first b66543322/16 becomes b65443322/16" in told[0]
+    assert "layers 0-1, 3: each has its own bands, first b66543322/16 becomes b65443322/16" in told[0]
     assert "layer 2: 8-g64-asym/16 becomes 4-g64-asym/16" in told[1]
     found = json.loads(command("diff", "a.json", "b.json", "--json")[1])["findings"]
     assert len({f["fingerprint"] for f in found if f["rule"] == "layer-bits-lowered"}) == 4
@@ -249,7 +249,10 @@ def test_export_lists_the_loss_of_bands_and_never_narrows(
     path = write_fitted(tmp_path / "a.json", MIXED)
     code, out, err = command("export", path, "--to", target)
     assert (code, out) == (1, "")
-    assert "lost: fitted basis and bands of 3 layers, and what their first tokens are stored about\n" in err
+    assert (
+        "lost: fitted basis and bands of 3 layers, and the points that their first tokens are stored relative to\n"
+        in err
+    )
     code, out, err = command("export", path, "--to", target, "--allow-lossy")
     assert code == 0
     assert expected in out

@@ -184,11 +184,11 @@ def test_rows_too_long_or_twice_or_unanswered_are_left_out(tmp_path: Path) -> No
         ("data.csv", "unknown source 'data.csv'"),
         ("{tmp}/absent.txt", "cannot be read .No such file"),
         ("{tmp}/absent.jsonl", "cannot be read .No such file"),
-        ("{tmp}/folder.txt", "is no regular file"),
+        ("{tmp}/folder.txt", "is not a regular file"),
         ("{tmp}/empty.txt", "is empty"),
         ("{tmp}/latin1.txt", "byte 3 is not UTF-8"),
         ("{tmp}/latin1.jsonl", "byte 3 is not UTF-8"),
-        ("{tmp}/broken.jsonl", "line 2 is no JSON"),
+        ("{tmp}/broken.jsonl", "line 2 is not JSON"),
         ("{tmp}/list.jsonl", "line 1 is list, not an object"),
         ("{tmp}/good.jsonl#field=body", "good.jsonl: line 1 has no field 'body', only 'text', 'number', 'flag'"),
         ("{tmp}/good.jsonl#field=flag", "field 'flag' is bool, not text"),
@@ -196,7 +196,7 @@ def test_rows_too_long_or_twice_or_unanswered_are_left_out(tmp_path: Path) -> No
             "{tmp}/short.txt",
             "has 3 tokens, 0 distinct windows of 512; needed are 7 windows .3584 tokens.: give more data",
         ),
-        ("recall#pairs=60", "takes up to [0-9]+ tokens a sample, length is 512"),
+        ("recall#pairs=60", "takes up to [0-9]+ tokens a sample, but length is 512"),
     ],
 )
 def test_data_that_cannot_be_used_is_one_line(tmp_path: Path, spec: str, message: str) -> None:

@@ -211,5 +211,5 @@ def test_what_is_no_file_that_ends_and_what_git_left_in_its_place(name: str, tmp
         load_evaluation([str(path)], Words(), seed=0, samples=1, length=4)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         load_evaluation([str(path)], Words(), seed=0, samples=1, length=4)

@@ -233,7 +233,7 @@ def test_metrics_that_are_no_share_get_a_bootstrap_and_lower_may_be_better() -> 
 def test_what_cannot_be_measured_is_refused(loaded: LoadedModel, tasks: Path) -> None:
     with pytest.raises(DataError, match=r"only greedy decoding is measured.*do_sample"):
         run_tasks(loaded, [("raw", RAW, {})], options(tasks, "sampled_gsm"), QUIET)
-    with pytest.raises(DataError, match=r"knows no task 'no_such_task'.*--task-folder"):
+    with pytest.raises(DataError, match=r"has no task 'no_such_task'.*--task-folder"):
         run_tasks(loaded, [("raw", RAW, {})], options(tasks, "no_such_task"), QUIET)
     with pytest.raises(DataError, match="does not exist"):
         run_tasks(loaded, [("raw", RAW, {})], options(tasks / "nowhere", "tiny_gsm"), QUIET)
@@ -250,7 +250,7 @@ BROKEN = {  # what is wrong -> the line that it takes the place of, and what is 
     "no such metric": ("metric: acc", "metric: no_such_metric", "KeyError"),
     "code that fails": ("doc_to_target: 0", "doc_to_target: !function own.fails", "ZeroDivisionError: integer"),
     "no such output": ("output_type: multiple_choice", "output_type: telepathy", "telepathy"),
-    "no YAML": ("test_split: test", "test_split: [test", "knows no task 'broken'"),
+    "no YAML": ("test_split: test", "test_split: [test", "has no task 'broken'"),
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
             "attention_types": [[["global"], 4]],
             "max_position_embeddings": 512,
         },
-        "is no positive integer|cannot be seen",
+        "is not a positive integer|cannot be seen",
     ),
 }
 
@@ -149,7 +149,7 @@ def test_a_layer_that_stops_calling_the_hook_is_noticed(tiny_model: Path) -> Non
     attention = loaded.model.model.layers[2].self_attn
     attention.config = type(attention.config).from_dict(attention.config.to_dict())
     attention.config._attn_implementation = "sdpa"
-    with pytest.raises(DataError, match="layer 2 computes attention in code of its own"):
+    with pytest.raises(DataError, match="layer 2 computes attention in its own code"):
         Runner(loaded)
 
 

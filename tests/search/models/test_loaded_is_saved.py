@@ -83,20 +83,20 @@ def fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 MODEL_OPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
 # how the checkpoint is changed, fields of config.json, what the line must say
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[str, Any], str]] = {
-    "compiled": (renamed("_orig_mod."), {}, r"missing are .*; not used are _orig_mod\.lm_head.* strip '_orig_mod\.'"),
-    "compiled inside": (renamed("_orig_mod.", "model.layers.1."), {}, r"missing are model\.layers\.1\..*strip '_orig_mod\.'"),
+    "compiled": (renamed("_orig_mod."), {}, r"missing .*; unused _orig_mod\.lm_head.* strip '_orig_mod\.'"),
+    "compiled inside": (renamed("_orig_mod.", "model.layers.1."), {}, r"missing model\.layers\.1\..*strip '_orig_mod\.'"),
     "wrapped for data parallel": (renamed("module."), {}, r"strip 'module\.'"),
     "adapter": (lora, {}, r"lora_A.*merge it into its base model|base_model\.model.*merge it"),
     "unmerged names": (renamed("base_model.model."), {}, "merge it into its base model"),
-    "one layer missing": (without("layers.2."), {}, r"missing are model\.layers\.2\..* and \d+ more: restore"),
-    "one bias missing": (without("layers.3.self_attn.k_proj.bias"), {}, r"missing are model\.layers\.3\.self_attn\.k_proj\.bias"),
-    "a layer too many": (lambda t: t, {"num_hidden_layers": 3}, r"not used are model\.layers\.3\."),
+    "one layer missing": (without("layers.2."), {}, r"missing model\.layers\.2\..* and \d+ more: restore"),
+    "one bias missing": (without("layers.3.self_attn.k_proj.bias"), {}, r"missing model\.layers\.3\.self_attn\.k_proj\.bias"),
+    "a layer too many": (lambda t: t, {"num_hidden_layers": 3}, r"unused model\.layers\.3\."),
     "another shape": (lambda t: t, {"intermediate_size": 80}, r"mlp\.down_proj\.weight \[64, 96\] instead of \[64, 80\]"),
-    "cache scales": (plus(**{LAYER.replace("k_proj.weight", "k_scale"): torch.ones(1)}), {}, r"k_scale: scales of a quantization"),
+    "cache scales": (plus(**{LAYER.replace("k_proj.weight", "k_scale"): torch.ones(1)}), {}, r"k_scale: these are scales of a quantization"),
     "ModelOpt": (fp8, MODEL_OPT, r"does not know.*'modelopt'.*scales .*input_scale"),
     "ModelOpt, no word of it": (fp8, {}, r"_proj\.weight.* as F8_E4M3.*scales .*_scale"),
     "a method without a name": (lambda t: t, {"quantization_config": {"bits": 4}}, "quantization_config"),
-    "quantization that is no object": (lambda t: t, {"quantization_config": "fp8"}, "'fp8'"),
+    "quantization that is not an object": (lambda t: t, {"quantization_config": "fp8"}, "'fp8'"),
     "NaN": (put(float("nan")), {}, rf"{LAYER} holds NaN"),
     "infinity": (put(float("inf")), {}, rf"{LAYER} holds infinity"),
     "minus infinity in a norm": (put(float("-inf"), "model.norm.weight"), {}, r"model\.norm\.weight holds infinity"),
@@ -291,7 +291,7 @@ def test_shapes_that_transformers_reads_otherwise_are_refused(
         return config
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", other)
-    with pytest.raises(DataError, match="num_kv_heads=2, transformers takes it to be 1"):
+    with pytest.raises(DataError, match="num_kv_heads=2, transformers reads it as 1"):
         load_model(ModelOptions(source=str(folder)))
 
 

@@ -224,8 +224,8 @@ def test_the_page_of_a_banded_profile_draws_each_band() -> None:
     few, some, eight = (
         columns[name]
         for name in (
-            "layer 1 values: b10000000, 0.125 bits in the mean",
-            "layer 0 keys: b65443322, 3.625 bits in the mean",
+            "layer 1 values: b10000000, 0.125 bits on average",
+            "layer 0 keys: b65443322, 3.625 bits on average",
             "layer 1 keys: 8-g64-asym",
         )
     )

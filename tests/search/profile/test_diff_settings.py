@@ -70,7 +70,7 @@ def test_no_file_means_defaults(tmp_path: Path) -> None:
         ("max-bytes-per-token = true", "give a number"),
         ("max-loss-increase = nan", "not negative"),
         ("max-loss-increase = inf", "not negative"),
-        ('memory = "lots"', "no size"),
+        ('memory = "lots"', "not a size"),
         ("severity = 3", "severity is a table"),
         ('severity = { quality-regresed = "info" }', "did you mean quality-regressed"),
         ('severity = { quality-regressed = "fatal" }', "use one of error, warning, info, ignore"),
@@ -79,8 +79,8 @@ def test_no_file_means_defaults(tmp_path: Path) -> None:
         ('ignore = ["incomparable-layout"]', "cannot be changed"),
         ('ignore = ["0123456789ABCDEF"]', "no rule"),
         ("ignore = [3]", "as strings"),
-        ("x = ", "no valid TOML"),
-        ("x = " + "[" * 5000, "no valid TOML"),
+        ("x = ", "not valid TOML"),
+        ("x = " + "[" * 5000, "not valid TOML"),
     ],
 )
 def test_what_means_nothing_is_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -92,7 +92,7 @@ def test_what_means_nothing_is_refused(tmp_path: Path, line: str, message: str) 
 @pytest.mark.parametrize("text", ["tool = 3", "[tool]\nkvtuner-search = 3", "[tool.kvtuner-search]\ndiff = 3"])
 def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     configure(tmp_path, text)
-    with pytest.raises(UsageError, match="is no table"):
+    with pytest.raises(UsageError, match="is not a table"):
         load_settings(None, tmp_path)
 
 
@@ -148,7 +148,7 @@ def test_sizes(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1GiB", "1gb", "GiB", "1e9", "nan", "0.1", "٣GiB", "9" * 40])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 

@@ -141,8 +141,8 @@ def test_folder_and_file_are_alike_and_name_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": None}, "num_hidden_layers=None is no positive integer"),
-        ({"num_attention_heads": True}, "num_attention_heads=True is no positive integer"),
+        ({"num_hidden_layers": None}, "num_hidden_layers=None is not a positive integer"),
+        ({"num_attention_heads": True}, "num_attention_heads=True is not a positive integer"),
         ({"architectures": [], "model_type": "unheard-of"}, "names no class"),
         ({"num_attention_heads": 30}, "does not split"),
         ({"num_key_value_heads": "8"}, "num_kv_heads"),

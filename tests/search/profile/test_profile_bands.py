@@ -107,7 +107,7 @@ def test_a_front_of_banded_settings_reads_back(tmp_path: Path) -> None:
     made = fitted(LAYERS, pareto=front(("b44333222/b33222110", 0.1), (BANDED, 0.01)))
     save(made, tmp_path / "a.json")
     assert load(tmp_path / "a.json").pareto[1].layers == [BANDED] * 4
-    with pytest.raises(ProfileError, match="is no tensor spec"):
+    with pytest.raises(ProfileError, match="is not a tensor spec"):
         fitted(LAYERS, pareto=[{**front((BANDED, 0.1))[0], "layers": ["b6544332/16"] * 4}])
 
 

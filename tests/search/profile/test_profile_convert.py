@@ -309,7 +309,7 @@ def test_nearest_group() -> None:
 FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 FP8_LOST = [
     "one scale for a whole tensor becomes a scale for each token and head",
-    "fixed scales are not kept; here they follow from each token",
+    "fixed scales are not kept; here each token's scale is computed from the token",
     "8-bit floating-point codes become integer codes",
 ]
 
@@ -396,9 +396,9 @@ def test_hf_quant_config_says_what_the_cache_is(algorithm: str | None, spec: str
     ("fields", "message"),
     [
         ({}, "says nothing of the KV cache: it has no kv_cache_quant_algo"),
-        ({"kv_cache_quant_algo": "FP3"}, "kv_cache_quant_algo='FP3' is none of FP8, INT8, NVFP4"),
-        ({"kv_cache_quant_algo": ["FP8"]}, "is none of"),
-        ({"kv_cache_quant_algo": "x" * 5000}, "kv_cache_quant_algo='x{40,60}… is none of"),
+        ({"kv_cache_quant_algo": "FP3"}, "kv_cache_quant_algo='FP3' is not one of FP8, INT8, NVFP4"),
+        ({"kv_cache_quant_algo": ["FP8"]}, "is not one of"),
+        ({"kv_cache_quant_algo": "x" * 5000}, "kv_cache_quant_algo='x{40,60}… is not one of"),
     ],
 )
 def test_what_hf_quant_config_does_not_say_is_refused(fields: dict[str, Any], message: str) -> None:

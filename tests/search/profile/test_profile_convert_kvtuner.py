@@ -135,16 +135,16 @@ def test_what_a_preset_cannot_say_is_listed() -> None:
     ("text", "message"),
     [
         (b"a: &x [1]\nb: *x\n", "aliases"),
-        (b"a: 1\na: 2\n", "stands twice"),
-        (b"0: {a: 1, a: 2}\n", "stands twice"),
+        (b"a: 1\na: 2\n", "given twice"),
+        (b"0: {a: 1, a: 2}\n", "given twice"),
         (b"a: " + b"[" * 200 + b"]" * 200, "nests deeper"),
-        (b"a: [", "no valid YAML"),
-        (b"\xff\xff", "no valid YAML"),
-        (b"a: !!python/object/apply:os.system [x]\n", "no valid YAML"),
-        (b"a: " + b"9" * 5000, "no valid YAML"),
-        (b"a: 2020-99-99\n", "no valid YAML"),
-        (b"? [1]\n: 2\n", "no valid YAML"),
-        (b'{"a": 1, "a": 2}', "stands twice"),
+        (b"a: [", "not valid YAML"),
+        (b"\xff\xff", "not valid YAML"),
+        (b"a: !!python/object/apply:os.system [x]\n", "not valid YAML"),
+        (b"a: " + b"9" * 5000, "not valid YAML"),
+        (b"a: 2020-99-99\n", "not valid YAML"),
+        (b"? [1]\n: 2\n", "not valid YAML"),
+        (b'{"a": 1, "a": 2}', "given twice"),
     ],
 )
 def test_doubtful_yaml_is_refused(text: bytes, message: str) -> None:
@@ -189,7 +189,7 @@ def test_heads_may_be_numbered_by_text() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": 1}, "the preset has 'x' where a number is expected: it is no preset of KVTuner"),
+        ({"x": 1}, "the preset has 'x' where a number is expected: it is not a preset of KVTuner"),
         ({"01": 1}, "has '01' where a number"),
         ({" 1": 1}, "has ' 1' where a number"),
         ({"-1": 1}, "has '-1' where a number"),
@@ -212,7 +212,7 @@ def test_what_numbers_no_layer_is_refused(change: dict[Any, Any], message: str) 
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"nbits_value": 4}, "layer 0 has no nbits_key: it is no preset"),
+        ({"nbits_value": 4}, "layer 0 has no nbits_key: it is not a preset"),
         ({"0": {}}, "layer 0 has no nbits_key, nor an entry for each of 2 KV heads"),
         ({"a": {}}, "layer 0 has 'a' where a number is expected"),
         ({}, "layer 0 has no nbits_key"),

@@ -85,7 +85,7 @@ def test_check_strict_refuses_a_stale_and_a_failed_block(tmp_path: Path, capsys:
     [
         (validated(), "pass"),
         (validated(failing=True), "fail"),
-        (profile(**STALE), f"stale: it is of a profile with digest {digest('another profile')[:19]}"),
+        (profile(**STALE), f"stale: it belongs to a profile with digest {digest('another profile')[:19]}"),
     ],
     ids=["pass", "fail", "stale"],
 )
@@ -120,6 +120,6 @@ def test_the_rows_say_what_was_measured() -> None:
     assert check_rows(block) == [("nll.recall", "0.02", "at most 0.01", "FAIL")]
     facts = dict(fact_rows(block))
     assert facts["flips"] == "recall: 1 lost, 1 gained of 100"
-    assert facts["greedy agreement"].endswith("1 of 3 prompts identical, first divergence in the median at token 30")
+    assert facts["greedy agreement"].endswith("1 of 3 prompts identical, median first divergence at token 30")
     assert facts["token capacity"] == "399,000 tokens against 100,000: 3.9900x, predicted 4.0000x"
     assert facts["offline"].startswith("NLL of the server minus offline +0.001 [-0.001, +0.003] on 20,000 tokens")

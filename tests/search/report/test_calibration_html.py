@@ -81,8 +81,8 @@ def test_heat_map_has_the_records_figures_and_marks_the_choice() -> None:
 def test_bars_of_bands_have_the_mean_bits() -> None:
     record = made.banded()
     drawn = drawing(render(record), "Bits of keys and values by layer")
-    assert "layer 0 keys: b65443322, 3.625 bits in the mean" in titles(drawn)
-    assert "layer 0 values: b44333222, 2.875 bits in the mean" in titles(drawn)
+    assert "layer 0 keys: b65443322, 3.625 bits on average" in titles(drawn)
+    assert "layer 0 values: b44333222, 2.875 bits on average" in titles(drawn)
     assert any(t.startswith("layer 1 values: 4-g64-asym-c-r-x0.95, 4.500 effective") for t in titles(drawn))
     written = [text.text for text in drawn.iter("text")]
     assert {"3.62", "2.88", "4.62"} <= set(written)
@@ -185,7 +185,7 @@ def test_front_shows_complete_trials_on_the_search_split_and_intervals_on_the_te
     said = titles(drawn)
     assert any(t.startswith("refined trial 3: ") and "KL 0.0231 nats" in t for t in said)
     assert not any("trial 2:" in t for t in said), "a trial that was stopped early has no loss on the whole split"
-    assert not any(t.startswith("tpe trial 4") for t in said), "a repeated proposal is no point of its own"
+    assert not any(t.startswith("tpe trial 4") for t in said), "a repeated proposal is not a point of its own"
     chosen = next(t for t in said if t.startswith("chosen for 4 bits"))
     low, high = (float(x) for x in re.search(r"\[(.*), (.*)\]", chosen).groups())  # type: ignore[union-attr]
     assert low < record["targets"][0]["chosen"]["loss"] < high

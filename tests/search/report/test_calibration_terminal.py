@@ -62,7 +62,7 @@ def test_bands_are_shown_by_their_rounded_mean() -> None:
     text = printed(made.banded())
     assert line_of(text, "keys", "bits").split() == ["keys", "bits", "4352"], "of 3.625, 2.875, 4.625 and 1.75"
     assert line_of(text, "values", "bits").split() == ["values", "bits", "3424"]
-    assert "F is 16 bits, of bands the rounded mean stands." in " ".join(text.split())
+    assert "F is 16 bits, bands are shown by their rounded mean." in " ".join(text.split())
     assert "rounded mean" not in printed(made.record())
 
 

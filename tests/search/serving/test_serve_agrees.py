@@ -21,7 +21,7 @@ command, small = serve.command, serve.small  # fixtures
 def test_a_host_that_is_none_is_refused(command: Run, small: tuple[Path, Path], arguments: list[str]) -> None:
     code, out, err = command("--profile", small[0], "--model-path", small[1], *arguments, "--dry-run")
     assert (code, out) == (2, "")
-    assert "is no address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface" in err
+    assert "is not an address: give 127.0.0.1 for this machine alone, 0.0.0.0 for every interface" in err
 
 
 @pytest.mark.parametrize("text", ['host: ""\n', "host:\n", "host: null\n", "host: true\n"])
@@ -82,15 +82,18 @@ def test_plan_and_server_agree_on_the_address(
         (["--port", "-1"], "--port -1"),
         (["--speculative-algorithm", "EAGLE"], "--speculative-algorithm EAGLE: with a profile only STANDALONE, NGRAM"),
         (["--speculative-algorithm", "NGRAM", "--device", "cpu"], "--speculative-algorithm NGRAM"),
-        (["--speculative-algorithm", "NGRAM", "--pp-size", "2"], "SGLang combines pipeline stages with no speculation"),
-        (["--dtype", "float32"], "--dtype float32: on a GPU, and where a side is stored raw"),
+        (
+            ["--speculative-algorithm", "NGRAM", "--pp-size", "2"],
+            "SGLang cannot combine pipeline stages with speculation",
+        ),
+        (["--dtype", "float32"], "--dtype float32: on a GPU, and if a side is stored raw"),
         (["--dtype", "float"], "--dtype float"),
         (["--enable-unified-memory"], "unified memory cannot be combined with a profile"),
         (["--enable-kv-cache-sharding"], "sharding of the cache by pages cannot"),
         (["--dcp-size", "2"], "decode context parallelism cannot"),
         (["--flexkv-config-file", "f"], "FlexKV cannot"),
         (["--config", "a.yaml", "--config", "a.yaml"], "--config is given twice"),
-        (["--config", "a.json"], "a.json is no YAML file by its name"),
+        (["--config", "a.json"], "a.json is not a YAML file by its name"),
     ],
 )
 def test_a_dry_run_refuses_what_the_server_refuses(
@@ -113,4 +116,4 @@ def test_what_the_server_takes_is_planned(command: Run, small: tuple[Path, Path]
     code, _, err = command(
         "--profile", raw, "--model-path", small[1], "--dtype", "float32", "--device", "cpu", "--dry-run"
     )
-    assert (code, "where a side is stored raw" in err) == (2, True)
+    assert (code, "if a side is stored raw" in err) == (2, True)

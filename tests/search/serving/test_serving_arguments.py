@@ -71,9 +71,9 @@ def test_the_cpu_engine_is_known_by_its_variable(monkeypatch: pytest.MonkeyPatch
         ([*M, "--page-size", "0"], "--page-size 0: give a positive number"),
         ([*M, "--mem-fraction-static", "1.5"], "give a fraction between 0 and 1"),
         ([*M, "--mem-fraction-static", "nan"], "give a fraction between 0 and 1"),
-        ([*M, "--max-total-tokens", "1.5"], "is no number of tokens"),
-        ([*M, "--max-total-tokens", "1.5Ki"], "is no number of tokens"),
-        ([*M, "--max-total-tokens", "1K"], "is no number of tokens"),
+        ([*M, "--max-total-tokens", "1.5"], "is not a number of tokens"),
+        ([*M, "--max-total-tokens", "1.5Ki"], "is not a number of tokens"),
+        ([*M, "--max-total-tokens", "1K"], "is not a number of tokens"),
         ([*M, "--nnodes", "2"], "needs --dist-init-addr"),
         ([*M, "--nnodes", "2", "--node-rank", "2", "--dist-init-addr", "h:1"], "--node-rank 2 with --nnodes 2: give 0 to 1"),
         ([*M, "--node-rank", "-1"], "--node-rank -1 with --nnodes 1: give 0 to 0"),
@@ -104,7 +104,7 @@ def test_a_file_of_options_comes_before_the_command_line(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is no valid YAML"),
+        ("a: [", "is not valid YAML"),
         ("- tp-size", "holds no mapping"),
         ("kvtuner-profile: p.json", "give kvtuner-search's own options on the command line"),
         ("enable_kvtuner_quant: true", "give kvtuner-search's own options on the command line"),

@@ -71,11 +71,11 @@ def test_a_group_of_the_whole_head() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--kvtuner-axis-key", "1"), "--kvtuner-axis-key 1 (a scale per channel) is not yet in serving"),
-        (("--kvtuner-axis-value", "1"), "--kvtuner-axis-value 1 (a scale per channel) is not yet in serving"),
-        (("--kvtuner-residual-length", "128"), "--kvtuner-residual-length 128 (newest tokens left unquantized) is not yet in"),
-        (("--kvtuner-q-group-size", "0"), "--kvtuner-q-group-size 0 is no group"),
-        (("--kvtuner-q-group-size", "-2"), "--kvtuner-q-group-size -2 is no group"),
+        (("--kvtuner-axis-key", "1"), "--kvtuner-axis-key 1 (a scale per channel) is not served yet"),
+        (("--kvtuner-axis-value", "1"), "--kvtuner-axis-value 1 (a scale per channel) is not served yet"),
+        (("--kvtuner-residual-length", "128"), "--kvtuner-residual-length 128 (newest tokens left unquantized) is not served yet"),
+        (("--kvtuner-q-group-size", "0"), "--kvtuner-q-group-size 0 is not a group size"),
+        (("--kvtuner-q-group-size", "-2"), "--kvtuner-q-group-size -2 is not a group size"),
         (("--kvtuner-q-group-size", "128"), "these flags cannot be stored: head_dim=64 does not split"),
         (("--kvtuner-q-group-size", "48"), "these flags cannot be stored: group_size=48"),
     ],

@@ -46,9 +46,9 @@ def test_asks_about_one_token(fake: Start) -> None:
 
 SCORED = Request(PROMPT, 2, logprob_start=0, output_logprobs=True)
 FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"status": 404}, r"answered 404: Not Found; the first node answers"),
+    ({"status": 404}, r"answered 404: Not Found; use the first node's address"),
     ({"status": 500, "body": b"boom"}, "answered 500: boom"),
-    ({"raw": b"<html>"}, "no JSON: <html>"),
+    ({"raw": b"<html>"}, "did not answer with JSON: <html>"),
     ({"raw": [1]}, "no meta_info"),
     ({"finish_reason": {"type": "abort", "message": "too long"}}, "not finished"),
     ({"finish_reason": None}, "not finished"),
@@ -59,9 +59,9 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"completion_tokens": 7}, r"2 tokens \(it says 7\)"),
     ({"input_token_logprobs": None}, "no input_token_logprobs of 10"),
     ({"input_token_logprobs": [[None, 5, None]]}, "1 input_token_logprobs of 10"),
-    ({"input_token_logprobs": [[None, 5, None]] + [[-1.0, 5, None]] * 9}, "of token 5, asked was 6"),
-    ({"output_token_logprobs": [[float("nan"), 1, None]] * 2, "output_ids": [1, 1]}, "no finite log-probability"),
-    ({"output_token_logprobs": [[None, 1, None]] * 2, "output_ids": [1, 1]}, "no finite log-probability"),
+    ({"input_token_logprobs": [[None, 5, None]] + [[-1.0, 5, None]] * 9}, "of token 5 instead of 6"),
+    ({"output_token_logprobs": [[float("nan"), 1, None]] * 2, "output_ids": [1, 1]}, "not a finite log-probability"),
+    ({"output_token_logprobs": [[None, 1, None]] * 2, "output_ids": [1, 1]}, "not a finite log-probability"),
 ]
 
 

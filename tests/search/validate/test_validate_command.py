@@ -274,7 +274,7 @@ def test_500_questions_of_gsm8k_are_paired_between_the_servers(fake: Start, tmp_
     assert "private" not in json.dumps(block), "a profile names no machine's folders"
     asked = [body["sampling_params"] for body in ours.asked if "\nQuestion:" in body["sampling_params"].get("stop", [])]
     assert asked == [{"temperature": 0, "max_new_tokens": 60, "stop": ["\nQuestion:"]}] * 500
-    assert not any("were cut at" in note for note in block["notes"])
+    assert not any("were cut off at" in note for note in block["notes"])
 
 
 def test_answers_that_were_cut_stand_in_the_notes(fake: Start, tmp_path: Path, gsm8k: Path) -> None:
@@ -283,7 +283,9 @@ def test_answers_that_were_cut_stand_in_the_notes(fake: Start, tmp_path: Path, g
     assert validate(PROFILE, tmp_path / "run", *servers, "--task", task, "--max-accuracy-drop", "none") == 0
     notes = block_of(tmp_path / "run")["notes"]
     for server in ("stock", "profile's"):
-        assert f"4 of 4 answers of the {server} server to gsm8k#items=4#shots=0#tokens=3 were cut at 3 tokens" in notes
+        assert (
+            f"4 of 4 answers of the {server} server to gsm8k#items=4#shots=0#tokens=3 were cut off at 3 tokens" in notes
+        )
 
 
 def test_the_stock_servers_answers_serve_other_profiles_too(

@@ -37,7 +37,7 @@ def test_servers_behind_a_key_are_asked_with_it_and_it_is_kept_nowhere(
     baseline, ours = fake(), profile_server(fake)
     baseline.RequestHandlerClass = ours.RequestHandlerClass = Keyed
     assert validate(PROFILE, tmp_path / "a", *at(baseline, ours)) == 5
-    assert "it wants a key: --api-key, or KVTUNER_API_KEY" in capsys.readouterr().err
+    assert "it requires an API key: --api-key, or KVTUNER_API_KEY" in capsys.readouterr().err
     more = ["--api-key", key] if way == "option" else []
     if way == "variable":
         monkeypatch.setenv("KVTUNER_API_KEY", key)

@@ -267,7 +267,7 @@ def test_an_effect_that_is_lost_in_rounding_is_not_asked_for() -> None:
     explained = with_effect(1.0, 10.0)
     assert explained.effect() is None
     assert "offline.effect" not in checks(Limits(), explained=explained)
-    assert "was not asked to show it" in notes_on_rounding(explained)[1]
+    assert "was not tested for it" in notes_on_rounding(explained)[1]
 
 
 def test_capacity_is_judged_against_the_prediction_and_must_be_measured() -> None:

@@ -46,7 +46,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_written_over(tmp_path: Path
 
 def test_a_run_is_neither_overwritten_nor_resumed_unasked(tmp_path: Path) -> None:
     open_folder(tmp_path / "run").journal("profile").answer("nll/0", [0])
-    with pytest.raises(UsageError, match="go on with --resume, delete it with --overwrite"):
+    with pytest.raises(UsageError, match="continue with --resume, delete it with --overwrite"):
         open_folder(tmp_path / "run")
     assert open_folder(tmp_path / "run", overwrite=True).journal("profile").done == {}
 

@@ -89,8 +89,8 @@ def test_reading_is_part_of_what_was_asked(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "error", "reason"),
     [
-        ("#shots=4", DataError, "train.jsonl: has not 4 rows"),
-        ("#items=5#shots=0", DataError, "test.jsonl: has not 5 rows"),
+        ("#shots=4", DataError, "train.jsonl: has fewer than 4 rows"),
+        ("#items=5#shots=0", DataError, "test.jsonl: has fewer than 5 rows"),
         ("#shots=x", UsageError, "'shots=x' is unknown: use #shots=N, #items=N, #tokens=N, #chat"),
         ("#answer=first", UsageError, "'answer=first' is unknown"),
         ("#tokens=0", UsageError, "leaves no room for an answer"),
@@ -151,5 +151,5 @@ def test_options_are_read() -> None:
 def test_answers_that_were_cut_are_counted() -> None:
     prompts = [TaskPrompt("gsm8k", (1,), "7", 3, reading="marked")] * 3 + [TaskPrompt("recall", (1,), "7", 1)]
     assert cut_short("stock", prompts, [(1, 2, 3), (1, 2), (4, 5, 6), (1,)]) == [
-        "2 of 3 answers of the stock server to gsm8k were cut at 3 tokens"
+        "2 of 3 answers of the stock server to gsm8k were cut off at 3 tokens"
     ]

@@ -124,7 +124,7 @@ def test_the_reason_is_the_last_line_that_looks_like_an_error(tmp_path: Path) ->
     log.write_text("one\ntwo\n")
     assert failure_line(log) == "two"
     log.write_text("")
-    assert failure_line(log) == "it said nothing"
+    assert failure_line(log) == "it printed nothing"
 
 
 def test_the_log_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,6 @@ def test_text_that_was_searched_on_is_noted() -> None:
     data = [{"name": "text", "split": "search", "samples": 1, "tokens": 9, "digest": "sha256:" + "0" * 64}]
     prompts = make()
     assert notes_on_data(profile(provenance__data=data), prompts.split) == [
-        "the profile was calibrated on text too, so its windows are not surely held out"
+        "the profile was calibrated on text too, so its windows may not be held out"
     ]
     assert notes_on_data(profile(), prompts.split) == []

@@ -50,7 +50,7 @@ def test_every_arrangement_that_stores_all_agrees(tp: int, pp: int) -> None:
         (lambda r: replace(r, tokens=49), "tokens=50, rank 3 has 49"),
         (lambda r: replace(r, pool_bytes=1), "ranks 2 and 3 hold layers 3 to 5 in 30600 and 1 bytes"),
         (lambda r: replace(r, layers=(2, LAYERS)), "another stage holds layer 2 too"),
-        (lambda r: replace(r, heads=(0, 2)), "layer 3 is not stored whole"),
+        (lambda r: replace(r, heads=(0, 2)), "layer 3 is not stored completely"),
     ],
 )
 def test_a_rank_that_differs_stops_all(change: Callable[[RankReport], RankReport], text: str) -> None:
@@ -60,7 +60,7 @@ def test_a_rank_that_differs_stops_all(change: Callable[[RankReport], RankReport
 
 
 def test_a_missing_stage_is_noticed() -> None:
-    with pytest.raises(ServingError, match="layer 3 is not stored whole by the 2 ranks"):
+    with pytest.raises(ServingError, match="layer 3 is not stored completely by the 2 ranks"):
         check(world(2, 2)[:2], LAYERS, HEADS)
 
 
@@ -79,5 +79,5 @@ def test_reports_are_exchanged_and_a_silent_rank_is_named() -> None:
     assert found == dict.fromkeys(range(len(reports)), reports)
     silent = HashStore()
     silent.set("kvtuner/2", "{}")
-    with pytest.raises(ServingError, match=r"rank 1, 3 of 4 did not say what it serves within 0\.2 s"):
+    with pytest.raises(ServingError, match=r"rank 1, 3 of 4 did not report what it serves within 0\.2 s"):
         exchange(reports[0], 4, silent, timeout=0.2)

@@ -165,12 +165,12 @@ def test_tokens_of_which_nobody_says_where_they_are_are_not_stored_in_a_basis() 
     for layer in BANDED:
         one, before = SimpleNamespace(layer_id=layer), pool.storage(layer).rows.clone()
         with pytest.raises(
-            RuntimeError, match="nothing says where the 7 tokens are in their sequences: layers in a fitted basis"
+            RuntimeError, match="the positions of 7 tokens in their sequences are unknown: layers in a fitted basis"
         ):
             pool.set_kv_buffer(one, SLOTS, key, value)
         with pool.storing(POSITIONS[:6]), pytest.raises(RuntimeError, match="there are 6 positions for 7 tokens"):
             pool.set_kv_buffer(one, SLOTS, key, value)
-        with pytest.raises(RuntimeError, match="nothing says"):  # what was said before is over
+        with pytest.raises(RuntimeError, match="are unknown"):  # what was said before is over
             pool.set_kv_buffer(one, SLOTS, key, value)
         assert torch.equal(pool.storage(layer).rows, before)
     pool.set_kv_buffer(SimpleNamespace(layer_id=0), SLOTS, key, value)  # positions are nothing to other layers

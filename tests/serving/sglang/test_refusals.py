@@ -105,7 +105,7 @@ def test_another_sglang_is_refused_when_asked_and_left_alone_otherwise(mixed_pro
         command("--kvtuner-profile", str(mixed_profile)), env=variables, capture_output=True, text=True, timeout=240
     )
     assert asked.returncode == USAGE
-    assert "kvtuner-search: SGLang 0.9.9 is installed, a profile can be served with 0.5.14, 0.5.23" in asked.stderr
+    assert "kvtuner-search: SGLang 0.9.9 is installed, but a profile needs 0.5.14 or 0.5.23" in asked.stderr
     silent = subprocess.run(
         [sys.executable, "-c", "from sglang.srt.plugins import load_plugins; load_plugins()"], env=variables,
         capture_output=True, text=True, timeout=240,
