@@ -75,7 +75,9 @@ def test_the_bench_commands_agree_on_what_a_run_ends_with() -> None:
 
 def example_lines(text: str) -> Iterator[list[str]]:
     """The words after ``kvtuner-search`` in each command of a document's code blocks."""
-    for block in re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language not in ("", "sh", "bash", "console"):
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             found = re.search(r"\bkvtuner-search ([a-z].*)", line)
             if found is not None:
@@ -109,9 +111,9 @@ STATED = [
         f"the grid spans {min(min(c) for c in candidates._CLIPS.values()):g} to {max(max(c) for c in candidates._CLIPS.values()):.1f} of",
     ),
     ("calibration.md", f"Classes are {candidates.GRAIN} bits apart"),
-    ("calibration.md", f"({', '.join(f'`b{total}`' for total in MEASURED)})"),
+    ("calibration.md", f"({', '.join(f'`{candidates.StorageClass(0, total=total)}`' for total in MEASURED)})"),
     ("calibration.md", "the three of least loss" if space.KEPT == 3 else "another number"),
-    ("calibration.md", "Every third proposal is Optuna's" if study.SAMPLER_EVERY == 3 else "another share"),
+    ("calibration.md", "Every third proposal is the sampler's" if study.SAMPLER_EVERY == 3 else "another share"),
     ("calibration.md", f"{100 * statistics.CONFIDENCE:g} % intervals"),
     ("data.md", "the default is `{}`, `{}`, `{}` and `{}`".format(*DEFAULT_SOURCES)),
 ]
