@@ -47,7 +47,7 @@ def loads(data: bytes, source: str) -> Record:
     content = parse_json(data, source, "benchmark record")  # pydantic's own parser lets the last of two equal keys win
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(
-            f'{source} has no "format": "{FORMAT}": it is no benchmark record; `kvtuner-search bench` writes them,'
+            f'{source} has no "format": "{FORMAT}": it is not a benchmark record; `kvtuner-search bench` writes them,'
             " and a report to compare with goes after --claims"
         )
     version = content.get("version")

@@ -28,7 +28,7 @@ STOPPED: Final = (
     60.0  # seconds to wait for a worker that was stopped while writing, and so still has the file's own lock
 )
 CHECK: Final = "check"  # field of a line
-LOST: Final = "put it back as it was and go on with --resume, or start again"
+LOST: Final = "put it back as it was and continue with --resume, or start again"
 DAMAGED: Final = "name another file, restore this one from a copy, or delete it and start again"
 
 
@@ -100,7 +100,7 @@ class CheckedJournal(BaseJournalBackend):
         among them. So the file itself is locked as well, which the kernel undoes only when the worker ends.
         """
         if self.lock_file.is_symlink():
-            raise DataError(f"{self.lock_file} is a link, which no run makes: delete it, and go on with --resume")
+            raise DataError(f"{self.lock_file} is a link, which no run makes: delete it, and continue with --resume")
         self.lock.acquire()  # waits for a writer, and LOCK_GRACE at most for a dead one
         try:
             # Unbuffered: bytes that could not be written must not come after all when the file is closed.
@@ -121,7 +121,7 @@ class CheckedJournal(BaseJournalBackend):
                 if time.monotonic() > deadline:
                     raise DataError(
                         f"the study {self.path} is locked: a worker was stopped while it wrote, or another program has it:"
-                        " let that go on or end it, then go on with --resume"
+                        " let that go on or end it, then continue with --resume"
                     ) from error
                 time.sleep(0.05)
             except OSError as error:

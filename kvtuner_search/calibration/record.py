@@ -350,9 +350,10 @@ def read(path: Path) -> CalibrationRecord:
     Raises:
         DataError: if the file is missing, too large, no JSON, no calibration's record, of a newer version, or contradicts itself.
 
-    Example:
-        >>> from kvtuner_search.report.calibration_html import render
-        >>> page = render(read(Path("kvtuner-output/record.json")))
+    Example::
+
+        from kvtuner_search.report.calibration_html import render
+        page = render(read(Path("kvtuner-output/record.json")))
     """
     data = read_limited(path, "a calibration's record", MAX_BYTES)
     content = parse_json(data, str(path), "calibration's record")

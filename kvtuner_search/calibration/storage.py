@@ -27,7 +27,7 @@ from kvtuner_search.files import FULL, make_room, unusual
 PACKAGES: Final = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary", "pymysql": "PyMySQL"}
 TABLES: Final = frozenset({"studies", "trials", "version_info"})  # some of those that Optuna makes
 TRIES: Final = 4  # at opening a database in which another worker makes the tables at this moment
-WHAT_IS_KEPT: Final = "what was finished is kept: go on with --resume"
+WHAT_IS_KEPT: Final = "finished work is kept: continue with --resume"
 # What databases say of a file, tables or rows that somebody damaged, emptied or took away.
 DAMAGE: Final = ("no such table", "malformed", "not a database", "no such column")
 

@@ -91,7 +91,7 @@ def _run(arguments: list[str]) -> int:
         return _fail(f"cannot write standard output: {error}: make room, or write to another place", ExitCode.USAGE)
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _fail(
-            "interrupted: what was finished is kept; calibrate, validate and bench continue with --resume",
+            "interrupted: finished work is kept; calibrate, validate and bench continue with --resume",
             ExitCode.INTERRUPTED,
         )
     except click.ClickException as error:

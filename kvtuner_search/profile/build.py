@@ -39,9 +39,12 @@ def build(
         ProfileError: if the parts do not make a profile.
 
     Example:
+        >>> from kvtuner_search.profile.canonical import load
+        >>> model = load(Path("profiles/reference/reference-4.00bit.json")).model
         >>> provenance = Provenance(origin="uniform", tool="example")
         >>> profile = build("k8v4", [LayerSpec.parse("8-g64-asym/4-g64-asym")] * model.num_layers, model, provenance)
-        >>> write(profile, Path("profiles"))  # profiles/k8v4.json
+        >>> write(profile, Path("."))
+        PosixPath('k8v4.json')
     """
     content = {
         "name": name,

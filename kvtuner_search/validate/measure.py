@@ -167,7 +167,7 @@ async def _attempts(plan: MeasurementPlan, journal: AnswerJournal, name: str, jo
             plan.alive()
             if attempt == ATTEMPTS or isinstance(error, DrippingError):
                 times = "failed" if attempt == 1 else f"failed {attempt} times, at last"
-                raise ServerError(f"request {name} {times}: {error}; go on with --resume") from error
+                raise ServerError(f"request {name} {times}: {error}; continue with --resume") from error
             await asyncio.sleep(_PAUSE * attempt)
     raise AssertionError("unreachable")
 

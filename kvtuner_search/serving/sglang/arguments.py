@@ -195,7 +195,7 @@ def _config_file(arguments: Sequence[str]) -> list[str]:
     try:
         content = yaml.safe_load(read_limited(path, "a YAML file of SGLang's options", _MAX_CONFIG)) or {}
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no valid YAML: {first_line(error)}") from error
+        raise UsageError(f"{path} is not valid YAML: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no mapping of options: write for example 'tp-size: 2'")
     found: list[str] = []

@@ -151,7 +151,7 @@ def _uniform(arguments: argparse.Namespace, model: ModelInfo) -> Profile:
     group = 64 if arguments.kvtuner_q_group_size is None else arguments.kvtuner_q_group_size
     if group == 0 or group < -1:
         raise UsageError(
-            f"--kvtuner-q-group-size {group} is no group: use {', '.join(map(str, GROUP_SIZES))}, or -1 for all of a head"
+            f"--kvtuner-q-group-size {group} is not a group size: use {', '.join(map(str, GROUP_SIZES))}, or -1 for all of a head"
         )
     symmetric = not arguments.kvtuner_asym
     key, value = (

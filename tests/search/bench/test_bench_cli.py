@@ -89,7 +89,7 @@ def test_a_failed_check_is_exit_code_1_without_speed(server: Fake, tmp_path: Pat
         (("--resume", "--overwrite"), 2, "exclude each other"),
         (("--profile", "/nowhere.json"), 3, "nowhere.json"),
         (("--model-path", "/nowhere"), 3, "does not exist"),
-        (("--", "--tp", "2"), 2, "options after -- are for a server that is started"),
+        (("--", "--tp", "2"), 2, "options after -- are for a server that bench starts"),
         (("--section", "long", "--cross-check"), 2, "--cross-check needs a throughput cell"),
     ],
 )

@@ -178,7 +178,7 @@ def test_p99_needs_a_hundred_requests() -> None:
 REFUSALS: dict[str, tuple[Callable[[Record], Record], str]] = {
     "model": (lambda r: altered(r, "model", name="Other"), r"B Other, 28 layers \(name Qwen2.5-7B and Other\)"),
     "layers": (lambda r: altered(r, "model", layers=32), "layers 28 and 32"),
-    "preset": (lambda r: r.model_copy(update={"preset": "quick"}), "A is of preset legacy and B of quick"),
+    "preset": (lambda r: r.model_copy(update={"preset": "quick"}), "A used preset legacy and B quick"),
     "red": (lambda r: made.record(small=True, correct=False), r"B failed its correctness check \(profile\)"),
     "impossible": (
         lambda r: r.model_copy(
@@ -254,4 +254,4 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "does not exist: give the path of a benchmark record" in capsys.readouterr().err
     assert run(["bench", "compare", path]) == 2
     assert run(["bench", "compare", path, path, "--claims", path]) == 3
-    assert "it is no test report of this form" in capsys.readouterr().err
+    assert "it is not a test report of this form" in capsys.readouterr().err

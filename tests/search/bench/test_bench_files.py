@@ -52,14 +52,14 @@ def damaged() -> dict[str, tuple[bytes, str]]:
     newer = body | {"version": 2, "unheard-of": {}}
     unknown = body | {"unheard-of": {}}
     return {
-        "empty": (b"", "is no valid JSON"),
-        "binary": (b"\xff\xfe", "it is no benchmark record, or is damaged"),
-        "cut": (good[:-100].encode(), "is no valid JSON"),
-        "twice": (good.replace('"version": 1', '"version": 1, "version": 1').encode(), "stands twice"),
-        "nan": (good.replace('"mean": ', '"mean": NaN, "was": ', 1).encode(), "NaN is no JSON number"),
-        "deep": (b"[" * 100, "it is no benchmark record"),
-        "profile": (b'{"schema_version": 1}', "it is no benchmark record; .*goes after --claims"),
-        "list": (b"[]", "it is no benchmark record"),
+        "empty": (b"", "is not valid JSON"),
+        "binary": (b"\xff\xfe", "it is not a benchmark record, or is damaged"),
+        "cut": (good[:-100].encode(), "is not valid JSON"),
+        "twice": (good.replace('"version": 1', '"version": 1, "version": 1').encode(), "is given twice"),
+        "nan": (good.replace('"mean": ', '"mean": NaN, "was": ', 1).encode(), "NaN is not a JSON number"),
+        "deep": (b"[" * 100, "it is not a benchmark record"),
+        "profile": (b'{"schema_version": 1}', "it is not a benchmark record; .*goes after --claims"),
+        "list": (b"[]", "it is not a benchmark record"),
         "version": (json.dumps(older).encode(), "says version '1', not a number"),
         "newer": (json.dumps(newer).encode(), "has version 2 .* reads up to 1"),
         "unknown field": (json.dumps(unknown).encode(), "unheard-of: Extra inputs"),

@@ -205,7 +205,7 @@ def test_every_cell_of_the_claimed_long_grid_is_impossible_twice(impossible: lis
         latency, rate = (violation for violation in impossible if violation.where == where)
         assert latency.figure == f"latency {row['latency_ms']:g} ms"
         assert rate.figure == f"{row['tok_per_s']:,} tokens/s"
-        assert f"it is the {row['output']} tokens that were asked for over {row['latency_ms']:g} ms" in rate.reason
+        assert f"it is the {row['output']} requested tokens over {row['latency_ms']:g} ms" in rate.reason
     [best] = [violation for violation in impossible if violation.figure == "231,321 tokens/s"]
     assert (
         "at most 152 tokens/s are possible (500 tokens take 3,281 ms or more); this is 1,518 times as many"

@@ -52,7 +52,7 @@ def test_the_issues_example() -> None:
         ("success=0.9,success=0.99", "given twice"),
         ("gpu.ttft_p99=1", "there is no table 'gpu': choose from ttft, throughput"),
         (".ttft_p99=1", "there is no table ''"),
-        ("throughput.memory=0.9", "is of the whole run: leave throughput. out"),
+        ("throughput.memory=0.9", "applies to the whole run: leave throughput. out"),
     ],
 )
 def test_what_is_refused(text: str, message: str) -> None:

@@ -224,7 +224,9 @@ def test_an_output_folder_that_is_deleted_in_the_middle(
         return
     assert code == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "it was deleted or moved while this run was at work: put it back as it was and go on with --resume" in line
+    assert (
+        "it was deleted or moved while this run was at work: put it back as it was and continue with --resume" in line
+    )
     assert not output.exists()
     monkeypatch.undo()
     (tmp_path / "elsewhere").rename(output)

@@ -77,7 +77,7 @@ def _nameless(content: dict[str, Any]) -> None:
     [
         (_later, "has version 2 of the record's schema, this kvtuner-search reads up to 1: install"),
         (_unknown, "targets.0.chosen.new: Extra inputs are not permitted"),
-        (_spec, "'3-g64' is no tensor spec"),
+        (_spec, "'3-g64' is not a tensor spec"),
         (_layers, "sensitivity of 3 layers, the model has 4"),
         (_short, "trial 0 has 3 layers, the model has 4"),
         (_nameless, "has no record_version: it is no calibration's record"),

@@ -144,7 +144,7 @@ def test_a_limit_on_files_loses_nothing(name: str, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, limits[1]))  # half a line fits
     try:
-        with pytest.raises(DataError, match="what was finished is kept: go on with --resume") as raised:
+        with pytest.raises(DataError, match="finished work is kept: continue with --resume") as raised:
             me.publish({"centres": ["x" * 99_999]})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -211,7 +211,7 @@ def test_a_writer_that_is_stopped_is_waited_for_and_then_named(tmp_path: Path, m
     me = join(path)
     with path.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match=r"locked: a worker was stopped.*go on with --resume"):
+        with pytest.raises(DataError, match=r"locked: a worker was stopped.*continue with --resume"):
             run(me, 1)
     run(me, 1)
     assert len(me.finished()) == 1
@@ -244,7 +244,7 @@ def test_a_foreign_exclusive_lock_in_the_middle_loses_nothing(tmp_path: Path) ->
     )
     assert holder.stdout is not None
     holder.stdout.readline()
-    with pytest.raises(DataError, match=r"database is locked: another program keeps it locked; .*go on with --resume"):
+    with pytest.raises(DataError, match=r"database is locked: another program has locked it; .*continue with --resume"):
         run(me, 2)
     holder.communicate("")
     me.close()

@@ -64,7 +64,7 @@ def test_every_fault_ends_the_command(
     assert validate(PROFILE, tmp_path / "run", *servers, "--timeout", WAIT.get(fault, "20")) == 5
     error = capsys.readouterr().err
     assert re.fullmatch(
-        rf"kvtuner-search: request \S+ failed.*: {server.url}/generate .*; go on with --resume\n", error
+        rf"kvtuner-search: request \S+ failed.*: {server.url}/generate .*; continue with --resume\n", error
     )
     assert len(error) < 700
     server.RequestHandlerClass = Handler
@@ -103,13 +103,13 @@ def test_no_figure_is_made_of_what_is_no_log_probability(
     server = profile_server(fake, as_stored=method == "as-stored")
 
     class Odd(Handler):
-        def answer(self, status: int, content: Any) -> None:
+        def reply(self, status: int, content: Any) -> None:
             if isinstance(content, dict) and "meta_info" in content:
                 meta = content["meta_info"]
                 for rows in (meta.get("input_token_logprobs"), *meta.get("output_token_ids_logprobs", [])):
                     if rows:
                         rows[-1][0] = value
-            super().answer(status, content)
+            super().reply(status, content)
 
     server.RequestHandlerClass = Odd
     assert validate(PROFILE, tmp_path / "run", *at(fake(), server)) == 5
@@ -123,10 +123,10 @@ def test_no_figure_is_made_of_what_is_no_log_probability(
         ({"output_ids": [1, 2]}, "the answer is short"),
         ({"output_ids": [8192]}, "the vocabulary ends at 8191"),
         ({"output_ids": [-1]}, "answered token -1"),
-        ({"output_ids": [NAN]}, "these are no token ids"),
+        ({"output_ids": [NAN]}, "these are not token ids"),
         ({"prompt_tokens": 1}, "the prompt was cut"),
         ({"completion_tokens": 2}, "the answer is short"),
-        ({"cached_tokens": HUGE}, "from its prefix cache: that cannot be"),
+        ({"cached_tokens": HUGE}, "from its prefix cache"),
         ({"input_token_logprobs": []}, "log-probabilities are missing"),
         ({"meta_info": []}, "no meta_info"),
         ({"finish_reason": {"type": "abort", "message": "\x1b[2J\n::error::x"}}, "the request was not finished"),

@@ -184,7 +184,7 @@ def test_servers_are_taken_for_what_they_say(fake: Start, tmp_path: Path, capsys
 def test_a_profile_of_another_model_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     qwen = ROOT / "profiles" / "qwen2.5-7b" / "qwen2.5-7b-kv4.json"
     assert validate(qwen, tmp_path / "run", "--server-python", "no-such-python") == 4
-    assert "for another model" in capsys.readouterr().err
+    assert "belongs to another model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
