@@ -17,7 +17,12 @@ from kvtuner_search.validate import measure
 from tests.search.validate.test_validate_command import PROFILE, at, profile_server, validate
 
 Start = Callable[..., Fake]
-WAIT = {"silent": "1", "drip": "1", "drip-head": "1", "drip-chunks": "1"}  # seconds; other faults show at once
+WAIT = {
+    "silent": "3",
+    "drip": "3",
+    "drip-head": "3",
+    "drip-chunks": "3",
+}  # seconds, enough for all other answers on busy cores; other faults show at once
 
 
 @pytest.fixture
