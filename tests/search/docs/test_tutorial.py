@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from kvtuner_search.profile.canonical import load
-from tests.tutorial import blocks, needs_server, run, workplace
+from tests.tutorial import ROOT, blocks, needs_server, run, workplace
 
 LITTLE = {
     "KVTUNER_CALIBRATE_SOURCES": "list",
@@ -16,6 +17,13 @@ LITTLE = {
     "KVTUNER_CALIBRATE_BITS": "4,16",
     "KVTUNER_EVALUATE_SAMPLES": "2",
 }
+
+
+def fixed_words(summary: str) -> list[str]:
+    """The sentences that every calibration of the reference model prints, without figures and without the findings ("- ...")."""
+    text = re.sub(r"^- .*?\n\n", "", summary, flags=re.MULTILINE | re.DOTALL)
+    parts = re.split(r"[.:;\d]", " ".join(text.split()))
+    return [words for part in parts if len(words := part.strip()) >= 40 and "[" not in words]
 
 
 def test_the_tutorial_runs_as_it_stands(tmp_path: Path, tiny_model: Path) -> None:
@@ -32,6 +40,10 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path, tiny_model: Path) -> Non
     assert "--kvtuner-profile" in done.stdout, "the plan of the server"
     for bits in ("5.00", "6.00"):
         assert load(folder / f"my-output/my-model-{bits}bit.json").model.id == "my-model"
+    shown = " ".join((ROOT / "docs/tutorial.md").read_text().split())
+    summary = done.stdout[done.stdout.index("Calibration of reference") : done.stdout.index("Profile and report:")]
+    assert len(fixed_words(summary)) > 4
+    assert [words for words in fixed_words(summary) if words not in shown] == [], "the demo's output is pasted anew"
     record = json.loads((folder / "my-output/record.json").read_text())
     assert record["options"]["trials"] == 2
 
