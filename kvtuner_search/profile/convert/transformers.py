@@ -26,7 +26,7 @@ from kvtuner_search.profile.convert.base import (
 from kvtuner_search.profile.schema import Profile
 
 _DEFAULTS: Final = {"nbits": 4, "axis_key": 0, "axis_value": 0, "q_group_size": 64, "residual_length": 128}
-_ALLOWED_BITS: Final = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
+_ALLOWED_BITS: Final = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}  # the first that has the bits is written
 _CHANNEL_AXIS: Final = {"quanto": 0, "hqq": 1}  # the axis whose groups are consecutive channels
 _OTHER_AXIS: Final = {"quanto": -1, "hqq": 0}
 _IGNORED: Final = ("compute_dtype", "device")  # of older versions; they say where and in what to compute
@@ -89,13 +89,23 @@ def _read_fields(content: dict[Any, Any], backend: str, source: Source) -> Impor
 
 
 def write(profile: Profile) -> Exported:
-    """A fragment of generation_config.json."""
+    """A fragment of generation_config.json.
+
+    Raises:
+        DataError: if no backend has the bits.
+    """
     spec = one_for_all(profile, lambda bits, group: TensorSpec(bits, group))
     layers = [LayerSpec(spec, spec)] * len(profile.layers)
     lost = changes(profile, layers)
     if spec.raw:
         return Exported(canonical_json({"cache_implementation": "dynamic"}), lost)
-    backend = "hqq" if spec.bits == 8 else "quanto"  # quanto has 2 and 4 bits only
+    backend = next((name for name, widths in _ALLOWED_BITS.items() if spec.bits in widths), None)
+    if backend is None:
+        known = ", ".join(map(str, sorted({width for widths in _ALLOWED_BITS.values() for width in widths})))
+        raise DataError(
+            f"{profile.name} needs {spec.bits} bits, which no backend of transformers' QuantizedCache has (only {known}):"
+            " export to another format"
+        )
     axis = _CHANNEL_AXIS[backend]
     config = {
         "backend": backend,

@@ -10,7 +10,7 @@ import pytest
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.errors import DataError
-from kvtuner_search.profile.convert import FORMATS
+from kvtuner_search.profile.convert import FORMATS, transformers
 from kvtuner_search.profile.convert.base import Imported, Source, nearest_group, parse
 from kvtuner_search.profile.schema import ModelInfo
 from tests.search.profile_factory import profile
@@ -119,6 +119,30 @@ def test_the_exported_configuration_is_one_that_transformers_takes() -> None:
         config = GenerationConfig(**content)
         config.validate()
         assert set(content.get("cache_config", {})) <= set(inspect.signature(QuantizedCache).parameters)
+
+
+def test_bits_that_no_backend_has_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a backend that has not got them, transformers would learn only when it generates."""
+    monkeypatch.setitem(transformers._ALLOWED_BITS, "quanto", (2,))  # as if the layout had got a width that it lacks
+    written = json.loads(FORMATS["transformers"].write(profile("4-g64-asym/2-g64-asym")).text)["cache_config"]
+    assert (written["backend"], written["nbits"], written["axis_key"]) == ("hqq", 4, 1)
+    monkeypatch.setitem(transformers._ALLOWED_BITS, "hqq", (1, 2, 3, 8))
+    with pytest.raises(
+        DataError, match=r"needs 4 bits, which no backend .+ has \(only 1, 2, 3, 8\): export to another"
+    ):
+        FORMATS["transformers"].write(profile("4-g64-asym/2-g64-asym"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_is_written_and_read_back(name: str) -> None:
+    """What a format cannot express is listed, and lost at once: what comes back comes back again."""
+    source = ["8-g64-sym/8-g64-sym", "4-g64-asym/4-g64-asym", "8-g64-sym/2-g32-asym", "8-g64-sym/16"]
+    for _ in range(3):
+        written = FORMATS[name].write(profile(source))
+        result = load(name, parse(written.text.encode(), "file"), scheme="pertoken" if name == "kvtuner" else None)
+        before, source = source, [str(layer) for layer in result.layers]
+        assert source == before or written.lost + result.lost
+    assert source == before
 
 
 def test_mixed_layers_become_the_widest_and_finest() -> None:
