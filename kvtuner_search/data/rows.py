@@ -43,7 +43,7 @@ def locate(location: str, fields: Collection[str]) -> Iterator[tuple[str, Row | 
     """
     if not location.startswith("hub:"):
         path = Path(location)
-        yield from _parquet(path, fields) if path.suffix.lower() == ".parquet" else _jsonl(path)
+        yield from READERS.get(path.suffix.lower(), _jsonl)(path, fields)
         return
     name, *rest = location.removeprefix("hub:").split(":")
     if not name or len(rest) > 2:
@@ -137,7 +137,7 @@ def _content(turn: Mapping[str, Any], where: str) -> str | None:
     return content
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
+def _jsonl(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row | None]]:
     # StringIO splits at newlines only; str.splitlines would also cut inside JSON strings (U+2028).
     for number, line in enumerate(io.StringIO(read_text(path)), start=1):
         if not line.strip():
@@ -191,6 +191,9 @@ def _parquet(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row | N
         raise DataError(f"{path}: cannot be read ({reason}): check that it is a parquet file") from error
     if number == 0:
         raise DataError(f"{path}: is empty: give a file with rows")
+
+
+READERS: Final = {".jsonl": _jsonl, ".parquet": _parquet}  # files of rows, by suffix
 
 
 def read_text(path: Path) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
-from kvtuner_search.data.rows import CHATS, Row, Skipped, check_characters, locate, read_text, text_of
+from kvtuner_search.data.rows import CHATS, READERS, Row, Skipped, check_characters, locate, read_text, text_of
 from kvtuner_search.data.tasks import DEFAULT_PAIRS, TASKS, Document, recall
 from kvtuner_search.data.topics import python_reference
 from kvtuner_search.errors import DataError, UsageError
@@ -40,6 +40,7 @@ HUB: Final = {
     "gsm8k": r"hub:openai/gsm8k:main:train#answer=answer#template=Question: {question}\nAnswer: {answer}",
     "wikitext": "hub:Salesforce/wikitext:wikitext-2-raw-v1:train#field=text",
 }
+PLAIN: Final = (".txt", ".md")  # suffixes of plain text
 _ROW_OPTIONS: Final = frozenset({"field", "answer", "exact", "template"})
 
 
@@ -144,17 +145,18 @@ def parse_source(spec: str, questions: int = 1) -> Source:
         return _rows(location, *_split(HUB[location]))
     path = Path(location)
     suffix = path.suffix.lower()
-    if suffix in (".txt", ".md"):
+    if suffix in PLAIN:
         _allow(spec, options, set())
         return Text(_shown(path.name), lambda: io.StringIO(read_text(path)), path=path)
-    if suffix in (".jsonl", ".parquet") or location.startswith("hub:"):
+    if suffix in READERS or location.startswith("hub:"):
         _allow(spec, options, _ROW_OPTIONS)
         folder = Path(location.removeprefix("hub:").partition(":")[0])
         here = path if not location.startswith("hub:") else folder if folder.is_dir() else None
         return _rows(_row_name(location), location, options, here)
     known = ", ".join((*TASKS, "text", *HUB))
+    *ends, last = (*PLAIN, *READERS)
     raise DataError(
-        f"unknown source {spec!r}: use one of {known}, hub:NAME, or a file that ends in .txt, .md, .jsonl or .parquet"
+        f"unknown source {spec!r}: use one of {known}, hub:NAME, or a file that ends in {', '.join(ends)} or {last}"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from kvtuner_search.data import Sample, Split, load_evaluation
 from kvtuner_search.data.load import Encoder
 from kvtuner_search.data.sources import Rows, Task, parse_source
-from kvtuner_search.data.tasks import Document, stream
+from kvtuner_search.data.tasks import TASKS, Document, stream
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.fields import DataInfo
 from kvtuner_search.profile.schema import Profile
@@ -162,7 +162,7 @@ def _task(spec: str, tokenizer: Any, count: int, seed: int) -> list[TaskPrompt]:
         documents = []
     if not documents:
         raise UsageError(
-            f"task {spec!r} has no short answer: name recall, arithmetic, list, {gsm8k.PREFIX}FOLDER or rows#exact=FIELD"
+            f"task {spec!r} has no short answer: name {', '.join(TASKS)}, {gsm8k.PREFIX}FOLDER or rows#exact=FIELD"
         )
     encoder = Encoder(tokenizer, 2**31)
     found = []

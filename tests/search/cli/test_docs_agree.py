@@ -9,10 +9,14 @@ from pathlib import Path
 import click
 import pytest
 
+from kvtuner_search import api
 from kvtuner_search.calibration import candidates, objective, options, pipeline, sensitivity, space, study
 from kvtuner_search.calibration.banded import MEASURED
 from kvtuner_search.cli.main import cli
-from kvtuner_search.data import DEFAULT_SOURCES
+from kvtuner_search.data import DEFAULT_SOURCES, sources
+from kvtuner_search.data.rows import READERS
+from kvtuner_search.data.sources import HUB, PLAIN
+from kvtuner_search.data.tasks import TASKS
 from kvtuner_search.errors import ExitCode
 from kvtuner_search.evaluation import statistics
 from kvtuner_search.serving.sglang.flags import FLAGS
@@ -123,3 +127,38 @@ STATED = [
 def test_constants_in_the_documents_are_those_of_the_code(document: str, words: str) -> None:
     text = " ".join((ROOT / "docs" / document).read_text().split())
     assert words in text
+
+
+DEFAULT_DATA = ", ".join(DEFAULT_SOURCES)
+SOURCE_HELPS = [
+    (name, option)
+    for name, command in COMMANDS.items()
+    for option in command.params
+    if isinstance(option, click.Option) and option.metavar == "SOURCE"
+]
+
+
+@pytest.mark.parametrize(("name", "option"), SOURCE_HELPS, ids=[f"{n} {o.opts[0]}" for n, o in SOURCE_HELPS])
+def test_help_names_the_sources(name: str, option: click.Option) -> None:
+    """Help is written out, since importing the sources would slow it down."""
+    assert option.help is not None
+    assert f"Default: {DEFAULT_DATA}." in option.help
+    if name in ("calibrate", "evaluate", "sensitivity"):
+        assert set(HUB) <= set(re.findall(r"\w+", option.help))
+        assert {*PLAIN, *READERS} <= set(re.findall(r"\.\w+", option.help))
+
+
+def test_the_task_option_names_the_tasks() -> None:
+    [option] = [option for option in COMMANDS["validate"].params if option.name == "tasks"]
+    assert f"answer by generation: {', '.join(TASKS)}, rows#exact=FIELD" in option.help
+
+
+def test_documents_and_docstrings_name_the_sources() -> None:
+    names = [*TASKS, "text", *HUB]
+    text = (ROOT / "docs" / "data.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text.split("### Prompts")[0], re.MULTILINE) == names
+    assert {*PLAIN, *READERS} <= set(re.findall(r"`FILE(\.\w+)`", text))
+    assert set(names) <= set(re.findall(r"``(\w+)``", sources.__doc__ or ""))
+    *first, last = DEFAULT_SOURCES
+    for function in (api.calibrate, api.evaluate):
+        assert f"none: {', '.join(first)} and {last}." in (function.__doc__ or "")
