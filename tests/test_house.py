@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_search.cli.main import COMMANDS
+from kvtuner_search.serving.engine import engines
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"kvtuner_search": ROOT / "kvtuner_search", "kvtuner_kernels": ROOT / "kernels" / "kvtuner_kernels"}
@@ -118,9 +119,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module: graph[module] for module in sorted(graph)}).prepare()  # raises CycleError
 
 
-def test_engines_are_reached_through_their_door_alone() -> None:
-    """A second engine needs a folder beside `serving/sglang` and nothing else: `serving.engine` finds it by its name."""
-    engine = "kvtuner_search.serving.sglang"
+@pytest.mark.parametrize("name", engines())
+def test_engines_are_reached_through_their_door_alone(name: str) -> None:
+    """`serving.engine` finds an engine by the name of its folder; nothing else knows what is in there."""
+    engine = f"kvtuner_search.serving.{name}"
+    assert f"serving.{name}" in RANK, "an engine is a part of its own: give it a row beside serving.sglang"
     readers = {module for module, names in imports().items() if any(f"{n}.".startswith(f"{engine}.") for n in names)}
     assert {module for module in readers if not f"{module}.".startswith(f"{engine}.")} == set()
 

@@ -139,6 +139,11 @@ class Engine(Protocol):
         """
 
 
+def engines() -> list[str]:
+    """The engines' names: every folder beside this module that has a module ``engine``."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/engine.py"))
+
+
 @cache
 def engine(name: str = DEFAULT) -> Engine:
     """An engine, by the name of its folder.
@@ -150,7 +155,6 @@ def engine(name: str = DEFAULT) -> Engine:
         >>> engine().TITLE
         'SGLang'
     """
-    found = sorted(path.parent.name for path in Path(__file__).parent.glob("*/engine.py"))
-    if name not in found:
-        raise UsageError(f"{name!r} is no engine: choose from {', '.join(found)}")
+    if name not in engines():
+        raise UsageError(f"{name!r} is no engine: choose from {', '.join(engines())}")
     return cast(Engine, import_module(f"kvtuner_search.serving.{name}.engine"))
