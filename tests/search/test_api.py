@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 import kvtuner_search
+from kvtuner_kernels.layout import BITS
 from kvtuner_search import KVTunerError, LayerSpec, Profile, calibrate, evaluate
 from kvtuner_search.calibration.options import CalibrationOptions
+from kvtuner_search.calibration.samplers import SAMPLERS
 from kvtuner_search.cli.calibrate import command as calibrate_command
 from kvtuner_search.cli.evaluate import command as evaluate_command
 
@@ -77,9 +79,9 @@ def test_defaults_are_those_of_the_commands() -> None:
         ({"trials": 0}, "trials=0 cannot be used: give a whole number of at least 1"),
         ({"samples": 2.5}, "samples=2.5 cannot be used"),
         ({"length": 7}, "length=7 cannot be used: give a whole number of at least 8"),
-        ({"sampler": "cmaes"}, "sampler='cmaes' cannot be used: choose from tpe, nsga2, random"),
-        ({"bits": [4, 5]}, "bits=5 cannot be used: choose from 2, 4, 8, 16"),
-        ({"bits": []}, "bits='nothing' cannot be used: choose from 2, 4, 8, 16"),
+        ({"sampler": "absent"}, f"sampler='absent' cannot be used: choose from {', '.join(SAMPLERS)}"),
+        ({"bits": [4, 17]}, f"bits=17 cannot be used: choose from {', '.join(map(str, BITS))}"),
+        ({"bits": []}, f"bits='nothing' cannot be used: choose from {', '.join(map(str, BITS))}"),
         ({"target_bits": "4"}, "target_bits='4' is no budget"),
         ({"max_loss": -1.0}, "--max-loss -1.0 is not positive"),
         ({"group_sizes": [16]}, "group_sizes=16 cannot be used: choose from 0, 32, 64, 128"),

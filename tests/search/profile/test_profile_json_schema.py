@@ -8,8 +8,11 @@ from typing import Any
 import jsonschema
 import pytest
 
+from kvtuner_kernels.layout import BITS
+from kvtuner_search.profile.schema import SCHEMA_VERSION
+
 ROOT = Path(__file__).parents[3]
-SCHEMA = json.loads((ROOT / "profiles/schema/v2.json").read_text())
+SCHEMA = json.loads((ROOT / f"profiles/schema/v{SCHEMA_VERSION}.json").read_text())
 PROFILES = sorted(path for path in (ROOT / "profiles").glob("*/*.json") if path.parent.name != "schema")
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
@@ -18,6 +21,10 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 def test_it_accepts_the_profiles_here(path: Path) -> None:
     VALIDATOR.check_schema(SCHEMA)
     VALIDATOR.validate(json.loads(path.read_text()))
+
+
+def test_the_document_names_the_current_schema() -> None:
+    assert f"profiles/schema/v{SCHEMA_VERSION}.json" in (ROOT / "docs" / "profile.md").read_text()
 
 
 def change(content: dict[str, Any], *keys: Any, value: Any) -> dict[str, Any]:
@@ -33,11 +40,11 @@ def change(content: dict[str, Any], *keys: Any, value: Any) -> dict[str, Any]:
     ("keys", "value"),
     [
         (("surprise",), 1),
-        (("schema_version",), 1),
+        (("schema_version",), SCHEMA_VERSION - 1),
         (("layers", 0, "key", "bands"), "65443329"),
         (("layers", 0, "key", "bands"), "6544332"),
         (("layers", 0, "key", "bands"), [6, 5, 4, 4, 3, 3, 2, 2]),
-        (("layers", 0, "key", "bits"), 3),
+        (("layers", 0, "key", "bits"), min(set(range(1, 16)) - set(BITS))),
         (("layers", 0, "key", "clip"), 0.1),
         (("digest",), "sha256:zz"),
         (("storage", "bytes_per_token"), -1),
