@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 from kvtuner_kernels.layout import BITS, CODE_BITS
+from kvtuner_search.calibration.samplers import DEFAULT as DEFAULT_SAMPLER
 from kvtuner_search.calibration.samplers import SAMPLERS
 from kvtuner_search.errors import UsageError
-from kvtuner_search.serving.engine import Engine, engine
+from kvtuner_search.profile.schema import SearchInfo
+from kvtuner_search.serving.engine import DEFAULT, Engine, engine, engines
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
+from kvtuner_search.serving.sglang.refusals import ALL, BY_VERSION
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = {0, *BITS}
@@ -49,7 +52,8 @@ def test_the_guide_names_files_that_exist() -> None:
     assert len(set(named)) > 60
     missing = {path for path in named if "X_Y_Z" not in path and not (ROOT / path).exists()}
     assert not missing
-    code = "\n".join(path.read_text() for path in ROOT.glob("k*/**/*.py"))
+    read = {*ROOT.glob("k*/**/*.py"), *(path for path in map(ROOT.joinpath, named) if path.is_file())}
+    code = "\n".join(path.read_text() for path in read)
     names = re.findall(r"`((?:\w+\.)?[A-Za-z_]\w*)`", text)
     assert not {name for name in names if not re.search(rf"\b{name.rpartition('.')[2]}\b", code)}
 
@@ -63,7 +67,7 @@ def test_no_second_list_of_bit_widths() -> None:
             pattern = isinstance(node, ast.Constant) and isinstance(node.value, str) and "[248]" in node.value
             if pattern or (listed >= set(CODE_BITS) and listed <= WIDTHS):
                 found.append(f"{path}: {ast.unparse(node)}")
-    assert found == ["kernels/kvtuner_kernels/layout.py: (2, 4, 8, 16)"]
+    assert found == [f"kernels/kvtuner_kernels/layout.py: {BITS}"]
 
 
 def test_samplers_are_named_in_their_table_alone() -> None:
@@ -79,6 +83,12 @@ def test_samplers_are_named_in_their_table_alone() -> None:
 def test_documents_name_the_samplers() -> None:
     *first, last = [f"`{name}`" for name in SAMPLERS]
     assert f"(`--sampler`: {', '.join(first)} or {last})" in (ROOT / "docs" / "calibration.md").read_text()
+    [origin] = [
+        line for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("| **origin** |")
+    ]
+    assert set(re.findall(r"`(\w+)`", origin)) >= set(SAMPLERS)
+    described = SearchInfo.model_json_schema()["properties"]["sampler"]["description"]
+    assert described.endswith(f"e.g. {DEFAULT_SAMPLER}.")
 
 
 def test_each_adapter_is_found_by_its_file_and_says_the_same_version() -> None:
@@ -91,6 +101,12 @@ def test_each_adapter_is_found_by_its_file_and_says_the_same_version() -> None:
         assert [ast.literal_eval(keyword.value) for keyword in keywords] == [version]
 
 
+def test_each_version_says_what_it_refuses() -> None:
+    assert list(BY_VERSION) == list(ADAPTERS)
+    fields = [refusal.field for refusal in ALL]
+    assert len(set(fields)) == len(fields), "a version whose refusal differs would need an option of its own"
+
+
 def test_documents_and_locks_name_versions_with_an_adapter() -> None:
     named = set(re.findall(r"0\.5\.\d+", (ROOT / "docs" / "serving.md").read_text().split("\n## ")[0]))
     assert named == set(ADAPTERS)
@@ -98,22 +114,30 @@ def test_documents_and_locks_name_versions_with_an_adapter() -> None:
         assert set(re.findall(r"sglang==([\d.]+)", (ROOT / file).read_text())) <= set(ADAPTERS), file
 
 
+@pytest.mark.parametrize("which", engines())
 @pytest.mark.parametrize(
     "name", [name for name, _ in inspect.getmembers(Engine, inspect.isfunction) if not name.startswith("_")]
 )
-def test_an_engine_offers_what_the_door_promises(name: str) -> None:
+def test_an_engine_offers_what_the_door_promises(name: str, which: str) -> None:
     """The same arguments, by name and kind; mypy compares their types."""
-    offered, promised = getattr(engine(), name), getattr(Engine, name)
+    offered, promised = getattr(engine(which), name), getattr(Engine, name)
     mine, theirs = inspect.signature(offered).parameters, inspect.signature(promised).parameters
     assert [(p.name, p.kind) for p in mine.values()] == [(p.name, p.kind) for p in theirs.values() if p.name != "self"]
 
 
-def test_an_engine_has_its_texts_and_options() -> None:
-    found = engine()
-    assert (found.NAME, found.TITLE) == ("sglang", "SGLang")
+@pytest.mark.parametrize("which", engines())
+def test_an_engine_has_its_texts_and_options(which: str) -> None:
+    found = engine(which)
+    assert found.NAME
+    assert found.TITLE
+    assert all(example for example, _ in found.EXAMPLES)
     assert {found.PROFILE, found.AS_STORED} <= {flag.name for flag in found.FLAGS}
-    with pytest.raises(UsageError, match=r"^'vllm' is no engine: choose from sglang$"):
-        engine("vllm")
+
+
+def test_the_default_engine_is_one_and_an_unknown_one_is_refused_with_the_choice() -> None:
+    assert DEFAULT in engines()
+    with pytest.raises(UsageError, match=rf"^'absent' is no engine: choose from {', '.join(engines())}$"):
+        engine("absent")
 
 
 def test_documents_name_the_bit_widths() -> None:

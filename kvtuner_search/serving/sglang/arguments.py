@@ -17,7 +17,7 @@ from kvtuner_search.addresses import check_key
 from kvtuner_search.errors import KVTunerError, UsageError, first_line
 from kvtuner_search.profile.canonical import read_limited
 from kvtuner_search.serving.sglang.flags import FLAGS
-from kvtuner_search.serving.sglang.refusals import LATER, REFUSALS
+from kvtuner_search.serving.sglang.refusals import ALL
 
 CONFIG: Final = "--config"
 API_KEY: Final = "--api-key"
@@ -27,7 +27,6 @@ _ALIASES: Final = {
     "attn_cp_size": ("--attention-context-parallel-size",),
 }
 _COUNT: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(Ki|Mi|Gi|Ti|k|M|G|T)?", re.ASCII)
-ALL: Final = (*REFUSALS, *LATER)
 _LOOPBACK: Final = ("localhost", "ip6-localhost")
 _FACTORS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,

@@ -16,7 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from kvtuner_search.errors import ServingError
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import flags, launcher, not_finite
-from kvtuner_search.serving.sglang.refusals import Refusal
+from kvtuner_search.serving.sglang.refusals import BY_VERSION
 
 Hook = tuple[str, Callable[..., Any], HookType]  # a dotted path, the function called there, and how
 
@@ -30,7 +30,6 @@ class HookPoints:
     ready: str  # of the function with which the launcher waits for its schedulers
     info: str  # of the method with which a scheduler answers it
     pool: tuple[Hook, ...]  # the version's own hooks
-    refusals: tuple[Refusal, ...] = ()  # of arguments that other versions do not have
     resolved: Callable[[Any], Any] = lambda arguments: arguments  # server arguments as SGLang will read them
 
 
@@ -74,7 +73,7 @@ def activate(places: HookPoints, configuration: ServingConfiguration) -> None:
 
     def check_server_args(_: None, arguments: Any) -> None:
         with launcher.refusing():
-            launcher.check_server(places.resolved(arguments), active(), places.refusals)
+            launcher.check_server(places.resolved(arguments), active(), BY_VERSION[places.version])
 
     _place(places, f"{places.arguments}.check_server_args", check_server_args, HookType.AFTER)
     _place(places, places.ready, _wait_until_ready, HookType.AROUND)

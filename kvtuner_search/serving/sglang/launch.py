@@ -17,11 +17,11 @@ from kvtuner_search.errors import ServingError, UsageError
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import flags
-from kvtuner_search.serving.sglang.arguments import ALL, ServerOptions, parse_flags, read_options
+from kvtuner_search.serving.sglang.arguments import ServerOptions, parse_flags, read_options
 from kvtuner_search.serving.sglang.model import context_remark, served_config, served_model, weight_bytes
 from kvtuner_search.serving.sglang.plan import Memory, ServePlan, make_plan
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
-from kvtuner_search.serving.sglang.refusals import attention_backend, check_speculation
+from kvtuner_search.serving.sglang.refusals import ALL, attention_backend, check_speculation
 
 _GROUP: Final = "sglang.srt.plugins"  # the entry-point group that SGLang loads in each of its processes
 _PLUGIN: Final = "kvtuner_search.serving.sglang.plugin:register"

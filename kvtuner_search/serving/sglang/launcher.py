@@ -78,13 +78,13 @@ def _model(arguments: Any) -> ModelInfo:
     )
 
 
-def check_server(arguments: Any, configuration: ServingConfiguration, more: Iterable[Refusal] = ()) -> None:
+def check_server(arguments: Any, configuration: ServingConfiguration, refusals: Iterable[Refusal]) -> None:
     """Everything that can be checked before a process starts.
 
     Args:
         arguments: SGLang's ServerArgs, resolved.
         configuration: the requested configuration.
-        more: refusals of arguments that only this SGLang version has.
+        refusals: of this SGLang version's arguments.
 
     Raises:
         KVTunerError: with the reason and the remedy.
@@ -92,7 +92,7 @@ def check_server(arguments: Any, configuration: ServingConfiguration, more: Iter
     profile, _ = configuration.open()
     model = _model(arguments)
     check_model(profile, model, arguments.model_path)
-    check_arguments(arguments, more)
+    check_arguments(arguments, refusals)
 
 
 def check_ready(infos: Sequence[Mapping[str, Any]], configuration: ServingConfiguration) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,7 +48,7 @@ def one(value: Any) -> bool:
 
 
 LEAVE: Final = "leave it out, or serve without a profile"
-REFUSALS: Final = (
+_COMMON: Final = (  # arguments that every version here has
     Refusal("kv_cache_dtype", "another KV-cache dtype", lambda v: v == "auto", "the profile says how the cache is stored: leave it at auto"),
     Refusal("enable_hierarchical_cache", "HiCache", off, LEAVE),
     Refusal("hicache_storage_backend", "HiCache's storage", off, LEAVE),
@@ -70,7 +70,7 @@ REFUSALS: Final = (
     Refusal("elastic_ep_backend", "elastic expert parallelism", off, LEAVE),
     Refusal("use_ray", "Ray", off, LEAVE),
 )  # fmt: skip
-LATER: Final = (  # arguments that SGLang 0.5.23 has and 0.5.14 does not
+_SINCE_0_5_23: Final = (
     Refusal("enable_unified_memory", "unified memory", off, LEAVE),
     Refusal("enable_unified_cache_external_linker", "an external cache", off, LEAVE),
     Refusal("enable_page_major_kv_layout", "the page-major layout", off, LEAVE),
@@ -78,20 +78,27 @@ LATER: Final = (  # arguments that SGLang 0.5.23 has and 0.5.14 does not
     Refusal("dcp_size", "decode context parallelism", one, LEAVE),
     Refusal("flexkv_config_file", "FlexKV", off, LEAVE),
 )
+# By version, since SGLang's own object has no field for an argument that only another version knows. Here and not in the versions' modules,
+# which import SGLang: ``serve`` refuses arguments without it.
+BY_VERSION: Final[Mapping[str, tuple[Refusal, ...]]] = {
+    "0.5.14": _COMMON,
+    "0.5.23": (*_COMMON, *_SINCE_0_5_23),
+}
+ALL: Final = tuple(dict.fromkeys(refusal for known in BY_VERSION.values() for refusal in known))
 
 
-def check_arguments(arguments: Any, more: Iterable[Refusal] = ()) -> None:
+def check_arguments(arguments: Any, refusals: Iterable[Refusal]) -> None:
     """Refuse arguments that cannot be combined with a profile.
 
     Args:
         arguments: SGLang's ServerArgs, resolved.
-        more: refusals of a version's own arguments.
+        refusals: those of its version (BY_VERSION).
 
     Raises:
         UsageError: names the option, its value and the remedy.
-        AttributeError: if SGLang has no such argument any more; the version's adapter must name its replacement.
+        AttributeError: if SGLang has no such argument: it does not belong into its version's row of BY_VERSION.
     """
-    for refusal in (*REFUSALS, *more):
+    for refusal in refusals:
         refusal.check(getattr(arguments, refusal.field))
     backend = attention_backend(arguments.device)
     if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":  # the kernels run on the CPU then

@@ -9,7 +9,6 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import hooks, launcher
-from kvtuner_search.serving.sglang.refusals import LATER
 
 _CONFIGURATOR: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
@@ -115,6 +114,5 @@ HOOK_POINTS: Final = hooks.HookPoints(
         (f"{_CONFIGURATOR}._resolve_kv_pool_class", _pool_class, HookType.AROUND),
         (f"{_CONFIGURATOR}.configure", _configure, HookType.AROUND),
     ),
-    refusals=LATER,
     resolved=_resolved,
 )

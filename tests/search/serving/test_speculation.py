@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kvtuner_search.errors import UsageError
-from kvtuner_search.serving.sglang.refusals import check_arguments
+from kvtuner_search.serving.sglang.refusals import ALL, check_arguments
 
 
 class Arguments:
@@ -22,10 +22,10 @@ class Arguments:
 
 @pytest.mark.parametrize("algorithm", [None, "STANDALONE", "NGRAM"])
 def test_what_was_tried_passes(algorithm: str | None) -> None:
-    check_arguments(Arguments("cuda", algorithm))
+    check_arguments(Arguments("cuda", algorithm), ALL)
 
 
 @pytest.mark.parametrize(("device", "algorithm"), [("cuda", "EAGLE"), ("cuda", "EAGLE3"), ("cpu", "NGRAM")])
 def test_the_rest_is_refused(device: str, algorithm: str) -> None:
     with pytest.raises(UsageError, match=f"--speculative-algorithm {algorithm}: with a profile only STANDALONE, NGRAM"):
-        check_arguments(Arguments(device, algorithm))
+        check_arguments(Arguments(device, algorithm), ALL)

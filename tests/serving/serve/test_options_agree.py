@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from importlib import metadata
 
 import pytest
 from sglang.srt.distributed.utils import get_pp_indices
@@ -14,7 +15,7 @@ from kvtuner_search.errors import UsageError
 from kvtuner_search.serving.sglang.arguments import ServerOptions, node_ranks, read_options
 from kvtuner_search.serving.sglang.flags import FLAGS, add_arguments
 from kvtuner_search.serving.sglang.partition import ENVIRONMENT, choose
-from kvtuner_search.serving.sglang.refusals import REFUSALS
+from kvtuner_search.serving.sglang.refusals import BY_VERSION
 
 M = ["--model-path", "m"]
 
@@ -55,7 +56,7 @@ def test_the_same_values(parser: argparse.ArgumentParser, arguments: list[str]) 
 
 def test_the_same_refusable_options(parser: argparse.ArgumentParser) -> None:
     """Each has the names and the kind that SGLang gives it."""
-    for refusal in REFUSALS:
+    for refusal in BY_VERSION[metadata.version("sglang")]:
         action = next(action for action in parser._actions if action.dest == refusal.field)
         for name in action.option_strings:
             text = action.choices[-1] if action.choices else "3" if action.type is int else "some"
