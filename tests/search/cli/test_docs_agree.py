@@ -151,6 +151,8 @@ def test_help_names_the_sources(name: str, option: click.Option) -> None:
 def test_the_task_option_names_the_tasks() -> None:
     [option] = [option for option in COMMANDS["validate"].params if option.name == "tasks"]
     assert f"answer by generation: {', '.join(TASKS)}, rows#exact=FIELD" in option.help
+    named = ", ".join(f"`{task}`" for task in TASKS)
+    assert f"(`--task`): {named}, rows with" in (ROOT / "docs" / "validate.md").read_text()
 
 
 def test_documents_and_docstrings_name_the_sources() -> None:
