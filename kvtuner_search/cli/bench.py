@@ -51,7 +51,7 @@ class BenchGroup(LazyGroup):
 command = BenchGroup(
     "bench",
     modules=SUBCOMMANDS,
-    context_settings=CONTEXT,
+    context_settings={**CONTEXT, "auto_envvar_prefix": "KVTUNER_BENCH"},
     help="Measure a server: time to first token (TTFT) by prompt length, throughput by concurrency, long sequences, batches, memory"
     " stress, token capacity. Only tokens that the server returned count, and a figure that the hardware cannot reach is not a result."
     " docs/bench.md says how and why.",

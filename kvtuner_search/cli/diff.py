@@ -38,7 +38,7 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
 )
 @memory_option
 @click.option(
-    "--format", "style", type=click.Choice(FORMATS), default="text", envvar="KVTUNER_DIFF_FORMAT", show_envvar=True,
+    "--format", "style", type=click.Choice(FORMATS), default="text", show_envvar=True,
     help="github writes annotations and the step summary.",
 )  # fmt: skip
 @json_option

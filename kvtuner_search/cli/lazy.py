@@ -10,11 +10,25 @@ import click
 from click.shell_completion import CompletionItem
 
 
+def name_variables(command: click.Command, prefix: str) -> None:
+    """Name each option's environment variable by the option's spelling, and show it in the help.
+
+    click itself would use the name of the function's argument (``sources`` for ``--data``); that one keeps working, unshown.
+    Options with a variable of their own (``--json``, ``--api-key``) keep it, and those that no variable may set get none.
+    """
+    for option in command.params:
+        if isinstance(option, click.Option) and (option.envvar or option.allow_from_autoenv):
+            spelling = next(name for name in option.opts if name.startswith("--"))
+            option.envvar = option.envvar or f"{prefix}_{spelling[2:].replace('-', '_').upper()}"
+            option.show_envvar = True
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on first use; the list of commands needs no import.
 
     Args:
         modules: name -> (module with a click command named ``command``, one line of help).
+        context_settings: with ``auto_envvar_prefix``, by which the commands' variables are named.
     """
 
     def __init__(self, *arguments: Any, modules: Mapping[str, tuple[str, str]], **named: Any) -> None:
@@ -31,6 +45,8 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(self.modules[cmd_name][0]).command
         assert isinstance(command, click.Command)
+        own = f"{self.context_settings['auto_envvar_prefix']}_{cmd_name.upper()}"
+        name_variables(command, command.context_settings.get("auto_envvar_prefix", own))
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:

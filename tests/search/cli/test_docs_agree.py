@@ -77,6 +77,57 @@ def test_the_bench_commands_agree_on_what_a_run_ends_with() -> None:
     assert codes(COMMANDS["bench"].epilog) == codes(COMMANDS["bench run"].epilog)
 
 
+OPTIONS = [
+    (name, option)
+    for name, command in COMMANDS.items()
+    if name not in ("", "bench")  # of the options of `bench` itself see `bench run`
+    for option in command.params
+    if isinstance(option, click.Option) and not option.hidden
+]
+OF_ALL_COMMANDS = {"--json": "KVTUNER_JSON", "--api-key": "KVTUNER_API_KEY"}
+WITHOUT_VARIABLE = [("diff", "--rules")]  # a variable cannot switch the gate off
+
+
+def variable(name: str, option: click.Option) -> str:
+    """The variable of an option by the rule of docs/cli.md."""
+    spelling = next(name for name in option.opts if name.startswith("--"))
+    words = f"kvtuner {name.replace('bench run', 'bench')} {spelling.removeprefix('--')}"
+    return OF_ALL_COMMANDS.get(spelling, re.sub("[ -]", "_", words).upper())
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=lambda value: str(getattr(value, "name", value)))
+def test_each_option_has_the_variable_that_the_rule_says_and_help_shows_it(name: str, option: click.Option) -> None:
+    context = click.Context(COMMANDS[name])
+    shown = option.get_help_extra(context).get("envvars", ())
+    if (name, option.opts[0]) in WITHOUT_VARIABLE:
+        assert not shown
+        assert not option.allow_from_autoenv
+        return
+    assert shown == (variable(name, option),)
+    record = option.get_help_record(context)
+    assert record is not None
+    assert f"env var: {variable(name, option)}" in record[1]
+
+
+def test_no_two_options_share_a_variable() -> None:
+    named = [variable(*one) for one in OPTIONS if variable(*one) not in OF_ALL_COMMANDS.values()]
+    assert len(named) == len(set(named))
+
+
+def test_a_variable_named_by_the_rule_sets_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVTUNER_EVALUATE_PROFILE", "a.json:b.json")
+    monkeypatch.setenv("KVTUNER_EVALUATE_DATA", "recall list")
+    with COMMANDS["evaluate"].make_context("evaluate", []) as context:
+        assert context.params["profiles"] == (Path("a.json"), Path("b.json"))
+        assert context.params["sources"] == ("recall", "list")
+
+
+def test_the_documents_name_the_commands_that_print_json() -> None:
+    row = next(line for line in (ROOT / "docs" / "cli.md").read_text().splitlines() if "| `KVTUNER_JSON` |" in line)
+    printing = {name.split()[0] for name, option in OPTIONS if option.opts[0] == "--json"}
+    assert printing == {word for word in re.findall(r"`(\w+)`", row) if word in COMMANDS}
+
+
 def example_lines(text: str) -> Iterator[list[str]]:
     """The words after ``kvtuner-search`` in each command of a document's code blocks."""
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
