@@ -76,6 +76,7 @@ def started_server(python: str, arguments: Sequence[str], log: Path) -> Iterator
     tied = [sys.executable, "-m", "kvtuner_search.servers.tied", str(os.getpid()), *command]
     # Only the flags decide what is served.
     environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, *_KEYS)}
+    environment |= engine().variables(arguments)
     log.parent.mkdir(parents=True, exist_ok=True)
     refuse_unusual(log)
     log.write_text(" ".join(mask_arguments(command)) + "\n", encoding="utf-8", errors="surrogateescape")

@@ -99,6 +99,9 @@ class Engine(Protocol):
     def command(self, python: str, arguments: Sequence[str]) -> list[str]:
         """The command that starts a server with these arguments in the environment of the interpreter ``python``."""
 
+    def variables(self, arguments: Sequence[str]) -> dict[str, str]:
+        """The environment variables that a server with these arguments needs and the user has not set."""
+
     def api_key(self, given: str | None, arguments: Sequence[str]) -> str | None:
         """The key that a server wants: as given, or as one that is started with these arguments gets it.
 

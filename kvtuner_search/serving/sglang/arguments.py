@@ -21,6 +21,7 @@ from kvtuner_search.serving.sglang.refusals import ALL
 
 CONFIG: Final = "--config"
 API_KEY: Final = "--api-key"
+CPU_ENGINE: Final = "SGLANG_USE_CPU_ENGINE"  # SGLang's variable that chooses the kernels of the CPU
 _MAX_CONFIG: Final = 2**20  # bytes
 _ALIASES: Final = {
     "dp_size": ("--data-parallel-size", "--dp"),
@@ -76,7 +77,7 @@ class ServerOptions:
     @property
     def on_cpu(self) -> bool:
         """Whether SGLang will run on the CPU."""
-        return (self.device or ("cpu" if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else "cuda")) == "cpu"
+        return (self.device or ("cpu" if os.environ.get(CPU_ENGINE) == "1" else "cuda")) == "cpu"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,6 +116,25 @@ def read_options(arguments: Sequence[str]) -> ServerOptions:
     _check_sizes(options)
     _check_address(options)
     return options
+
+
+def variables(arguments: Sequence[str]) -> dict[str, str]:
+    """The variables that a server with these arguments needs and the user has not set.
+
+    On the CPU SGLang's kernels are chosen by a variable, not by ``--device``: without it SGLang ends at ``import vllm``.
+
+    Example:
+        >>> variables(["--model-path", "m", "--device", "cuda"])
+        {}
+    """
+    found = argparse.Namespace(device=None)
+    with suppress(KVTunerError):  # the server will say what is wrong with its options
+        found, _ = parse_flags([*_config_file(arguments), *arguments], _add_device)
+    return {CPU_ENGINE: "1"} if found.device == "cpu" and CPU_ENGINE not in os.environ else {}
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device")
 
 
 def api_key(given: str | None, arguments: Sequence[str]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from kvtuner_search.serving.sglang import launch, partition
-from kvtuner_search.serving.sglang.arguments import api_key
+from kvtuner_search.serving.sglang.arguments import api_key, variables
 from kvtuner_search.serving.sglang.flags import AS_STORED, FLAGS, PROFILE
 from kvtuner_search.serving.sglang.launch import command, prepare, start
 from kvtuner_search.serving.sglang.model import served_config, served_model
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AS_STORED", "EXAMPLES", "FLAGS", "NAME", "PROFILE", "TITLE", "api_key", "check_installation", "command", "plan_json", "plan_text",
-    "prepare", "served_config", "served_model", "stage_layers", "start",
+    "prepare", "served_config", "served_model", "stage_layers", "start", "variables",
 ]  # fmt: skip
 
 NAME: Final = "sglang"

@@ -17,7 +17,7 @@ from kvtuner_search.errors import ServingError, UsageError
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import flags
-from kvtuner_search.serving.sglang.arguments import ServerOptions, parse_flags, read_options
+from kvtuner_search.serving.sglang.arguments import ServerOptions, parse_flags, read_options, variables
 from kvtuner_search.serving.sglang.model import context_remark, served_config, served_model, weight_bytes
 from kvtuner_search.serving.sglang.plan import Memory, ServePlan, make_plan
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
@@ -66,7 +66,7 @@ def prepare(
     configuration = ServingConfiguration(str(path), loaded.digest, as_stored)
     memory = _memory(options, gpu_memory)
     from_flags = profile is None
-    environment = configuration.to_environment()
+    environment = configuration.to_environment() | variables(rest)
     plan = make_plan(options, loaded, path, from_flags, memory, added, environment, sglang_version())
     return plan, [*rest, *added]
 

@@ -220,7 +220,7 @@ def _parts(plan: ServePlan) -> Iterator[list[str]]:
         yield ["ranks", *_ranks(plan)]
     yield ["capacity", *_capacity(plan)]
     version = "not installed here" if plan.sglang is None else plan.sglang
-    variables = [f"{name}={value}" for name, value in plan.environment.items() if name == ENVIRONMENT]
+    variables = [f"{name}={value}" for name, value in plan.environment.items() if name.startswith("SGLANG_")]
     yield ["sglang", f"{version}, with {' '.join(map(printable, [*variables, *plan.added]))}"]
     yield ["listens on", _address(options)]
 

@@ -25,7 +25,7 @@ DEADLINE = 60  # seconds; only a test that fails takes as long
 LAUNCHER = """
 import ctypes, json, os, signal, subprocess, sys, time
 if os.environ["STAND_IN"] == "report":
-    names = ("KVTUNER_SERVING", "SGLANG_PP_LAYER_PARTITION")
+    names = ("KVTUNER_SERVING", "SGLANG_PP_LAYER_PARTITION", "SGLANG_USE_CPU_ENGINE")
     print(json.dumps([os.getpid(), sys.argv[1:], {name: os.environ.get(name) for name in names}]))
     print("a line of log", file=sys.stderr)
     sys.exit(int(os.environ["STAND_IN_CODE"]))
@@ -117,6 +117,7 @@ def test_arguments_environment_logs_and_exit_code(start: Start) -> None:
         "profile": str(PROFILE), "digest": load(PROFILE).digest, "as_stored": False,
     }  # fmt: skip
     assert environment["SGLANG_PP_LAYER_PARTITION"] == "7,9"
+    assert environment["SGLANG_USE_CPU_ENGINE"] is None
     assert err.endswith("a line of log\n"), "the log goes straight through, after the plan"
     assert "4.000 effective bits" in err
     assert "s e" not in err, "an API key is not repeated"
@@ -138,6 +139,15 @@ def test_flags_are_written_as_a_profile(start: Start, tmp_path: Path) -> None:
     assert path.is_relative_to(tmp_path / "cache")
     assert load(path).digest == json.loads(environment["KVTUNER_SERVING"])["digest"]
     assert arguments[arguments.index("--attention-backend") + 1] == "torch_native"
+
+
+@pytest.mark.parametrize(("more", "expected"), [({}, "1"), ({"SGLANG_USE_CPU_ENGINE": "0"}, "0")])
+def test_on_the_cpu_the_variable_of_its_engine_is_set_unless_the_user_sets_it(
+    start: Start, more: dict[str, str], expected: str
+) -> None:
+    out, err = start(*GIVEN, "--device=cpu", **more).communicate(timeout=DEADLINE)
+    assert json.loads(out)[2]["SGLANG_USE_CPU_ENGINE"] == expected
+    assert ("with SGLANG_USE_CPU_ENGINE=1 " in err) is not bool(more), "the plan says what is added"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])

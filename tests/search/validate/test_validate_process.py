@@ -90,6 +90,34 @@ def test_a_serving_configuration_of_the_environment_does_not_reach_the_server(
     assert "KVTUNER_SERVING" not in log
 
 
+@pytest.mark.parametrize(
+    ("more", "own", "expected"),
+    [
+        (["--device", "cpu"], None, "1"),
+        (["--device", "cpu"], "0", "0"),
+        (["--config", "options.yaml"], None, "1"),
+        (["--device", "cuda"], None, None),
+        (["--device"], None, None),
+        ([], None, None),
+    ],
+)
+def test_a_server_on_the_cpu_gets_the_variable_of_its_engine_unless_the_user_sets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], own: str | None, expected: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "options.yaml").write_text("device: cpu\n")
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    if own is not None:
+        monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", own)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nenv\n")
+    python.chmod(0o755)
+    with started_server(str(python), [*ARGUMENTS, *more], tmp_path / "log") as server:
+        server.process.wait(10)
+    found = dict(line.partition("=")[::2] for line in (tmp_path / "log").read_text().splitlines())
+    assert found.get("SGLANG_USE_CPU_ENGINE") == expected
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_server_dies_with_a_parent_that_was_killed(server_python: str, tmp_path: Path) -> None:
     code = (
