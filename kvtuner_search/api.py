@@ -254,12 +254,13 @@ def evaluate(
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.evaluation import offline
     from kvtuner_search.models.load import load_model
+    from kvtuner_search.profile.checks import check_model
     from kvtuner_search.progress import Reporter
 
     opened = offline.open_profile(path) if path is not None else None
     loaded = load_model(_model(model, revision, dtype, device, device_map, trust_remote_code), length)
     if opened is not None:
-        offline.check_belongs(opened[0], loaded.info)
+        check_model(opened[0], loaded.info, loaded.info.id)
         setting = (opened[0].name, tuple(opened[0].layer_specs()), opened[1])
     else:
         assert isinstance(profile, LayerSpec)

@@ -24,6 +24,12 @@ SUBCOMMANDS: Final[dict[str, tuple[str, str]]] = {
     ),
 }
 
+EXIT_CODES: Final = (
+    "Exit codes of a run: 0 a result within its objectives, 1 a check failed, a figure is impossible, an answer was not as requested,"
+    " or an objective is missed, 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 a server could"
+    " not be started or queried (what was measured is kept: --resume), 130 interrupted."
+)
+
 
 class BenchGroup(LazyGroup):
     """Arguments that do not begin with a subcommand's name belong to ``run``."""
@@ -55,7 +61,5 @@ command = BenchGroup(
     help="Measure a server: time to first token (TTFT) by prompt length, throughput by concurrency, long sequences, batches, memory"
     " stress, token capacity. Only tokens that the server returned count, and a figure that the hardware cannot reach is not a result."
     " docs/bench.md says how and why.",
-    epilog="Exit codes of a run: 0 a result within its objectives, 1 a check failed, a figure is impossible, an answer was not as requested,"
-    " or an objective is missed, 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 a server could"
-    " not be started or queried (what was measured is kept: --resume), 130 interrupted.",
+    epilog=EXIT_CODES,
 )

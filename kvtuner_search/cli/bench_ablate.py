@@ -17,8 +17,8 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 @click.command(
     "ablate",
     context_settings=CONTEXT,
-    epilog="Exit codes: 0 measured, 1 a served row has no speed (the table says why), 2 usage, 3 unreadable or invalid input"
-    " or a profile of another model, 130 interrupted (finished rows are kept: --resume).",
+    epilog="Exit codes: 0 measured, 1 a served row has no speed (the table says why), 2 usage, 3 unreadable or invalid input,"
+    " 4 a profile of another model, 130 interrupted (finished rows are kept: --resume).",
 )
 @model_options
 @data_options(samples=20, length=512)

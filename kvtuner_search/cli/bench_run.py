@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvtuner_search.cli.bench import EXIT_CODES
 from kvtuner_search.cli.interrupts import kill_as_interrupt
 from kvtuner_search.cli.options import (
     api_key_option,
@@ -24,8 +25,7 @@ from kvtuner_search.cli.run_options import CONTEXT
 @click.command(
     "run",
     context_settings={**CONTEXT, "auto_envvar_prefix": "KVTUNER_BENCH"},
-    epilog="Exit codes: 0 a result within its objectives, 1 no such result, 2 usage, 3 unreadable or invalid input, 4 a profile of another model,"
-    " 5 a server could not be started or queried (what was measured is kept: --resume), 130 interrupted.",
+    epilog=EXIT_CODES,
 )
 @click.option("--url", show_envvar=True, help="Running server, http://host:port, instead of starting one.")
 @click.option(
@@ -56,7 +56,8 @@ from kvtuner_search.cli.run_options import CONTEXT
     "--slo",
     metavar="NAME=LIMIT,...",
     show_envvar=True,
-    help="Service-level objectives, e.g. ttft_p99=200,success=0.999,memory=0.9 (docs/bench-records.md).",
+    help="Service-level objectives, e.g. ttft_p99=200,success=0.999,memory=0.9: times in ms, success and memory as fractions"
+    " (docs/bench-records.md).",
 )
 @click.option(
     "--hardware",
@@ -93,9 +94,10 @@ from kvtuner_search.cli.run_options import CONTEXT
 @click.option(
     "--stall",
     type=click.FloatRange(1),
+    metavar="SECONDS",
     default=120.0,
     show_envvar=True,
-    help="Seconds without a byte after which a request fails.",
+    help="Time without a byte after which a request fails.",
 )
 @start_timeout_option
 @click.option(

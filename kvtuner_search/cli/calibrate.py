@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     epilog="Exit codes: 0 done, 2 usage, 3 unreadable or invalid input, 130 interrupted (continue with --resume).",
 )
 @model_options
-@data_options(samples=5, length=448)
+@data_options(samples=5, length=448, per="of each source in each split", seeds="data, splits and search")
 @space_options
 @click.option(
     "--target-bits",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=1,
     show_envvar=True,
-    help="Pipeline stages: the heaviest one counts.",
+    help="Pipeline stages of the server. Budgets count each stage as the largest, which limits the tokens that fit.",
 )
 @click.option(
     "--grouping",

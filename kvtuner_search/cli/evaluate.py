@@ -16,7 +16,9 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 
 
 @click.command(
-    "evaluate", context_settings=CONTEXT, epilog="Exit codes: 0 measured, 2 usage, 3 unreadable or invalid input."
+    "evaluate",
+    context_settings=CONTEXT,
+    epilog="Exit codes: 0 measured, 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 130 interrupted.",
 )
 @model_options
 @data_options(samples=40, length=512)
@@ -85,8 +87,9 @@ def command(
     from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.errors import UsageError
     from kvtuner_search.evaluation.lm_eval_tasks import TaskOptions, check_installed, run_tasks
-    from kvtuner_search.evaluation.offline import check_belongs, evaluate, open_profile, uniform
+    from kvtuner_search.evaluation.offline import evaluate, open_profile, uniform
     from kvtuner_search.models.load import load_model
+    from kvtuner_search.profile.checks import check_model
     from kvtuner_search.progress import Reporter
 
     if not profiles and not uniforms:
@@ -103,7 +106,7 @@ def command(
         reporter.say(note)
     settings = []
     for profile, centres in opened:
-        check_belongs(profile, loaded.info)
+        check_model(profile, loaded.info, loaded.info.id)
         settings.append((profile.name, tuple(profile.layer_specs()), centres))
     for text in uniforms:
         try:

@@ -24,7 +24,12 @@ json_option = click.option(
 )
 quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
 timeout_option = click.option(
-    "--timeout", type=click.FloatRange(1), default=600.0, show_envvar=True, help="Seconds for one request."
+    "--timeout",
+    type=click.FloatRange(1),
+    metavar="SECONDS",
+    default=600.0,
+    show_envvar=True,
+    help="Limit for one request.",
 )
 api_key_option = click.option(
     "--api-key",
@@ -36,9 +41,10 @@ api_key_option = click.option(
 start_timeout_option = click.option(
     "--start-timeout",
     type=click.FloatRange(1),
+    metavar="SECONDS",
     default=900.0,
     show_envvar=True,
-    help="Seconds until a server is ready.",
+    help="Limit until a server is ready.",
 )
 server_python_option = click.option(
     "--server-python",

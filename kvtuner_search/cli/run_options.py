@@ -49,7 +49,9 @@ def model_options(function: F) -> F:
             ),
             click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
             click.option(
-                "--random-weights", is_flag=True, help="Random weights from config.json, to measure speed only."
+                "--random-weights",
+                is_flag=True,
+                help="Random weights from config.json, to see the time and memory that this takes: the results mean nothing.",
             ),
         )
     ):
@@ -57,8 +59,16 @@ def model_options(function: F) -> F:
     return function
 
 
-def data_options(samples: int, length: int) -> Callable[[F], F]:
-    """``--data`` and how much of it."""
+def data_options(
+    samples: int, length: int, *, per: str = "of each source", seeds: str = "the data"
+) -> Callable[[F], F]:
+    """``--data`` and how much of it.
+
+    Args:
+        samples, length: the defaults.
+        per: what the help of ``--samples`` counts sequences of.
+        seeds: what the help of ``--seed`` says that it decides.
+    """
 
     def decorate(function: F) -> F:
         for option in reversed(
@@ -76,7 +86,7 @@ def data_options(samples: int, length: int) -> Callable[[F], F]:
                     type=click.IntRange(1),
                     default=samples,
                     show_envvar=True,
-                    help="Sequences of each source (in each split).",
+                    help=f"Sequences {per}.",
                 ),
                 click.option(
                     "--length",
@@ -90,7 +100,7 @@ def data_options(samples: int, length: int) -> Callable[[F], F]:
                     type=click.IntRange(0, 2**31),
                     default=0,
                     show_envvar=True,
-                    help="Seed of data, splits and search.",
+                    help=f"Seed of {seeds}.",
                 ),
                 click.option(
                     "--batch-tokens",
@@ -116,7 +126,7 @@ def space_options(function: F) -> F:
                 default=",".join(map(str, BITS)),
                 callback=_numbers,
                 show_envvar=True,
-                help="Bit-widths to choose from.",
+                help="Bit-widths to choose from, separated by commas.",
             ),
             click.option(
                 "--group-size",
@@ -124,7 +134,7 @@ def space_options(function: F) -> F:
                 default="head",
                 callback=_groups,
                 show_envvar=True,
-                help=f"Channels that share a scale: head, {', '.join(map(str, GROUP_SIZES))}, or several.",
+                help=f"Channels that share a scale: {_words(('head', *GROUP_SIZES), 'or')}, or several of them, separated by commas.",
             ),
             click.option(
                 "--symmetric/--no-symmetric", default=True, help="Also allow formats without a stored minimum."
@@ -160,8 +170,8 @@ def label(model: str) -> str:
     return f"{model} (embedded test instrument)" if model == REFERENCE else model
 
 
-def _words(choices: Sequence[object]) -> str:
-    return f"{', '.join(map(str, choices[:-1]))} and {choices[-1]}"
+def _words(choices: Sequence[object], last: str = "and") -> str:
+    return f"{', '.join(map(str, choices[:-1]))} {last} {choices[-1]}"
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:

@@ -14,7 +14,9 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 
 
 @click.command(
-    "sensitivity", context_settings=CONTEXT, epilog="Exit codes: 0 measured, 2 usage, 3 unreadable or invalid input."
+    "sensitivity",
+    context_settings=CONTEXT,
+    epilog="Exit codes: 0 measured, 2 usage, 3 unreadable or invalid input, 130 interrupted.",
 )
 @model_options
 @data_options(samples=5, length=448)

@@ -34,7 +34,7 @@ class _Serve(click.Command):
     context_settings={"ignore_unknown_options": True},
     options_metavar="--profile FILE --model-path MODEL [OPTIONS] [SGLANG OPTIONS]",
     epilog="Exit codes: before the server starts 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 no usable"
-    " SGLang; then SGLang's own, and 128 + N if signal N ended it.",
+    " SGLang, 130 interrupted; then SGLang's own, and 128 + N if signal N ended it.",
 )
 @click.option("--profile", ENGINE.PROFILE, metavar="FILE", help="How each layer is stored.", show_envvar=True)
 @click.option(

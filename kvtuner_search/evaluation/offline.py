@@ -9,15 +9,14 @@ from typing import Any
 from kvtuner_kernels.layout import LayerSpec, effective_bits
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.data import load_evaluation
-from kvtuner_search.errors import DataError, NotComparableError, UsageError
+from kvtuner_search.errors import UsageError
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.statistics import measures
 from kvtuner_search.evaluation.stored import Setting
 from kvtuner_search.models.load import LoadedModel
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.canonical import load
-from kvtuner_search.profile.checks import check_model
-from kvtuner_search.profile.schema import ModelInfo, Profile
+from kvtuner_search.profile.schema import Profile
 from kvtuner_search.progress import Reporter
 from kvtuner_search.transforms import read_transforms
 
@@ -30,18 +29,6 @@ def open_profile(path: Path) -> tuple[Profile, dict[int, Centres]]:
     """
     profile = load(path)
     return profile, read_transforms(path, profile)
-
-
-def check_belongs(profile: Profile, model: ModelInfo) -> None:
-    """Refuse a profile of another model.
-
-    Raises:
-        DataError: names what differs.
-    """
-    try:
-        check_model(profile, model, model.id)
-    except NotComparableError as error:
-        raise DataError(str(error)) from error
 
 
 def evaluate(

@@ -18,12 +18,13 @@ from kvtuner_search.bench.ablate.quality import NOT_SERVED, QualityBench
 from kvtuner_search.bench.ablate.rows import Ablation, AblationRow, AblationSpeed
 from kvtuner_search.bench.ablate.variants import BASELINE, StorageVariant, catalogue
 from kvtuner_search.errors import UsageError
-from kvtuner_search.evaluation.offline import check_belongs, open_profile
+from kvtuner_search.evaluation.offline import open_profile
 from kvtuner_search.files import write_atomic
 from kvtuner_search.json_lines import JsonLines, whole_lines
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.reference_model import REFERENCE_NAME
 from kvtuner_search.profile.canonical import canonical_json
+from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.progress import Reporter
 from kvtuner_search.servers.folder import RunFolder
@@ -103,6 +104,7 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablation:
 
     Raises:
         UsageError, DataError: if an option, the model or the data cannot be used; finished rows are kept.
+        NotComparableError: if a profile is of another model.
     """
     with reporter.stage("load the model"):
         loaded = load_model(options.model, options.length)
@@ -111,7 +113,7 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablation:
     own: dict[str, dict[int, Centres]] = {}
     for path in options.profiles:
         profile, centres = open_profile(path)
-        check_belongs(profile, info)
+        check_model(profile, info, info.id)
         if profile.name in own or profile.name in {variant.name for variant in variants}:
             raise UsageError(f"two rows are named {profile.name}: give each profile once")
         own[profile.name] = centres

@@ -172,8 +172,16 @@ def test_options_that_mean_nothing_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert ablate(tmp_path, "--resume", "--overwrite") == 2
     assert ablate(tmp_path, "--", "--device", "cpu") == 2
     assert "--server-python" in capsys.readouterr().err
-    assert ablate(tmp_path, "--profile", str(ROOT / "profiles" / "qwen2.5-7b" / "qwen2.5-7b-kv4.json")) == 3
+
+
+def test_a_profile_of_another_model_has_the_exit_code_that_it_has_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["--profile", str(ROOT / "profiles" / "qwen2.5-7b" / "qwen2.5-7b-kv4.json")]
+    assert ablate(tmp_path, *other) == 4
     assert "qwen2.5-7b" in capsys.readouterr().err.lower()
+    assert run(["evaluate", *other, "--quiet"]) == 4
+    assert "it belongs to another model" in capsys.readouterr().err
 
 
 def test_a_centred_row_becomes_a_profile_that_can_be_served(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -74,7 +74,50 @@ def test_a_command_that_the_table_names_lists_the_code(code: int) -> None:
 
 
 def test_the_bench_commands_agree_on_what_a_run_ends_with() -> None:
-    assert codes(COMMANDS["bench"].epilog) == codes(COMMANDS["bench run"].epilog)
+    assert COMMANDS["bench"].epilog == COMMANDS["bench run"].epilog
+
+
+@pytest.mark.parametrize(
+    "name", ["calibrate", "sensitivity", "evaluate", "serve", "validate", "bench run", "bench ablate"]
+)
+def test_a_command_that_works_for_minutes_says_how_it_ends_when_interrupted(name: str) -> None:
+    assert ExitCode.INTERRUPTED in codes(COMMANDS[name].epilog)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "serve", "validate", "bench run", "bench ablate"])
+def test_a_profile_of_another_model_has_one_exit_code(name: str) -> None:
+    assert "4 a profile of another model" in " ".join((COMMANDS[name].epilog or "").split())
+
+
+def help_of(name: str, spelling: str) -> str:
+    found = (p.help for p in COMMANDS[name].params if isinstance(p, click.Option) and spelling in p.opts)
+    return next(found) or ""
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "evaluate", "bench ablate"])
+def test_shared_options_speak_of_what_the_command_does(name: str) -> None:
+    assert help_of(name, "--seed") == "Seed of the data."
+    assert help_of(name, "--samples") == "Sequences of each source."
+    assert help_of("calibrate", "--seed") == "Seed of data, splits and search."
+    assert "in each split" in help_of("calibrate", "--samples")
+    assert "speed" not in help_of(name, "--random-weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "spelling", "words"),
+    [
+        ("calibrate", "--bits", "separated by commas"),
+        ("calibrate", "--group-size", "head, 32, 64 or 128, or several of them, separated by commas"),
+        ("bench run", "--slo", "times in ms"),
+    ],
+)
+def test_help_says_how_a_value_is_written(name: str, spelling: str, words: str) -> None:
+    assert words in help_of(name, spelling)
+
+
+def test_limits_of_time_name_their_unit() -> None:
+    limits = [option for _, option in OPTIONS if option.opts[0] in ("--timeout", "--start-timeout", "--stall")]
+    assert {option.metavar for option in limits} == {"SECONDS"}
 
 
 OPTIONS = [
