@@ -133,14 +133,11 @@ def command(**options: Any) -> None:
 
 def _publish(record: CalibrationRecord, folder: Path) -> list[Path]:
     """Write the report and print its summary; returns the files written."""
-    from rich.console import Console
-
     from kvtuner_search.files import write_atomic
     from kvtuner_search.report.calibration_html import render
-    from kvtuner_search.report.terminal import summary
+    from kvtuner_search.report.terminal import print_summary
 
     report = folder / "report.html"
     write_atomic(report, render(record))
-    console = Console()
-    summary(record, console if console.is_terminal else Console(width=100))
+    print_summary(record)
     return [report]

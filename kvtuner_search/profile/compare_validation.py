@@ -75,8 +75,8 @@ def _capacity(old: Capacity | None, new: Capacity | None, profile: Profile) -> I
     before, after = (c.ratio / c.predicted if c is not None and c.comparable else None for c in (old, new))
     if before is None or (after is not None and after > before - _CAPACITY_STEP):
         return
-    now = "no longer comparable" if after is None else f"{after:.4f}"
-    message = f"the server's token capacity is {now} of what the layout predicts, it was {before:.4f}"
+    now = "can no longer be compared with" if after is None else f"is {after:.4f} of"
+    message = f"the server's token capacity {now} what the layout predicts; it was {before:.4f} of that"
     yield make_finding("validation-capacity-regressed", profile, "validation.capacity", message, before, after)
 
 

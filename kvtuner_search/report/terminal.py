@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import IO, Any, Final, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +21,7 @@ from kvtuner_search.report.reading import change, number
 
 _VERDICT_STYLE: Final = {"better": "green", "worse": "red", "inconclusive": "yellow"}
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
+_WIDTH: Final = 100  # columns where the output is not a terminal
 _STRIP: Final = 64  # layers in one line
 _LEAD: Final = 20  # characters before them
 _RIVALS: Final = (
@@ -26,6 +29,25 @@ _RIVALS: Final = (
     ("uniform", "best uniform"),
     ("random", "random"),
 )  # (origin, head of its column)
+
+
+def print_summary(record: CalibrationRecord) -> None:
+    """Print the summary on standard output: in a file or a pipe 100 columns wide, without spaces at the ends of lines."""
+    console = Console()
+    summary(record, console if console.is_terminal else Console(file=cast(IO[str], _Trimmed(sys.stdout)), width=_WIDTH))
+
+
+class _Trimmed:
+    """A text stream without the spaces by which rich fills a table's lines; rich writes whole lines."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(" +$", "", text, flags=re.MULTILINE))
 
 
 def summary(record: CalibrationRecord, console: Console) -> None:
@@ -146,7 +168,7 @@ def _layers(console: Console, record: CalibrationRecord, row: Compared) -> None:
             console.print(Text(f"  KL at {name}".ljust(_LEAD) + levels, "dim"))
     console.print(
         Text(
-            f"F is 16 bits{', bands are shown by their rounded mean' if reading.has_bands(row) else ''}. KL: of the model's output with only that side of that layer stored in that class, on a log scale from"
+            f"F is 16 bits{'; a side in bands shows the rounded mean of its bits' if reading.has_bands(row) else ''}. KL: of the model's output with only that side of that layer stored in that class, on a log scale from"
             f" {number(low)} ({_LEVELS[0]}) to {number(high)} ({_LEVELS[-1]}) nats.",
             "dim",
         )

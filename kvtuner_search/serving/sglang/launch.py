@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Final, NoReturn
 
 from kvtuner_search.errors import ServingError, UsageError
+from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import flags
@@ -52,6 +54,10 @@ def prepare(
     if not flags.requested(namespace):
         raise UsageError(f"nothing says how layers are stored: give --profile FILE, or {flags.ENABLE} and its bits")
     options = read_options(rest)
+    named_anew = []
+    if options.model_path == REFERENCE_NAME:  # a name that SGLang does not know; of two it takes the last
+        options = replace(options, model_path=str(reference_model_path()))
+        named_anew = ["--model-path", options.model_path]
     backend = _check_options(options)
     named = options.model_path, options.revision, options.json_model_override_args
     model = served_model(*named, options.context_length)
@@ -60,7 +66,7 @@ def prepare(
         print(f"kvtuner-search: {remark}", file=sys.stderr)
     loaded, path = flags.profile_of(namespace, model, options.model_path)
     check_dtype(options, loaded)
-    added = [] if options.host is not None else ["--host", "127.0.0.1"]
+    added = named_anew if options.host is not None else [*named_anew, "--host", "127.0.0.1"]
     added += [] if options.attention_backend is not None else ["--attention-backend", backend]
     added += [flags.PROFILE, str(path), *([flags.AS_STORED] if as_stored else [])]
     configuration = ServingConfiguration(str(path), loaded.digest, as_stored)

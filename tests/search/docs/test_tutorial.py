@@ -36,7 +36,11 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path, tiny_model: Path) -> Non
 
     assert load(folder / "profiles/mine/reference-4.00bit.json").storage.effective_bits <= 4
     assert (folder / "demo-output/report.html").is_file()
-    assert "Profile and report:" in done.stdout
+    files = [line for line in (done.stderr + done.stdout).splitlines() if line.endswith("demo-output/report.html")]
+    assert [line.split()[0] for line in files] == ["wrote"], "each file is named once"
+    assert not [
+        line for line in done.stdout.splitlines() if line.startswith("Calibration of") and line != line.rstrip()
+    ]
     assert "--kvtuner-profile" in done.stdout, "the plan of the server"
     for bits in ("5.00", "6.00"):
         assert load(folder / f"my-output/my-model-{bits}bit.json").model.id == "my-model"

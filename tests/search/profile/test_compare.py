@@ -259,6 +259,10 @@ def test_a_capacity_that_can_no_longer_be_compared_is_a_regression() -> None:
     new = validated(capacity=capacity(399_000) | {"comparable": False, "reason": "capped"})
     assert fired(validated(), new) == ["validation-capacity-regressed"]
     assert fired(new, validated()) == []
+    [found] = compare(validated(), new).findings
+    assert found.message == (
+        "the server's token capacity can no longer be compared with what the layout predicts; it was 0.9975 of that"
+    )
 
 
 def test_server_measures_stand_apart_from_offline_ones() -> None:

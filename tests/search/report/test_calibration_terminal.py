@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from kvtuner_search.report.terminal import summary
+from kvtuner_search.report.terminal import print_summary, summary
 from tests.search.report import calibration_record as made
 
 
@@ -29,6 +29,14 @@ def test_fits_in_100_columns_and_cuts_no_figure(name: str) -> None:
     assert "…" not in text
     assert "\x1b" not in text
     assert not re.search(r"\b(nan|inf)\b", text)
+
+
+@pytest.mark.parametrize("name", made.variants())
+def test_in_a_pipe_no_line_ends_in_spaces(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record = made.variants()[name]
+    print_summary(made.typed(record))
+    out = capsys.readouterr().out
+    assert out.splitlines() == [line.rstrip() for line in printed(record).splitlines()]
 
 
 def test_one_target_stays_under_60_lines() -> None:
@@ -62,7 +70,7 @@ def test_bands_are_shown_by_their_rounded_mean() -> None:
     text = printed(made.banded())
     assert line_of(text, "keys", "bits").split() == ["keys", "bits", "4352"], "of 3.625, 2.875, 4.625 and 1.75"
     assert line_of(text, "values", "bits").split() == ["values", "bits", "3424"]
-    assert "F is 16 bits, bands are shown by their rounded mean." in " ".join(text.split())
+    assert "F is 16 bits; a side in bands shows the rounded mean of its bits." in " ".join(text.split())
     assert "rounded mean" not in printed(made.record())
 
 

@@ -187,6 +187,15 @@ def test_the_users_partition_is_shown(command: Run, small: tuple[Path, Path], mo
     assert "SGLANG_PP_LAYER_PARTITION='1,2' does not divide 4 layers among 2 stages" in err
 
 
+def test_the_reference_model_is_served_from_its_folder(command: Run) -> None:
+    code, out, _ = command("--profile", REFERENCE, "--model-path", "reference", "--gpu-memory", "1GiB", "--dry-run")
+    folder = str(reference_model_path())
+    assert code == 0
+    assert "no safetensors files" not in out
+    assert f"model       {folder}: 16 layers" in out
+    assert f"with --model-path {folder} " in out, "SGLang would look for a model of that name on the hub"
+
+
 def test_limits_and_drafts_are_said(command: Run, small: tuple[Path, Path]) -> None:
     (small[1] / "model.safetensors").write_bytes(safetensors({"w": [256, 1024]}))
     arguments = ["--profile", small[0], "--model-path", small[1], "--dry-run"]
