@@ -27,7 +27,6 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "families",
     multiple=True,
     type=click.Choice(FAMILIES),
-    show_envvar=True,
     help="Only these families of rows, in addition to the 16-bit cache; repeatable.",
 )
 @click.option(
@@ -35,7 +34,6 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "profiles",
     type=click.Path(path_type=Path),
     multiple=True,
-    show_envvar=True,
     help="A row of your own; repeatable.",
 )
 @click.option(
@@ -43,40 +41,31 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "centring",
     multiple=True,
     metavar="SOURCE",
-    show_envvar=True,
     help="Data for the centring vectors, without the evaluated sequences; repeatable. Default: recall, arithmetic, list, text.",
 )
 @click.option(
     "--context",
     type=click.IntRange(1),
     show_default="LENGTH",
-    show_envvar=True,
     help="Tokens in the cache, for rows whose bits depend on it.",
 )
 @click.option(
     "--server-python",
     metavar="PATH",
-    show_envvar=True,
     help="Also serve every row that can be served, with SGLang in this Python's environment.",
 )
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(1),
     default=512,
-    show_envvar=True,
     help="Prompt tokens of each request to a server.",
 )
-@click.option(
-    "--output-tokens", type=click.IntRange(2), default=64, show_envvar=True, help="Tokens of each answer (throughput)."
-)
-@click.option(
-    "--concurrency", type=click.IntRange(1), default=8, show_envvar=True, help="Requests in flight (throughput)."
-)
+@click.option("--output-tokens", type=click.IntRange(2), default=64, help="Tokens of each answer (throughput).")
+@click.option("--concurrency", type=click.IntRange(1), default=8, help="Requests in flight (throughput).")
 @click.option(
     "--requests",
     type=click.IntRange(1),
     default=16,
-    show_envvar=True,
     help="Minimum number of requests in each of the two cells.",
 )
 @timeout_option
@@ -84,7 +73,6 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
-    show_envvar=True,
     show_default="kvtuner-ablation/MODEL",
     help="Folder that keeps each finished row.",
 )
@@ -93,7 +81,6 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    show_envvar=True,
     help="Also write the JSON to this file.",
 )
 @json_option

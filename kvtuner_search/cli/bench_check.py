@@ -43,11 +43,11 @@ class _Result:
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--hardware", metavar="NAME[,KEY=VALUE...]", show_envvar=True,
+    "--hardware", metavar="NAME[,KEY=VALUE...]",
     help="Judge against this hardware instead of the file's, e.g. 'NVIDIA H200' or 'X,bandwidth=4.8e12,flops=989e12'.",
 )  # fmt: skip
 @click.option(
-    "--model", type=click.Path(path_type=Path), show_envvar=True,
+    "--model", type=click.Path(path_type=Path),
     help="Folder or config.json of a report's model; records contain its shape.",
 )  # fmt: skip
 @json_option

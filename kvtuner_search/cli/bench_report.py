@@ -14,7 +14,6 @@ claims_option = click.option(
     "--claims",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    show_envvar=True,
     help="A test report as JSON, to show beside ours: its claims, the floors of its hardware, and which claims are impossible.",
 )
 
@@ -42,7 +41,6 @@ def read_claims(path: Path | None) -> AdapterReport | None:
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
-    show_envvar=True,
     help="Write one self-contained page instead of tables.",
 )
 @claims_option

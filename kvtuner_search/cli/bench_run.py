@@ -27,11 +27,10 @@ from kvtuner_search.cli.run_options import CONTEXT
     context_settings={**CONTEXT, "auto_envvar_prefix": "KVTUNER_BENCH"},
     epilog=EXIT_CODES,
 )
-@click.option("--url", show_envvar=True, help="Running server, http://host:port, instead of starting one.")
+@click.option("--url", help="Running server, http://host:port, instead of starting one.")
 @click.option(
     "--profile",
     type=click.Path(path_type=Path),
-    show_envvar=True,
     show_default="a 16-bit cache, or what the server at --url has",
     help="Profile that says how the cache is stored.",
 )
@@ -39,30 +38,26 @@ from kvtuner_search.cli.run_options import CONTEXT
     "--model-path",
     "model",
     metavar="FOLDER|HUB-ID",
-    show_envvar=True,
     show_default="what the server at --url names",
     help="Model; 'reference' is the embedded 13.9 M-parameter test instrument.",
 )
-@click.option("--preset", default="quick", show_envvar=True, help="Cells to measure: quick, legacy or full.")
+@click.option("--preset", default="quick", help="Cells to measure: quick, legacy or full.")
 @click.option(
     "--section",
     "sections",
     multiple=True,
     type=click.Choice(["ttft", "throughput", "long", "batch", "memory"]),
-    show_envvar=True,
     help="Only these tables of the preset; repeatable.",
 )
 @click.option(
     "--slo",
     metavar="NAME=LIMIT,...",
-    show_envvar=True,
     help="Service-level objectives, e.g. ttft_p99=200,success=0.999,memory=0.9: times in ms, success and memory as fractions"
     " (docs/bench-records.md).",
 )
 @click.option(
     "--hardware",
     metavar="NAME[,bandwidth=B/S,flops=OP/S]",
-    show_envvar=True,
     show_default="this machine's",
     help="Hardware that the server runs on, for the floors.",
 )
@@ -70,7 +65,6 @@ from kvtuner_search.cli.run_options import CONTEXT
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
-    show_envvar=True,
     show_default="kvtuner-bench/NAME-PRESET",
     help="Folder for raw requests, log and record.",
 )
@@ -79,16 +73,14 @@ from kvtuner_search.cli.run_options import CONTEXT
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    show_envvar=True,
     help="Also write the record to this file.",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path, dir_okay=False),
-    show_envvar=True,
     help="Write an HTML report to this file.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_envvar=True, help="Seed of the prompts.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Seed of the prompts.")
 @api_key_option
 @timeout_option
 @click.option(
@@ -96,14 +88,12 @@ from kvtuner_search.cli.run_options import CONTEXT
     type=click.FloatRange(1),
     metavar="SECONDS",
     default=120.0,
-    show_envvar=True,
     help="Time without a byte after which a request fails.",
 )
 @start_timeout_option
 @click.option(
     "--workers",
     type=click.IntRange(1, 64),
-    show_envvar=True,
     show_default="by concurrency and cores",
     help="Processes of the load generator.",
 )

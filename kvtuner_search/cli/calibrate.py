@@ -31,21 +31,18 @@ if TYPE_CHECKING:
     "--target-bits",
     type=click.FloatRange(1, 16),
     multiple=True,
-    show_envvar=True,
     help="Budget in effective bits, counting everything stored; repeatable, one profile each. Default: 4.0.",
 )
 @click.option(
     "--max-loss",
     type=float,
-    show_envvar=True,
     help="Instead of a budget: the cheapest setting whose KL divergence (nats a token) is at most this.",
 )
-@click.option("--trials", type=click.IntRange(1), default=32, show_envvar=True, help="Distinct settings to score.")
+@click.option("--trials", type=click.IntRange(1), default=32, help="Distinct settings to score.")
 @click.option(
     "--sampler",
     type=click.Choice(list(samplers.SAMPLERS)),
     default=samplers.DEFAULT,
-    show_envvar=True,
     help=f"What proposes settings beside the proxy. {samplers.described()}.",
 )
 @click.option(
@@ -53,14 +50,12 @@ if TYPE_CHECKING:
     "stages",
     type=click.IntRange(1),
     default=1,
-    show_envvar=True,
     help="Pipeline stages of the server. Budgets count each stage as the largest, which limits the tokens that fit.",
 )
 @click.option(
     "--grouping",
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
-    show_envvar=True,
     help="Layers of similar sensitivity share a variable; auto: if the silhouette is good.",
 )
 @click.option(
@@ -72,24 +67,21 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("kvtuner-output"),
-    show_envvar=True,
     help="Folder for profiles, report and study.",
 )
-@click.option("--name", help="Start of the profiles' names. Default: the model's.", show_envvar=True)
+@click.option("--name", help="Start of the profiles' names. Default: the model's.")
 @click.option("--resume", is_flag=True, help="Continue the study in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Delete the study in the output folder and start again.")
 @click.option(
     "--storage",
     metavar="URL",
-    show_envvar=True,
     help="Optuna storage to share with other machines. Default: a journal file in the output folder.",
 )
-@click.option("--study-name", default="kvtuner", show_envvar=True, help="Study within the storage.")
+@click.option("--study-name", default="kvtuner", help="Study within the storage.")
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=1,
-    show_envvar=True,
     help="Processes that share the trials on this machine.",
 )
 @click.option("--join", is_flag=True, hidden=True, help="Work on the study's trials and write nothing.")

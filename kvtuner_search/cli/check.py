@@ -27,12 +27,12 @@ _GRAVEST_FIRST = (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCo
 )
 @click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--model", type=click.Path(path_type=Path), show_envvar=True,
+    "--model", type=click.Path(path_type=Path),
     help="Folder of the model, or its config.json: the profile must belong to it.",
 )  # fmt: skip
-@click.option("--strict", is_flag=True, show_envvar=True, help="Fail on remarks too, e.g. nothing was measured.")
+@click.option("--strict", is_flag=True, help="Fail on remarks too, e.g. nothing was measured.")
 @click.option(
-    "--rewrite", is_flag=True, show_envvar=True,
+    "--rewrite", is_flag=True,
     help="Rewrite each sound profile that has an older schema version or is not in canonical form. Its content stays.",
 )  # fmt: skip
 @click.option("--hook", is_flag=True, hidden=True, allow_from_autoenv=False)

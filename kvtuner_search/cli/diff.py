@@ -29,25 +29,21 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
 )
 @click.argument("old", required=False)
 @click.argument("new", required=False)
-@click.option(
-    "--fail-on", type=click.Choice(FAIL_ON), help="Lowest severity that fails.  [default: error]", show_envvar=True
-)
-@click.option("--max-bytes-per-token", type=click.IntRange(min=0), help="Budget of NEW in bytes.", show_envvar=True)
-@click.option(
-    "--max-loss-increase", type=click.FloatRange(min=0), help="Budget for kl and nll in nats.", show_envvar=True
-)
+@click.option("--fail-on", type=click.Choice(FAIL_ON), help="Lowest severity that fails.  [default: error]")
+@click.option("--max-bytes-per-token", type=click.IntRange(min=0), help="Budget of NEW in bytes.")
+@click.option("--max-loss-increase", type=click.FloatRange(min=0), help="Budget for kl and nll in nats.")
 @memory_option
 @click.option(
-    "--format", "style", type=click.Choice(FORMATS), default="text", show_envvar=True,
+    "--format", "style", type=click.Choice(FORMATS), default="text",
     help="github writes annotations and the step summary.",
 )  # fmt: skip
 @json_option
 @click.option(
-    "--config", type=click.Path(path_type=Path), show_envvar=True,
+    "--config", type=click.Path(path_type=Path),
     help="TOML file with [tool.kvtuner-search.diff].  [default: the nearest pyproject.toml that has it]",
 )  # fmt: skip
 @click.option(
-    "--config-from", metavar="REF", show_envvar=True,
+    "--config-from", metavar="REF",
     help="Take that file from a revision in git; what the working tree changes in it is a finding.",
 )  # fmt: skip
 @click.option("--rules", is_flag=True, allow_from_autoenv=False, help="List the rules and exit.")

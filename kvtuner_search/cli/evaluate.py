@@ -27,7 +27,6 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "profiles",
     type=click.Path(path_type=Path),
     multiple=True,
-    show_envvar=True,
     help="Profile to measure; repeatable.",
 )
 @click.option(
@@ -41,26 +40,21 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "--tasks",
     multiple=True,
     metavar="TASK",
-    show_envvar=True,
     help="Also run a task or group of lm-eval, e.g. gsm8k; repeatable, or with commas. Needs the extra `eval`.",
 )
 @click.option(
     "--fewshot",
     type=click.IntRange(0),
-    show_envvar=True,
     help="Examples before each question of a task.",
     show_default="the task's own number",
 )
-@click.option("--limit", type=click.IntRange(1), show_envvar=True, help="First items of each task.", show_default="all")
+@click.option("--limit", type=click.IntRange(1), help="First items of each task.", show_default="all")
 @click.option(
     "--task-folder",
     type=click.Path(path_type=Path),
-    show_envvar=True,
     help="Folder with additional task files (YAML). lm-eval runs the Python that they name.",
 )
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_envvar=True, help="Prompts of a task in one pass."
-)
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Prompts of a task in one pass.")
 @json_option
 @quiet_option
 def command(

@@ -17,18 +17,13 @@ from kvtuner_search.profile.source import load_from
     epilog="Exit codes: 0 written, 1 something would be lost and --allow-lossy is not given, 2 usage, 3 unreadable or invalid profile.",
 )
 @click.argument("profile")
-@click.option(
-    "--to", "target", type=click.Choice(tuple(FORMATS)), required=True, help="Format to write.", show_envvar=True
-)
-@click.option(
-    "--allow-lossy", is_flag=True, help="Write it even if the format cannot express all of PROFILE.", show_envvar=True
-)
+@click.option("--to", "target", type=click.Choice(tuple(FORMATS)), required=True, help="Format to write.")
+@click.option("--allow-lossy", is_flag=True, help="Write it even if the format cannot express all of PROFILE.")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path),
     help="File to write.  [default: standard output]",
-    show_envvar=True,
 )
 def command(profile: str, target: str, allow_lossy: bool, output: Path | None) -> None:
     """Write PROFILE in another format. Settings that it cannot express are listed, and refused without --allow-lossy."""

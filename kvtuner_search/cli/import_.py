@@ -31,28 +31,23 @@ from kvtuner_search.profile.text import bounded, printable
     type=click.Choice(tuple(FORMATS)),
     required=True,
     help="Format of FILE.",
-    show_envvar=True,
 )
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
     required=True,
     help="The model's folder, or its config.json.",
-    show_envvar=True,
 )
-@click.option("--scheme", type=click.Choice(SCHEMES), help="How a kvtuner preset applies its bits.", show_envvar=True)
-@click.option("--model-id", help="Id of the model.  [default: its folder's name]", show_envvar=True)
-@click.option("--revision", help="Revision of the model.", show_envvar=True)
-@click.option("--name", help="Name of the profile.  [default: from FILE]", show_envvar=True)
-@click.option(
-    "--allow-lossy", is_flag=True, help="Write it even if a profile cannot express all of FILE.", show_envvar=True
-)
+@click.option("--scheme", type=click.Choice(SCHEMES), help="How a kvtuner preset applies its bits.")
+@click.option("--model-id", help="Id of the model.  [default: its folder's name]")
+@click.option("--revision", help="Revision of the model.")
+@click.option("--name", help="Name of the profile.  [default: from FILE]")
+@click.option("--allow-lossy", is_flag=True, help="Write it even if a profile cannot express all of FILE.")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path),
     help="File to write.  [default: standard output]",
-    show_envvar=True,
 )
 def command(
     file: Path,

@@ -53,7 +53,7 @@ MEMORY_HELP: Final = (
     epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 5 a server failed, 130 interrupted, 141 nobody reads the output.",
 )
 @click.version_option(__version__, prog_name="kvtuner-search")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.", show_envvar=True)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """Search per-layer key and value bit-widths for the KV cache, and keep the result as a reviewed profile."""

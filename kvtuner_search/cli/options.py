@@ -17,25 +17,21 @@ def size_callback(ctx: click.Context, param: click.Parameter, value: str | None)
 
 
 memory_option = click.option(
-    "--memory", metavar="SIZE", callback=size_callback, show_envvar=True, help="Show how many tokens fit, e.g. 40GiB."
+    "--memory", metavar="SIZE", callback=size_callback, help="Show how many tokens fit, e.g. 40GiB."
 )
-json_option = click.option(
-    "--json", "as_json", is_flag=True, envvar="KVTUNER_JSON", show_envvar=True, help="Print JSON."
-)
-quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.", show_envvar=True)
+json_option = click.option("--json", "as_json", is_flag=True, envvar="KVTUNER_JSON", help="Print JSON.")
+quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 timeout_option = click.option(
     "--timeout",
     type=click.FloatRange(1),
     metavar="SECONDS",
     default=600.0,
-    show_envvar=True,
     help="Limit for one request.",
 )
 api_key_option = click.option(
     "--api-key",
     metavar="KEY",
     envvar="KVTUNER_API_KEY",
-    show_envvar=True,
     help="API key of the server, sent as bearer token. The variable keeps it out of the process list.",
 )
 start_timeout_option = click.option(
@@ -43,7 +39,6 @@ start_timeout_option = click.option(
     type=click.FloatRange(1),
     metavar="SECONDS",
     default=900.0,
-    show_envvar=True,
     help="Limit until a server is ready.",
 )
 server_python_option = click.option(
@@ -51,7 +46,6 @@ server_python_option = click.option(
     default=sys.executable,
     metavar="PATH",
     show_default="this one",
-    show_envvar=True,
     help="Python of the environment that has SGLang.",
 )
 server_arguments = click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- SGLANG OPTIONS]")

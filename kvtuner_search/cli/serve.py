@@ -36,18 +36,16 @@ class _Serve(click.Command):
     epilog="Exit codes: before the server starts 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 no usable"
     " SGLang, 130 interrupted; then SGLang's own, and 128 + N if signal N ended it.",
 )
-@click.option("--profile", ENGINE.PROFILE, metavar="FILE", help="How each layer is stored.", show_envvar=True)
+@click.option("--profile", ENGINE.PROFILE, metavar="FILE", help="How each layer is stored.")
 @click.option(
-    ENGINE.AS_STORED, "as_stored", is_flag=True, show_envvar=True,
+    ENGINE.AS_STORED, "as_stored", is_flag=True,
     help="Read a prompt's own keys and values as stored too, as decode does: for measuring; slower.",
 )  # fmt: skip
 @click.option(
-    "--gpu-memory", metavar="SIZE", callback=size_callback, show_envvar=True,
+    "--gpu-memory", metavar="SIZE", callback=size_callback,
     help="Memory of one GPU, e.g. 80GiB, to predict the capacity.  [default: free now, by nvidia-smi]",
 )  # fmt: skip
-@click.option(
-    "--dry-run", is_flag=True, help="Print the plan and stop; SGLang need not be installed.", show_envvar=True
-)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; SGLang need not be installed.")
 @json_option
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="")
 def command(

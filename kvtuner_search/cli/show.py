@@ -16,7 +16,7 @@ from kvtuner_search.profile.source import load_from
 @click.command("show", epilog="Exit codes: 0 shown, 2 usage, 3 unreadable or invalid profile.")
 @click.argument("profile")
 @memory_option
-@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page instead.", show_envvar=True)
+@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page instead.")
 @json_option
 def command(profile: str, memory: int | None, html: Path | None, as_json: bool) -> None:
     """Show PROFILE (a file, REF:path for a file in git, or - for standard input)."""

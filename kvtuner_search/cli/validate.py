@@ -46,7 +46,7 @@ class Limit(click.ParamType[float | str | None]):
 
 
 def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[F], F]:
-    return click.option(name, type=Limit(auto), default=default, show_envvar=True, help=text)
+    return click.option(name, type=Limit(auto), default=default, help=text)
 
 
 @click.command(
@@ -56,25 +56,19 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     " server with another profile, 5 a server could not be started or gave unusable answers (valid answers are kept: --resume),"
     " 130 interrupted.",
 )
-@click.option(
-    "--profile", type=click.Path(path_type=Path), required=True, show_envvar=True, help="Profile to validate."
-)
+@click.option("--profile", type=click.Path(path_type=Path), required=True, help="Profile to validate.")
 @click.option(
     "--model-path",
     "model",
     default="reference",
     metavar="FOLDER|HUB-ID",
-    show_envvar=True,
     help="Model; 'reference' is the embedded 13.9 M-parameter test instrument.",
 )
-@click.option(
-    "--url", show_envvar=True, help="Running server with the profile, http://host:port, instead of starting one."
-)
-@click.option("--baseline-url", show_envvar=True, help="Running stock server, instead of starting one.")
+@click.option("--url", help="Running server with the profile, http://host:port, instead of starting one.")
+@click.option("--baseline-url", help="Running stock server, instead of starting one.")
 @click.option(
     "--baseline-from",
     type=click.Path(path_type=Path, file_okay=False),
-    show_envvar=True,
     help="Folder of a run with the same options for another profile, whose stock server's answers are reused.",
 )
 @server_python_option
@@ -83,27 +77,23 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     "sources",
     multiple=True,
     metavar="SOURCE",
-    show_envvar=True,
     help="Held-out text or task to score; repeatable (docs/data.md). Default: recall, arithmetic, list, text.",
 )
-@click.option("--samples", type=click.IntRange(2), default=40, show_envvar=True, help="Sequences of each source.")
-@click.option("--length", type=click.IntRange(8), default=512, show_envvar=True, help="Most tokens of a sequence.")
+@click.option("--samples", type=click.IntRange(2), default=40, help="Sequences of each source.")
+@click.option("--length", type=click.IntRange(8), default=512, help="Most tokens of a sequence.")
 @click.option(
     "--task",
     "tasks",
     multiple=True,
     metavar="TASK",
     default=("recall",),
-    show_envvar=True,
     help="Task to answer by generation: recall, arithmetic, list, rows#exact=FIELD, gsm8k:FOLDER with #items=N, #shots=N, #tokens=N,"
     " #chat, #answer=last; repeatable (docs/validate.md).",
 )
-@click.option("--task-prompts", type=click.IntRange(1), default=100, show_envvar=True, help="Prompts of each task.")
-@click.option("--greedy-prompts", type=click.IntRange(2), default=32, show_envvar=True, help="Prompts to continue.")
-@click.option(
-    "--greedy-tokens", type=click.IntRange(1), default=64, show_envvar=True, help="Tokens of each continuation."
-)
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_envvar=True, help="Seed of generated prompts.")
+@click.option("--task-prompts", type=click.IntRange(1), default=100, help="Prompts of each task.")
+@click.option("--greedy-prompts", type=click.IntRange(2), default=32, help="Prompts to continue.")
+@click.option("--greedy-tokens", type=click.IntRange(1), default=64, help="Tokens of each continuation.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Seed of generated prompts.")
 @_limit("--max-nll-increase", "0.05", "Limit for each source, nats a token, on the upper end of the interval.")
 @_limit("--max-accuracy-drop", "0.05", "Limit for each task, as a fraction, on the lower end of the interval.")
 @_limit("--min-capacity", "0.99", "Token capacity over the stock server's, as a fraction of the predicted ratio.")
@@ -136,25 +126,21 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     "Share of the profile's effect, token by token, that the server shows; the lower end.",
 )
 @click.option("--offline/--no-offline", default=True, help="Compare with the offline evaluation of the same profile.")
-@click.option(
-    "--device", default="auto", show_envvar=True, help="Device of the offline evaluation: auto, cpu, cuda, cuda:N."
-)
+@click.option("--device", default="auto", help="Device of the offline evaluation: auto, cpu, cuda, cuda:N.")
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
     default=4096,
-    show_envvar=True,
     help="Tokens in one pass of the offline evaluation.",
 )
-@click.option("--concurrency", type=click.IntRange(1, 1024), default=8, show_envvar=True, help="Requests in flight.")
+@click.option("--concurrency", type=click.IntRange(1, 1024), default=8, help="Requests in flight.")
 @api_key_option
 @timeout_option
 @start_timeout_option
-@click.option("--hardware", show_envvar=True, help="Hardware of servers given by --url, for the record.")
+@click.option("--hardware", help="Hardware of servers given by --url, for the record.")
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
-    show_envvar=True,
     show_default="kvtuner-validation/NAME",
     help="Folder for responses, logs and the block.",
 )
@@ -163,7 +149,6 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    show_envvar=True,
     help="Also write the block to this file.",
 )
 @click.option("--write", is_flag=True, help="Add the block to the profile, which gets a new digest.")
