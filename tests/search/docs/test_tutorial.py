@@ -45,7 +45,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path, tiny_model: Path) -> Non
     for bits in ("5.00", "6.00"):
         assert load(folder / f"my-output/my-model-{bits}bit.json").model.id == "my-model"
     shown = " ".join((ROOT / "docs/tutorial.md").read_text().split())
-    summary = done.stdout[done.stdout.index("Calibration of reference") : done.stdout.index("Profile and report:")]
+    summary = done.stdout[done.stdout.index("Calibration of reference") : done.stdout.index("Seconds by stage")]
     assert len(fixed_words(summary)) > 4
     assert [words for words in fixed_words(summary) if words not in shown] == [], "the demo's output is pasted anew"
     record = json.loads((folder / "my-output/record.json").read_text())
