@@ -197,7 +197,7 @@ def test_calibrate_check_and_serve_know_a_published_config_alike(
     for arguments, code in (
         (["check", str(made), "--model", str(other)], 4),
         (["serve", "--profile", str(made), "--model-path", str(other), "--dry-run"], 4),
-        (["evaluate", "--model", str(other), "--profile", str(made), *data], 3),
+        (["evaluate", "--model", str(other), "--profile", str(made), *data], 4),
     ):
         assert run(arguments) == code
         assert "partial_rotary_factor (0.25 there, 0.5 here)" in capsys.readouterr().err
