@@ -119,8 +119,8 @@ def calibrate(
         group_sizes: channels that share a scale; 0 is the whole head.
         symmetric: also allow storing no minimum.
         bands: also allow storing in a fitted basis, in bands.
-        pipeline_stages: the heaviest one counts.
-        grouping: ``auto``, ``on`` or ``off``: whether layers of like sensitivity share a variable.
+        pipeline_stages: of the server; a budget counts each stage as the largest.
+        grouping: ``auto``, ``on`` or ``off``: whether layers with similar sensitivity share a variable.
         random_baseline: also run a random search of as many trials, to compare with.
         name: start of the profiles' names; the model's unless given.
         revision: commit, branch or tag on the hub.

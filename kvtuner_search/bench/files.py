@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from kvtuner_search.bench.record import FORMAT, VERSION, Record
 from kvtuner_search.errors import DataError
 from kvtuner_search.files import write_atomic
-from kvtuner_search.profile.canonical import canonical_json, first_error, parse_json, read_limited
+from kvtuner_search.profile.canonical import canonical_json, first_error, parse_json, read_limited, refuse_newer
 
 MAX_BYTES: Final = 16 * 2**20  # a record of the `full` preset takes about 200 KB
 
@@ -55,11 +55,7 @@ def loads(data: bytes, source: str) -> Record:
         raise DataError(
             f"{source} says version {str(version)[:40]!r}, not a number: it was edited or damaged; run again"
         )
-    if version > VERSION:
-        raise DataError(
-            f"{source} has version {version} of the record's schema, this kvtuner-search reads up to {VERSION}:"
-            " install the one that wrote it, or a newer one"
-        )
+    refuse_newer(version, VERSION, source)
     try:
         return Record.model_validate_json(data)
     except ValidationError as error:

@@ -88,18 +88,6 @@ def pair_name(pair: Pair) -> str:
     return f"{pair[0]}/{pair[1]}"
 
 
-def parse_pair(text: str) -> Pair:
-    """The inverse of pair_name.
-
-    Raises:
-        UsageError: if the text is not a pair.
-    """
-    key, slash, value = text.partition("/")
-    if not slash:
-        raise UsageError(f"{text!r} is no pair of storage classes: write KEY/VALUE, e.g. 4-g128-asym/2-g128-sym")
-    return StorageClass.parse(key), StorageClass.parse(value)
-
-
 def clips(bits: int) -> tuple[float, ...]:
     """Clips that are tried at a width; a width without its own has those of the next narrower one, or else of the narrowest."""
     return _CLIPS[max((width for width in _CLIPS if width <= bits), default=min(_CLIPS))]

@@ -13,7 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_search.errors import DataError
-from kvtuner_search.profile.canonical import first_error, parse_json, read_limited
+from kvtuner_search.profile.canonical import first_error, parse_json, read_limited, refuse_newer
 from kvtuner_search.profile.fields import Count, DataInfo, Measure, Name, Number, Positive, Strict
 from kvtuner_search.profile.schema import ModelInfo
 
@@ -362,11 +362,7 @@ def read(path: Path) -> CalibrationRecord:
         raise DataError(
             f"{path} has no record_version: it is no calibration's record; `kvtuner-search calibrate` writes them"
         )
-    if version > VERSION:
-        raise DataError(
-            f"{path} has version {version} of the record's schema, this kvtuner-search reads up to {VERSION}:"
-            " install the one that wrote it, or a newer one"
-        )
+    refuse_newer(version, VERSION, str(path))
     try:
         return CalibrationRecord.model_validate_json(data)
     except ValidationError as error:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from kvtuner_kernels.layout import LAYOUT_VERSION
 from kvtuner_search import __version__
-from kvtuner_search.errors import ProfileError
+from kvtuner_search.errors import DataError, ProfileError
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.digest import digest_of as digest_of
 from kvtuner_search.profile.migrations import migrate, respelled, same_validation
@@ -213,6 +213,19 @@ def _writer(content: dict[str, Any]) -> str:
     tool = provenance.get("tool") if isinstance(provenance, dict) else None
     known = isinstance(tool, str) and re.fullmatch(r"kvtuner-search \d{1,6}(\.\w{1,12}){1,3}", tool, re.ASCII)
     return f"{tool}, which wrote it, or a newer one" if known else "the kvtuner-search that wrote it, or a newer one"
+
+
+def refuse_newer(version: int, newest: int, source: str) -> None:
+    """Refuse a record whose schema is newer than this program's.
+
+    Raises:
+        DataError: with both versions and the remedy.
+    """
+    if version > newest:
+        raise DataError(
+            f"{source} has version {version} of the record's schema, this kvtuner-search reads up to {newest}:"
+            " install the one that wrote it, or a newer one"
+        )
 
 
 def parse_json(data: bytes, source: str, what: str = "profile") -> Any:

@@ -10,7 +10,6 @@ from kvtuner_kernels.layout import BANDS, LayerSpec, TensorSpec
 from kvtuner_search.profile.build import build, write
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.profile.schema import ModelInfo, Provenance
-from kvtuner_search.transforms import check_transforms
 
 # Bits by band that keys and values take in turn; of four layers one has both sides in a basis, two have one, and one has none.
 KEYS: Final = ("b87655443", "b65444332")
@@ -39,13 +38,12 @@ def reference_profile(folder: Path, base: Path, prompts: Sequence[Sequence[int]]
         prompts: token ids, on which bases are fitted.
     """
     from kvtuner_search.models.reference_model import reference_model_path
-    from kvtuner_search.transforms import load_centres
+    from kvtuner_search.transforms import read_transforms
 
     path = folder / "reference-bases.json"
     if not path.exists():
         profile = load(base)
-        data = check_transforms(profile, base.parent)
-        known = {} if data is None else load_centres(data, profile.model.num_layers)
+        known = read_transforms(base, profile)
         layers = with_bases(profile.layer_specs())
         fitted = fit(reference_model_path(), prompts)
         centres = {

@@ -11,7 +11,7 @@ from kvtuner_kernels.layout import TensorSpec
 from kvtuner_search.calibration.anchors import anchors, preset_pairs, uniform_pairs
 from kvtuner_search.calibration.banded import banded_pairs
 from kvtuner_search.calibration.basis import LayerWorth, SideWorth
-from kvtuner_search.calibration.candidates import RAW_CLASS, StorageClass, banded_classes, parse_pair, storage_classes
+from kvtuner_search.calibration.candidates import RAW_CLASS, Pair, StorageClass, banded_classes, storage_classes
 from kvtuner_search.calibration.proxy import correct, predicted_front, proxy_front
 from kvtuner_search.calibration.space import KEPT, LayerOptions, Space, build_space, prune
 from kvtuner_search.errors import UsageError
@@ -21,6 +21,11 @@ from kvtuner_search.profile.stages import balanced_partition, pipeline_cost
 HEADS, DIM = 2, 64
 CLASSES = storage_classes((2, 4, 8), (0,), DIM)
 BANDED = storage_classes((2, 4, 8), (0,), DIM, bands=True)
+
+
+def parse_pair(text: str) -> Pair:
+    key, _, value = text.partition("/")
+    return StorageClass.parse(key), StorageClass.parse(value)
 
 
 def make_layer(seed: int, hurt: float = 1.0) -> LayerOptions:

@@ -1,0 +1,226 @@
+"""A new profile as a finding, and the settings of the base, which judge a pull request."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtuner_search.profile.rules import RULES
+from tests.search.cli.git.repository import K4V4, K8V4, K8V8, Run, commit, git, report
+from tests.search.profile_factory import measure, profile, validation, write
+
+# new profiles
+
+
+def new_profile(**changes: Any) -> str:
+    write(Path("profiles/new.json"), K4V4, **changes)
+    return "profiles/new.json"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("HEAD:profiles/new.json", "profiles/new.json"),
+        ("HEAD:./profiles/new.json", "./profiles/new.json"),
+        ("HEAD~0:profiles/new.json", "profiles/../profiles/new.json"),
+    ],
+)
+def test_a_new_profile_is_one_finding(command: Run, old: str, new: str) -> None:
+    new_profile()
+    found = report(command, old, new, "--memory", "1GiB")
+    assert found["old"] is None
+    assert (found["verdict"], found["exit_code"]) == ("pass", 0)
+    assert [(f["rule"], f["severity"], f["where"]) for f in found["findings"]] == [
+        ("profile-added", RULES["profile-added"].severity, "")
+    ]
+    assert found["new"]["bytes_per_token"] == 4 * 144
+    assert [layer["old"] for layer in found["layers"]] == ["16/16"] * 4
+    for style, text in (
+        ("text", "none: compared with the 16-bit cache"),
+        ("markdown", "profile-added"),
+        ("github", "::warning file="),
+        ("junit", "profile-added"),
+    ):
+        code, out, _ = command("diff", old, new, "--format", style)
+        assert code == 0
+        assert text in out
+
+
+def test_a_new_profile_between_revisions_and_from_a_subfolder(command: Run) -> None:
+    new_profile()
+    commit()
+    assert report(command, "HEAD~1:profiles/new.json", "HEAD:profiles/new.json")["old"] is None
+    assert report(command, "HEAD:profiles/new.json", "HEAD:profiles/new.json")["old"] is not None
+    os.chdir("profiles")
+    for old, new in (("HEAD~1:profiles/new.json", "new.json"), ("HEAD~1:./new.json", "HEAD:profiles/new.json")):
+        assert report(command, old, new)["old"] is None
+
+
+def test_its_severity_is_its_own(command: Run) -> None:
+    new = new_profile()
+    arguments = ("diff", f"HEAD:{new}", new)
+    assert command(*arguments, "--fail-on", "warning")[0] == 1
+    table = "[tool.kvtuner-search.diff]\nseverity = {{ profile-added = {!r} }}\n"
+    Path("pyproject.toml").write_text(table.format("error"))
+    assert command(*arguments)[0] == 1
+    Path("pyproject.toml").write_text(table.format("info"))
+    assert command(*arguments, "--fail-on", "warning")[0] == 0
+
+
+def test_another_path_or_a_missing_file_is_no_new_profile(command: Run) -> None:
+    new = new_profile()
+    for old, head in (
+        ("HEAD:profiles/typo.json", new),
+        (f"nowhere:{new}", new),
+        ("profiles/typo.json", new),
+        ("HEAD:profiles/gone.json", "profiles/gone.json"),
+    ):
+        code, out, _ = command("diff", old, head)
+        assert (code, out) == (3, ""), old
+
+
+def test_a_new_profile_is_held_to_the_budgets(command: Run) -> None:
+    new = new_profile(quality=[measure(value=0.1), measure("nll", 5.05, 0.01, 5.0)])
+    arguments = (f"HEAD:{new}", new)
+
+    def rules(*options: object) -> set[str]:
+        return {finding["rule"] for finding in report(command, *arguments, *options)["findings"]}
+
+    assert rules() == {"profile-added"}
+    assert rules("--max-bytes-per-token", 4 * 144) == {"profile-added"}
+    assert rules("--max-bytes-per-token", 4 * 144 - 1) == {"profile-added", "bytes-over-budget"}
+    assert rules("--max-loss-increase", 0.11) == {"profile-added"}
+    assert rules("--max-loss-increase", 0.09) == {"profile-added", "loss-over-budget"}
+    new_profile(quality=[])
+    assert rules("--max-loss-increase", 0.09) == {"profile-added", "quality-unproven", "loss-budget-unproven"}
+    stale = validation(profile(K8V8).digest)
+    new_profile(validation=stale)
+    assert rules() == {"profile-added", "validation-stale"}
+    assert command("diff", *arguments)[0] == 1
+
+
+# settings of the base
+
+
+TABLE = "[tool.kvtuner-search.diff]\n"
+
+
+def judged(command: Run, *options: object) -> dict[str, Any]:
+    """K8V8 becomes K8V4, which is a warning, judged by ``main``."""
+    write(Path("profiles/a.json"), K8V4)
+    return report(command, "main:profiles/a.json", "profiles/a.json", "--config-from", "main", *options)
+
+
+@pytest.fixture
+def strict(command: Run) -> Run:
+    """The base fails on warnings."""
+    Path("pyproject.toml").write_text(TABLE + 'fail-on = "warning"\n')
+    commit()
+    git("checkout", "-qb", "pr")
+    return command
+
+
+def rules_of(found: dict[str, Any]) -> list[str]:
+    return [finding["rule"] for finding in found["findings"]]
+
+
+def test_the_base_judges_and_an_unchanged_table_is_no_finding(strict: Run) -> None:
+    found = judged(strict)
+    assert (found["exit_code"], found["fail_on"]) == (1, "warning")
+    assert "gate-changed" not in rules_of(found)
+    Path("pyproject.toml").write_text("# a comment\n[tool.ruff]\nline-length = 3\n" + TABLE + 'fail-on="warning"')
+    assert "gate-changed" not in rules_of(judged(strict)), "what matters is the table"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TABLE + 'fail-on = "none"\n', "fail-on"),
+        (TABLE + 'fail-on = "warning"\nignore = ["layer-bits-lowered"]\n', "ignore"),
+        (
+            TABLE + 'fail-on = "warning"\nseverity = { layer-bits-lowered = "info", gate-changed = "ignore" }\n',
+            "severity",
+        ),
+        (TABLE + 'fail-on = "warning"\nmax-bytes-per-token = 10000000\n', "max-bytes-per-token"),
+        ("", "fail-on"),
+        (None, "fail-on"),
+        (TABLE + "nonsense = 1\n", "no key 'nonsense'"),
+        ("no toml", "not valid TOML"),
+    ],
+    ids=["gate", "ignore", "severity", "budget", "emptied", "deleted", "nonsense", "broken"],
+)
+def test_a_pull_request_cannot_loosen_its_gate_and_trying_is_a_finding(
+    strict: Run, text: str | None, said: str
+) -> None:
+    if text is None:
+        Path("pyproject.toml").unlink()
+    else:
+        Path("pyproject.toml").write_text(text)
+    for committed in (False, True):
+        if committed:
+            commit()
+        found = judged(strict)
+        assert (found["exit_code"], found["fail_on"], found["ignored"]) == (1, "warning", 0)
+        assert "layer-bits-lowered" in rules_of(found)
+        change = next(finding for finding in found["findings"] if finding["rule"] == "gate-changed")
+        assert said in change["message"]
+        assert change["old"] == '{"fail-on": "warning"}'
+
+
+def test_a_file_further_down_does_not_get_in_between(strict: Run) -> None:
+    Path("profiles/pyproject.toml").write_text(TABLE + 'fail-on = "none"\n')
+    os.chdir("profiles")
+    write(Path("a.json"), K8V4)
+    found = report(strict, "main:./a.json", "a.json", "--config-from", "main")
+    assert found["exit_code"] == 1
+    assert "gate-changed" in rules_of(found)
+
+
+def test_the_nearest_file_of_the_base_counts(strict: Run) -> None:
+    git("checkout", "-q", "main")
+    Path("profiles/pyproject.toml").write_text(TABLE + 'fail-on = "none"\n')
+    commit()
+    git("checkout", "-q", "pr")
+    git("merge", "-q", "main")
+    os.chdir("profiles")
+    write(Path("a.json"), K8V4)
+    assert report(strict, "main:./a.json", "a.json", "--config-from", "main")["exit_code"] == 0
+
+
+def test_options_win_over_the_base(strict: Run) -> None:
+    assert judged(strict, "--fail-on", "none")["exit_code"] == 0
+    assert judged(strict, "--max-bytes-per-token", 1)["exit_code"] == 1
+
+
+def test_a_base_without_a_table_has_the_defaults(command: Run) -> None:
+    git("checkout", "-qb", "pr")
+    Path("pyproject.toml").write_text(TABLE + 'fail-on = "none"\nmax-bytes-per-token = 1\n')
+    found = judged(command)
+    assert (found["exit_code"], found["fail_on"]) == (0, "error")
+    assert rules_of(found)[0] == "gate-changed"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--config-from", "nowhere"], 3, "no revision nowhere"),
+        (["--config-from", "-x"], 2, "dash"),
+        (["--config-from", "main", "--config", "x.toml"], 2, "two configurations"),
+    ],
+)
+def test_a_base_that_cannot_be_read_ends_it(strict: Run, options: list[str], code: int, said: str) -> None:
+    result = strict("diff", "main:profiles/a.json", "profiles/a.json", *options)
+    assert (result[0], result[1]) == (code, "")
+    assert said in result[2]
+
+
+def test_a_table_of_the_base_that_means_nothing_ends_it(strict: Run) -> None:
+    git("checkout", "-q", "main")
+    Path("pyproject.toml").write_text(TABLE + "nonsense = 1\n")
+    commit()
+    code, _, err = strict("diff", "main:profiles/a.json", "profiles/a.json", "--config-from", "main")
+    assert code == 2
+    assert "main:pyproject.toml" in err
