@@ -49,14 +49,20 @@ def product(x, live, before, weights, exists, column_stride, HEAD_DIM: tl.conste
     """
     acc = tl.zeros([x.shape[0], weights.shape[0]], tl.float32)
     for start in tl.range(0, HEAD_DIM, CHUNK):
-        channel = start + tl.arange(0, CHUNK)[None, :]
-        inside = channel < HEAD_DIM
-        part = tl.load(x + channel, mask=live & inside, other=0.0).to(tl.float32)
-        if before is not None:
-            part -= tl.load(before + channel, mask=inside, other=0.0)
-        weight = tl.load(weights + channel * column_stride, mask=exists & inside, other=0.0)
-        acc = tl.dot(part, tl.trans(weight), acc, input_precision="tf32x3")
+        acc = multiplied(acc, x, live, before, weights, exists, column_stride, start, HEAD_DIM)
     return acc
+
+
+@triton.jit
+def multiplied(acc, x, live, before, weights, exists, column_stride, start, HEAD_DIM: tl.constexpr):
+    """``acc`` plus the part of :func:`product` that comes from CHUNK channels."""
+    channel = start + tl.arange(0, CHUNK)[None, :]
+    inside = channel < HEAD_DIM
+    part = tl.load(x + channel, mask=live & inside, other=0.0).to(tl.float32)
+    if before is not None:
+        part -= tl.load(before + channel, mask=inside, other=0.0)
+    weight = tl.load(weights + channel * column_stride, mask=exists & inside, other=0.0)
+    return tl.dot(part, tl.trans(weight), acc, input_precision="tf32x3")
 
 
 @triton.jit
@@ -99,7 +105,7 @@ def transform_kernel(
     weights = matrix + head * matrix_stride + column[:, None] * matrix_row_stride
     if before is not None:
         before += head * HEAD_DIM
-    if FOLLOWS and COLUMNS == CHUNK and before is None:  # more columns would not fit in registers
+    if FOLLOWS and COLUMNS <= 64 and HEAD_DIM <= 128 and before is None:  # a larger matrix would not fit in registers
         acc = _product_later(at, live, weights, (column < HEAD_DIM)[:, None], matrix_column_stride, HEAD_DIM)
     else:
         if FOLLOWS:
@@ -178,7 +184,7 @@ def transform_constants(pairs: int, heads: int, group: int, head_dim: int, overl
     """Compile-time constants of :func:`transform_kernel` for ``pairs`` of a token and a query head of one KV head."""
     few = triton.cdiv(pairs, 16) * heads <= FEW_TILES
     # With heads of 80 or 96, one block of channels wastes a third of the products, three blocks read x three times.
-    columns = 32 if few else 64 if head_dim in (64, 192) else 128
+    columns = 64 if few or head_dim in (64, 192) else 128
     return {
         "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim, "TILE_ROWS": 16 if few else 32, "COLUMNS": columns,
         "LEADS": overlap.leads, "FOLLOWS": overlap.follows,

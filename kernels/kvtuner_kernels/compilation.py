@@ -26,12 +26,20 @@ from kvtuner_kernels.basis_kernel import (
     transform_constants,
     transform_kernel,
 )
-from kvtuner_kernels.decode import decode_constants, merge_constants, merge_kernel
+from kvtuner_kernels.decode import decode_constants
 from kvtuner_kernels.decode_kernel import decode_kernel
 from kvtuner_kernels.extend import extend_constants
 from kvtuner_kernels.extend_kernel import extend_kernel
 from kvtuner_kernels.gather import gather_constants, gather_kernel
 from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.merge import (
+    BACK_WARPS,
+    leaves_basis,
+    merge_back_constants,
+    merge_back_kernel,
+    merge_constants,
+    merge_kernel,
+)
 from kvtuner_kernels.quantize import STORE_WARPS, store_constants, store_kernel
 from kvtuner_kernels.tuning import HOPPER_SHARED, decode_launch, extend_launch
 
@@ -43,7 +51,7 @@ _POINTERS: Final = {
 }  # fmt: skip
 _FP32: Final = (
     "partial", "lse", "centre", "key_centre", "value_centre", "key_point", "value_point", "key_matrix", "key_mean",
-    "value_matrix", "value_mean", "matrix", "before", "after", "query_shift", "first_key", "first_value",
+    "value_matrix", "value_mean", "matrix", "mean", "before", "after", "query_shift", "first_key", "first_value",
 )  # fmt: skip
 
 
@@ -100,6 +108,12 @@ def variants(
             turned,
         )
     )
+    if leaves_basis(spec, 64, 264, head_dim, launch):
+        constants = merge_back_constants(spec, heads, group, head_dim, dtype, launch, overlap=overlap)
+        constants |= {"split_counts": None, "query_shift": None} | ({} if spec.key.banded else {"key_point": None})
+        result.append(
+            Variant("merge and leave the basis", merge_back_kernel, constants, {"num_warps": BACK_WARPS}, turned)
+        )
     for batch, splits in ((64, 264), (1, 264)):
         constants = merge_constants(spec, batch, splits, heads, group, head_dim, dtype, launch, overlap=overlap)
         constants |= {"split_counts": None, "query_shift": None} | ({} if constants["CENTRED"] else {"centre": None})
@@ -144,7 +158,7 @@ def _banded_variants(
     }
     for tokens in (64, 8192):
         constants = {**store_bands_constants(spec, heads, head_dim, tokens), **none}
-        name, warps = f"store bands of {tokens}", {"num_warps": store_bands_warps(head_dim, constants["TILE_ROWS"])}
+        name, warps = f"store bands of {tokens}", {"num_warps": store_bands_warps(head_dim)}
         result.append(Variant(name, store_bands_kernel, constants, warps))
     constants = first_rows_constants(spec, heads, head_dim, dtype)
     constants |= {name: None for name in ("key_point", "value_point") if name in none}
@@ -163,7 +177,7 @@ def _banded_variants(
                 "matrix_column_stride": 1,
             }
             for how, absent in (
-                (Overlap(leads=overlap), ("before", "after", "indptr")),
+                (Overlap(overlap, overlap), ("before", "after", "indptr")),
                 (ALONE, ("after", "indptr")),
                 (Overlap(follows=overlap), ("before",)),
             )

@@ -23,12 +23,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvtuner_kernels.decode_sides import (
     by_run,
     digit_weights,
+    exponentials,
     load_tiles,
     load_words,
     plane_codes,
     query_operands,
     scale_digits,
-    scales_of,
+    scale_numbers,
+    scale_powers,
 )
 from kvtuner_kernels.operands import (
     ASSEMBLY_BODY,
@@ -244,14 +246,13 @@ def decode_kernel(
     query_heads = heads[:, :, None] * GROUP + column
     mask = (heads[:, :, None] < HEADS) & (column < GROUP)
 
-    # The tile that brings the scales has one run, or two of the keys.
+    # The tile that brings the scales has one run, or two of the keys. One product brings both sides' scales, in alternate columns.
     if banded(KEY):
         DIGIT_RUNS: tl.constexpr = tile_words(KEY, 0) // KEY.padded
-        key_weights = digit_weights(BATCH, COLUMNS, DIGIT_RUNS, KEY, KEY_DTYPE)
-        if banded(VALUE):
-            value_weights = digit_weights(BATCH, COLUMNS, DIGIT_RUNS, VALUE, KEY_DTYPE)
+        ODD: tl.constexpr = VALUE if banded(VALUE) else None
+        weights = digit_weights(BATCH, COLUMNS, DIGIT_RUNS, KEY, ODD, KEY_DTYPE)
     elif banded(VALUE):
-        value_weights = digit_weights(BATCH, COLUMNS, 1, VALUE, VALUE_DTYPE)
+        weights = digit_weights(BATCH, COLUMNS, 1, VALUE, None, VALUE_DTYPE)
 
     if split_counts is not None:
         first = program // splits
@@ -305,16 +306,16 @@ def decode_kernel(
             slot = tl.load(slots + tl.minimum(token, high - 1) * 2).to(tl.int64)
             key_tiles = load_tiles(rows, slot[:, :, None], stored_heads[:, :, None], 2, KEY, ROW, [1, 2, 1])
             key_scales = None
-            value_scales = None
             if banded(KEY):
-                digits = scale_digits(key_tiles[0], KEY, KEY_DTYPE)
-                key_scales = scales_of(digits, key_weights, SHAPE, KEY)
+                numbers = scale_numbers(scale_digits(key_tiles[0], KEY, KEY_DTYPE), weights, SHAPE)
+                key_scales = exponentials(scale_powers(numbers, 0, KEY))
                 if banded(VALUE):
-                    value_scales = scales_of(digits, value_weights, SHAPE, KEY)
+                    powers = scale_powers(numbers, 1, KEY)
             elif banded(VALUE):
                 words = tl.arange(0, VALUE.padded)[None, None, :]
                 lone = load_words(rows, slot[:, :, None], stored_heads[:, :, None], words, 0, VALUE, ROW, [1, 2, 1])
-                value_scales = scales_of(scale_digits(lone, VALUE, VALUE_DTYPE), value_weights, SHAPE, VALUE)
+                numbers = scale_numbers(scale_digits(lone, VALUE, VALUE_DTYPE), weights, SHAPE)
+                powers = scale_powers(numbers, 0, VALUE)
             scores = _scores(
                 key_tiles, key_scales, rows, slot, stored_heads, operands, sums, KEY, ROW, KEY_DTYPE, SHAPE
             )
@@ -328,22 +329,22 @@ def decode_kernel(
                 factor = unit * softmax_scale * LOG2E
             inside = run[:, :, None] * TOKENS + tl.arange(0, TOKENS)[None, :, None] < high - tile
             scores = tl.where(inside, scores, float("-inf"))
-            top = tl.maximum(top, tl.max(scores, 1, keep_dims=True) * factor)
             # Exponents are relative to a reference that makes the largest p * scale at most 2**14: fp16 weights neither overflow
             # nor lose what counts.
-            if VALUE.bits < 16:
-                if banded(VALUE):
-                    scales = (value_scales,)
-                    minima = ()
-                    tile_largest = tl.max(value_scales, 1, keep_dims=True)
-                else:
-                    scales, minima, tile_largest = _value_grids(rows, slot, stored_heads, VALUE, ROW, SHAPE)
-                largest = tl.maximum(largest, tile_largest)
-                new_reference = top + (approximate_log2(largest, ASSEMBLY_BODY) - 14)
-            else:
-                scales = ()
+            if banded(VALUE):
+                scales = (exponentials(powers),)
                 minima = ()
-                new_reference = top
+                new_reference = tl.maximum(reference, tl.max(scores * factor + powers, 1, keep_dims=True) - 14)
+            else:
+                top = tl.maximum(top, tl.max(scores, 1, keep_dims=True) * factor)
+                if VALUE.bits < 16:
+                    scales, minima, tile_largest = _value_grids(rows, slot, stored_heads, VALUE, ROW, SHAPE)
+                    largest = tl.maximum(largest, tile_largest)
+                    new_reference = top + (approximate_log2(largest, ASSEMBLY_BODY) - 14)
+                else:
+                    scales = ()
+                    minima = ()
+                    new_reference = top
             decay = tl.exp2(reference - new_reference)
             p = tl.exp2(scores * factor - new_reference)
             reference = new_reference
@@ -362,6 +363,7 @@ def decode_kernel(
             _store_plane(target, acc[x], offsets[plane_group(VALUE, x)], inverse, found, VALUE, x)
         for x in tl.static_range(BANDS):
             if plane_bits(VALUE, x) == 0:
-                word = tl.arange(0, VALUE.padded)[None, :, None]
-                nothing = tl.zeros([BATCH, VALUE.padded, COLUMNS], tl.float32)
+                PADDED: tl.constexpr = VALUE.padded  # Triton 3.6 takes no attribute as a part of a shape
+                word = tl.arange(0, PADDED)[None, :, None]
+                nothing = tl.zeros([BATCH, PADDED, COLUMNS], tl.float32)
                 tl.store(target + (x * VALUE.words + word), nothing, mask=found & (word < VALUE.words))

@@ -12,9 +12,10 @@ import triton.language as tl
 
 from kvtuner_kernels.operands import (
     ASSEMBLY_BODY,
+    SCALE_MIDDLE,
+    SCALES_AN_OCTAVE,
     inverse_power,
     power_below,
-    scale_of,
     small,
     small_by_position,
 )
@@ -22,7 +23,6 @@ from kvtuner_kernels.planes import (
     bits,
     channels,
     digit_fields,
-    digit_unit,
     even,
     fields,
     least_unit,
@@ -31,6 +31,7 @@ from kvtuner_kernels.planes import (
     plane_count,
     plane_group,
     plane_tile,
+    power_factor,
     starts,
     steps,
     tile_count,
@@ -151,13 +152,23 @@ def load_tiles(rows, slot, heads, AXIS: tl.constexpr, SIDE: tl.constexpr, ROW: t
 
 
 @triton.jit
-def digit_weights(BATCH: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Factors that turn a tile's digits into the number of a scale, [BATCH, words, N], N equal columns."""
+def digit_weights(
+    BATCH: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, SIDE: tl.constexpr, ODD: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Factors that turn a tile's digits into numbers of scales, [BATCH, words, N]: SIDE's in all columns, or ODD's in odd ones."""
     word = tl.arange(0, RUNS * SIDE.padded)[None, :, None]
+    weight = _digit_weight(word, SIDE)
+    if ODD is not None:
+        column = tl.arange(0, N)[None, None, :]
+        weight = tl.where(column % 2 == 0, weight, _digit_weight(word, ODD))
+    return tl.broadcast_to(weight.to(DTYPE), [BATCH, RUNS * SIDE.padded, N])
+
+
+@triton.jit
+def _digit_weight(word, SIDE: tl.constexpr):
     digit = word - SIDE.digits.channel
     mine = (digit >= 0) & (digit < 8 // SIDE.digits.bits)
-    weight = tl.where(mine, 1 << tl.where(mine, digit * SIDE.digits.bits, 0), 0).to(DTYPE)
-    return tl.broadcast_to(weight, [BATCH, RUNS * SIDE.padded, N])
+    return tl.where(mine, 1 << tl.where(mine, digit * SIDE.digits.bits, 0), 0)
 
 
 @triton.jit
@@ -174,7 +185,43 @@ def scale_digits(words, SIDE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def scales_of(digits, weights, SHAPE: tl.constexpr, SIDE: tl.constexpr):
-    """fp32 scales [BATCH, TOKENS, N], N equal columns; rows hold no first tokens."""
-    number = tl.dot(digits, weights, tl.zeros(SHAPE, tl.float32))
-    return scale_of(number * (1 / digit_unit(SIDE, ASSEMBLY_BODY)))
+def scale_numbers(digits, weights, SHAPE: tl.constexpr):
+    """Numbers of scales [BATCH, TOKENS, N] in units of :func:`digit_unit`; rows hold no first tokens."""
+    return tl.dot(digits, weights, tl.zeros(SHAPE, tl.float32))
+
+
+@triton.jit
+def scale_powers(numbers, ODD: tl.constexpr, SIDE: tl.constexpr):
+    """Logarithms to base 2 of the scales in even (ODD = 0) or odd columns of ``numbers``, fp32 [BATCH, TOKENS, N], N equal columns."""
+    FACTOR: tl.constexpr = power_factor(SIDE, ASSEMBLY_BODY)
+    SHIFT: tl.constexpr = -SCALE_MIDDLE // SCALES_AN_OCTAVE
+    if ASSEMBLY_BODY:
+        return tl.inline_asm_elementwise(
+            _from_column(FACTOR, SHIFT, ODD), "=&r,=&r,r,r", [numbers], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        column = tl.arange(0, numbers.shape[2])[None, None, :]
+        number = tl.sum(tl.where(column == ODD, numbers, 0.0), 2, keep_dims=True)
+        return tl.broadcast_to(number * FACTOR + SHIFT, numbers.shape)
+
+
+@triton.constexpr_function
+def _from_column(factor, shift, odd):
+    """Assembly that gives both of a row's neighbouring columns, which one thread holds, ``number * factor + shift`` of one of them."""
+    return f"fma.rn.f32 $0, ${2 + odd}, {float(factor)}, {float(shift)}; mov.b32 $1, $0;"
+
+
+@triton.jit
+def exponentials(powers):
+    """``2**powers`` for equal neighbouring columns."""
+    if ASSEMBLY_BODY:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $2; mov.b32 $1, $0;",
+            "=&r,=&r,r,r",
+            [powers],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.exp2(powers)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import triton
 
-from kvtuner_kernels.bands import STEPS
+from kvtuner_kernels.bands import SCALES_AN_OCTAVE, STEPS
 from kvtuner_kernels.layout import Digits, Place
 
 
@@ -119,6 +119,12 @@ def digit_fields(side, runs):
 def digit_unit(side, asm):
     """The value of a digit of one in an operand."""
     return 2.0 ** (side.digits.low - 24) if asm else 1.0
+
+
+@triton.constexpr_function
+def power_factor(side, asm):
+    """Octaves a step of a scale's number, for numbers in units of :func:`digit_unit`."""
+    return 1 / (SCALES_AN_OCTAVE * digit_unit(side, asm))
 
 
 @triton.constexpr_function

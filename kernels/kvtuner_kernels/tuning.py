@@ -55,8 +55,11 @@ def decode_launch(
     tokens = 64 if head_dim <= 128 and columns == 8 and plain else 32 if head_dim * columns <= 2048 and plain else 16
     if head_dim == 128 and tokens == 64 and wide == 2:
         tokens = 128
-    if head_dim > 128 and (spec.key.banded or spec.value.banded):
-        tokens = 16  # two runs of wide words are one tile
+    if spec.key.banded or spec.value.banded:
+        if head_dim > 128:
+            tokens = 16  # two runs of wide words are one tile
+        elif head_dim == 80:
+            tokens = min(tokens, 32)  # words of 10, padded to 16, spill otherwise
     # Deeper pipelines pay for short rows; with 8-bit codes they cost occupancy.
     stages = 5 if tokens == 64 and wide == 4 else 4
     if shared < HOPPER_SHARED:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kvtuner_kernels import decode as decode_module
-from kvtuner_kernels.decode import decode, decode_workspace, merge_constants
+from kvtuner_kernels import merge as merge_module
+from kvtuner_kernels.decode import decode, decode_workspace
 from kvtuner_kernels.layout import CODE_BITS, RAW, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.merge import merge_constants
 from kvtuner_kernels.reference import attend, pack_rows
 from kvtuner_kernels.tuning import DecodeLaunch
 from tests.kernels.fitted import made_up
@@ -220,7 +221,7 @@ def test_what_merges_splits_of_a_request_does_not_depend_on_the_batch() -> None:
     spec, pool = LayerSpec(TensorSpec(4, 64), TensorSpec(4, 64)), torch.zeros(8, 72, dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            decode_module, "merge_constants", lambda *a, **k: used.append(merge_constants(*a, **k)) or used[-1]
+            merge_module, "merge_constants", lambda *a, **k: used.append(merge_constants(*a, **k)) or used[-1]
         )
         for batch in (1, 8):
             decode(
