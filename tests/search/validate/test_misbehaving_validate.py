@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_sglang import Fake, Handler
-from misbehaving import FAULTS, bomb
 
 from kvtuner_search.validate import measure
+from tests.search.servers.fake_sglang import Fake, Handler
+from tests.search.servers.misbehaving import FAULTS, bomb
+from tests.search.servers.misbehaving import Handler as Misbehaving
 from tests.search.validate.test_validate_command import PROFILE, at, profile_server, validate
 
 Start = Callable[..., Fake]
@@ -40,16 +40,13 @@ def broken(fake: Start, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
                 self._answer_or_not(super().do_POST)
 
             def _answer_or_not(self, answer: Callable[[], None]) -> None:
-                with suppress(OSError):
-                    if not self.path.startswith(endpoint):
-                        return answer()
-                    server.faulty += 1  # type: ignore[attr-defined]
-                    if server.faulty <= after:  # type: ignore[attr-defined]
-                        return answer()
-                    self.close_connection = True
-                    self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                    FAULTS[fault](lambda data: self.wfile.write(data) and None, threading.Event())
-                return None
+                asked = self.path.startswith(endpoint)
+                server.faulty += asked  # type: ignore[attr-defined]
+                if asked and server.faulty > after:  # type: ignore[attr-defined]
+                    Misbehaving.misbehave(self, fault)
+                else:
+                    with suppress(OSError):
+                        answer()
 
         server = profile_server(fake)
         server.faulty = 0  # type: ignore[attr-defined]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_sglang import Fake, logprob
 
 from kvtuner_search.servers.client import Answer, Client, Request, ServerError
 from kvtuner_search.servers.process import free_port
+from tests.search.servers.fake_sglang import Fake, logprob
 
 PROMPT = tuple(range(5, 15))
 Start = Callable[..., Fake]
