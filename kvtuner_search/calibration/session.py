@@ -24,6 +24,7 @@ from kvtuner_search.calibration.pipeline import CalibrationRun, analyse, make_sp
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.record import CalibrationRecord, dumps
 from kvtuner_search.calibration.samplers import RANDOM
+from kvtuner_search.calibration.storage import check_resumed
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.calibration.workers import at_work
 from kvtuner_search.errors import DataError, UsageError
@@ -76,7 +77,11 @@ def calibrate(
     reporter = Reporter(session.quiet)
     with ExitStack() as stack:
         lock = stack.enter_context(_claimed_folder(session))
-        store = open_storage(session.storage) if session.storage is not None else None
+        resumed = session.resume and not session.join
+        store = open_storage(session.storage, resumed) if session.storage is not None else None
+        if resumed:
+            store = store or open_storage(str(session.journal))
+            check_resumed(store, session.study_name, none_will_do=session.storage is None)
         run = prepare(options, reporter)
         if run.loaded.info.id == "reference":
             reporter.say("model: the embedded reference model, a test instrument (give --model for your own)")

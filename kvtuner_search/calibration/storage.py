@@ -22,12 +22,14 @@ from sqlalchemy.pool import NullPool
 from kvtuner_search.calibration.journal import LOST, CheckedJournal
 from kvtuner_search.errors import DataError, KVTunerError, UsageError, first_line
 from kvtuner_search.files import FULL, make_room, unusual
+from kvtuner_search.profile.text import printable
 
 # Package names of database drivers whose module has another name.
 PACKAGES: Final = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary", "pymysql": "PyMySQL"}
 TABLES: Final = frozenset({"studies", "trials", "version_info"})  # some of those that Optuna makes
 TRIES: Final = 4  # at opening a database in which another worker makes the tables at this moment
 WHAT_IS_KEPT: Final = "finished work is kept: continue with --resume"
+_BEGIN: Final = "leave --resume out to begin one, or give the --storage and --study-name of the first run"
 # What databases say of a file, tables or rows that somebody damaged, emptied or took away.
 DAMAGE: Final = ("no such table", "malformed", "not a database", "no such column")
 
@@ -111,23 +113,30 @@ def hidden(where: str) -> str:
     return f"{scheme}://{'***' if credentials else ''}{at}{shown}{'?***' if shown != rest else ''}"
 
 
-def open_storage(where: str) -> Store:
+def open_storage(where: str, resumed: bool = False) -> Store:
     """A journal file (a path), or anything that Optuna takes as a storage URL.
+
+    Args:
+        resumed: a file must be there already, with a study's tables if it is a database.
 
     Raises:
         DataError: if the journal is damaged, the database cannot be opened, or belongs to another program.
-        UsageError: if the folder does not exist or cannot be written to.
+        UsageError: if the folder does not exist or cannot be written to, or there is nothing to resume.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         if "://" in where:
             file = _database_file(where)
             _refuse_unusual(where, file)
+            if resumed and file is not None and not (file.exists() and _has_tables(where)):
+                raise UsageError(f"{hidden(where)} holds no study to resume: {_BEGIN}")
             return _of_file(where, _open_database(where), file)
         if re.match(r"[A-Za-z][\w+.-]*:.*@", where):
             raise UsageError("--storage is neither a path nor a URL: write SCHEME://USER:PASSWORD@HOST/DATABASE")
         path = Path(where)
         _refuse_unusual(where, path)
+        if resumed and not path.exists():
+            raise UsageError(f"{where} holds no study to resume: {_BEGIN}")
         path.parent.mkdir(parents=True, exist_ok=True)
         return _of_file(where, JournalStorage(CheckedJournal(path)), path)
     except OSError as error:
@@ -142,6 +151,26 @@ def open_storage(where: str) -> Store:
             f"cannot open the study {hidden(where)}: {_reason(error, where)}:"
             f" {_remedy(error, 'check the address, or name another --storage')}"
         ) from error
+
+
+def check_resumed(store: Store, name: str, none_will_do: bool) -> None:
+    """Refuse to resume a study that is not there: a misspelt name or address would start another search unasked.
+
+    Args:
+        store: where it has to be.
+        name: the study's.
+        none_will_do: whether a storage without any study is one whose first run ended before it began.
+
+    Raises:
+        UsageError: names the studies that are there.
+    """
+    with store.guard():
+        names = sorted(study.study_name for study in store.backend.get_all_studies())
+    if name in names or (none_will_do and not names):
+        return
+    others = [f"{printable(other)[:60]!r}" for other in names if not other.endswith(("-agreed", "-random"))]
+    has = f" (it has {', '.join(others[:5])}{', …' if len(others) > 5 else ''})" if others else ""
+    raise UsageError(f"{store.name} holds no study {name!r} to resume{has}: {_BEGIN}")
 
 
 def _refuse_unusual(where: str, file: Path | None) -> None:

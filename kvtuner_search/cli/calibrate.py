@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     help="Folder for profiles, report and study.",
 )
 @click.option("--name", help="Start of the profiles' names. Default: the model's.")
-@click.option("--resume", is_flag=True, help="Continue the study in the output folder.")
+@click.option("--resume", is_flag=True, help="Continue the study in the output folder, or in --storage.")
 @click.option("--overwrite", is_flag=True, help="Delete the study in the output folder and start again.")
 @click.option(
     "--storage",

@@ -128,7 +128,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "olmo3": Family("Olmo3ForCausalLM", {"rope_theta": 500000, "sliding_window": 4096}, other=(0, _SLIDES), rope=_two(500000, 500000), thetas=("rope_theta", None)),
     "olmoe": Family("OlmoeForCausalLM"),
     "opt": Family("OPTForCausalLM"),
-    "persimmon": Family("PersimmonForCausalLM", {"partial_rotary_factor": 0.5}),
+    "persimmon": Family("PersimmonForCausalLM", {"partial_rotary_factor": 0.5}, unread=("num_key_value_heads", "head_dim", "sliding_window")),
     "phi": Family("PhiForCausalLM", {"partial_rotary_factor": 0.5}),
     "phi3": Family("Phi3ForCausalLM", {"original_max_position_embeddings": 4096}),
     "phi4_multimodal": Family("Phi4MultimodalForCausalLM", {"num_key_value_heads": 8, "original_max_position_embeddings": 4096}),
@@ -237,6 +237,10 @@ def _ropes(family: Family, given: dict[str, Any]) -> Any:
         return found or usual
     if isinstance(found, dict) and found and all(isinstance(rope, dict) for rope in found.values()):
         ropes = found
+    elif family.thetas != (None, None) and not given.get("rope_scaling"):
+        # Their classes look up the two parts and nothing else: parameters that lie beside them are saved again, but change nothing.
+        parts = found if isinstance(found, dict) else {}
+        ropes = {kind: parts[kind] for kind in usual if isinstance(parts.get(kind), dict)}
     else:
         ropes = {"full_attention": found if isinstance(found, dict) else {}}
         if family.thetas == (None, None) and "type" in ropes["full_attention"]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from kvtuner_search.servers.transport import BadAnswerError as BadAnswerError
-from kvtuner_search.servers.transport import DrippingError as DrippingError
+from kvtuner_search.servers.transport import OutOfTimeError as OutOfTimeError
 from kvtuner_search.servers.transport import ServerError as ServerError
 from kvtuner_search.servers.transport import Transport, cut
 
@@ -183,8 +183,8 @@ class Client(Transport):
         """Empty the prefix cache, after waiting for a busy server."""
         await self.body("POST", f"/flush_cache?timeout={min(self.timeout / 2, 60.0):g}", limit=1 << 16)
 
-    async def generate(self, request: Request) -> tuple[Answer, dict[str, Any]]:
-        """The checked answer, and the JSON as it came."""
+    async def generate(self, request: Request, within: float | None = None) -> tuple[Answer, dict[str, Any]]:
+        """The checked answer, and the JSON as it came; ``within`` seconds, or ``timeout``."""
         limit = _ANSWER + _TOKEN * (len(request.input_ids) + request.max_new_tokens)
-        content = await self.json("POST", "/generate", limit=limit, body=request.body())
+        content = await self.json("POST", "/generate", limit=limit, body=request.body(), within=within)
         return Answer.of(request, content, self.vocabulary), content

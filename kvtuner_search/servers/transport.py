@@ -22,6 +22,7 @@ from kvtuner_search.secrets import mask
 EXCERPT: Final = 200  # characters of an answer that are shown
 _READ: Final = 4096  # bytes read from a refusal; masked before they are cut to the excerpt
 _PROBE: Final = 5.0  # seconds for a probe of another path
+_CONNECT: Final = 30.0  # seconds for a connection, if the answer may take longer
 
 
 class ServerError(ServingError):
@@ -32,14 +33,22 @@ class BadAnswerError(ServerError):
     """An answer that no working server sends."""
 
 
-class DrippingError(BadAnswerError):
-    """An answer had begun and was not done in the time allowed; to ask again would only take as long again."""
+class OutOfTimeError(ServerError):
+    """A whole answer did not come in the time allowed; to ask again would only take as long again."""
+
+
+class DrippingError(OutOfTimeError, BadAnswerError):
+    """An answer had begun and was not done in the time allowed."""
 
 
 def cut(value: object) -> str:
     """A server's text, safe for a message."""
     text = printable(" ".join(mask(value).split()))
     return (text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…") or "nothing"
+
+
+def _seconds(count: float) -> str:
+    return f"{round(count, 2):g}"
 
 
 class Sink(Protocol):
@@ -81,7 +90,7 @@ class Transport:
 
     Args:
         url: ``http://host:port``.
-        timeout: seconds for a whole answer, from the request to its last byte.
+        timeout: seconds for a whole answer, from the request to its last byte; of a refusal, what is found out about it included.
         key: sent as bearer token.
     """
 
@@ -91,7 +100,7 @@ class Transport:
             # trust_env off: a proxy of the environment must not come between this client and a local server.
             self._http = httpx2.AsyncClient(
                 base_url=self.url,
-                timeout=httpx2.Timeout(timeout, connect=min(timeout, 30.0)),
+                timeout=httpx2.Timeout(timeout, connect=_CONNECT),
                 limits=httpx2.Limits(max_connections=None),
                 headers={"Accept-Encoding": "identity", **authorization(key)},
                 trust_env=False,
@@ -105,32 +114,45 @@ class Transport:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def json(self, method: str, path: str, *, limit: int, body: dict[str, Any] | None = None) -> Any:
+    async def json(
+        self, method: str, path: str, *, limit: int, body: dict[str, Any] | None = None, within: float | None = None
+    ) -> Any:
         """The JSON of an answer of at most ``limit`` bytes.
+
+        Args:
+            within: seconds that it may take; ``timeout`` if not given.
 
         Raises:
             ServerError: if there is none.
         """
-        content = await self.body(method, path, limit=limit, body=body)
+        content = await self.body(method, path, limit=limit, body=body, within=within)
         try:
             return from_json(content)
         except ValueError as error:
             start = content[:_READ].decode(errors="replace")
             raise BadAnswerError(f"{self.url}{path} did not answer with JSON: {cut(start)} ({error})") from error
 
-    async def body(self, method: str, path: str, *, limit: int, body: dict[str, Any] | None = None) -> bytes:
-        """An answer of at most ``limit`` bytes with status 200; errors as for :meth:`json`."""
+    async def body(
+        self, method: str, path: str, *, limit: int, body: dict[str, Any] | None = None, within: float | None = None
+    ) -> bytes:
+        """An answer of at most ``limit`` bytes with status 200; arguments and errors as for :meth:`json`."""
         sink = Body(limit)
-        await self.read(method, path, sink, body)
+        await self.read(method, path, sink, body, within)
         return bytes(sink.content)
 
-    async def read(self, method: str, path: str, sink: Sink, body: dict[str, Any] | None = None) -> None:
-        """Pass an answer with status 200 to ``sink``; errors as for :meth:`json`."""
-        refusal = Start(_READ)
-        status = await self._exchange(method, path, lambda status: sink if status == 200 else refusal, body)
+    async def read(
+        self, method: str, path: str, sink: Sink, body: dict[str, Any] | None = None, within: float | None = None
+    ) -> None:
+        """Pass an answer with status 200 to ``sink``; arguments and errors as for :meth:`json`."""
+        refusal, within = Start(_READ), self.timeout if within is None else within
+        deadline = asyncio.get_running_loop().time() + within
+        status = await self._exchange(method, path, lambda status: sink if status == 200 else refusal, body, within)
         if status == 200:
             return
-        hint = await self._hint(status)
+        hint = ""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                hint = await self._hint(status)
         text = cut(bytes(refusal.content).decode(errors="replace"))
         raise ServerError(f"{self.url}{path} answered {status}: {text}{hint}")
 
@@ -139,12 +161,12 @@ class Transport:
         return await self._look(path, within) is not None
 
     async def _exchange(
-        self, method: str, path: str, sink_of: Callable[[int], Sink], body: dict[str, Any] | None
+        self, method: str, path: str, sink_of: Callable[[int], Sink], body: dict[str, Any] | None, within: float
     ) -> int:
         """Send a request and read the answer to its end; returns the status."""
         came = 0
         try:
-            async with asyncio.timeout(self.timeout), self._http.stream(method, path, json=body) as response:
+            async with asyncio.timeout(within), self._http.stream(method, path, json=body) as response:
                 coding = response.headers.get("content-encoding", "identity").strip().lower()
                 if coding not in ("identity", ""):
                     raise BadAnswerError(
@@ -160,12 +182,16 @@ class Transport:
             raise BadAnswerError(f"{self.url}{path} gave no answer that can be used: {error}") from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise ServerError(f"{self.url} is not a URL ({error}): write http://host:port") from error
+        except httpx2.ConnectTimeout as error:
+            raise ServerError(
+                f"{self.url}{path} cannot be reached (no connection within {_CONNECT:g} s): is the server up?"
+            ) from error
         except (httpx2.TimeoutException, TimeoutError) as error:
             if came:
                 raise DrippingError(
-                    f"{self.url}{path} had sent {came:,} bytes after {self.timeout:g} s and was not done: it drips, or does not end"
+                    f"{self.url}{path} had sent {came:,} bytes after {_seconds(within)} s and was not done: it drips, or does not end"
                 ) from error
-            raise ServerError(f"{self.url}{path} did not answer within {self.timeout:g} s: it stalled") from error
+            raise OutOfTimeError(f"{self.url}{path} did not answer within {_seconds(within)} s: it stalled") from error
         except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
             reason = cut(error) if str(error) else type(error).__name__
             raise ServerError(f"{self.url}{path} cannot be reached ({reason}): is the server up?") from error
@@ -176,9 +202,8 @@ class Transport:
         probe = Transport(self.url, min(self.timeout, within), self.key)
         try:
             async with probe:
-                return (
-                    bytes(start.content) if await probe._exchange("GET", path, lambda _: start, None) == 200 else None
-                )
+                status = await probe._exchange("GET", path, lambda _: start, None, probe.timeout)
+                return bytes(start.content) if status == 200 else None
         except ServerError:
             return None
 

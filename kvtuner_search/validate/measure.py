@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -11,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtuner_search.data import Sample
-from kvtuner_search.servers.client import Answer, Client, DrippingError, Request, ServerError
+from kvtuner_search.servers.client import Answer, Client, OutOfTimeError, Request, ServerError
 from kvtuner_search.servers.folder import AnswerJournal
 from kvtuner_search.validate.prompts import Prompts, TaskPrompt
 
 Method = Literal["as-stored-extend", "token-by-token", "decode"]
-ATTEMPTS: Final = 3  # of one request, before the run ends with the reason; one that took all its time is not repeated
-_PAUSE: Final = 1.0  # seconds before the second attempt, twice that before the third
+ATTEMPTS: Final = 3  # of one request, before the run ends with the reason, or fewer where its time is over
+_PAUSE: Final = (
+    1.0  # seconds before the second attempt, twice that before the third, but no more than a quarter of what is left
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ async def ask(client: Client, plan: MeasurementPlan, journal: AnswerJournal, adv
     async def part(name: str, jobs: Iterable[Job]) -> None:
         advance(0, name)
         await client.flush()
-        await _all(plan, journal, advance, [(f"{name}/{i}", job) for i, job in enumerate(jobs)])
+        await _all(client, plan, journal, advance, [(f"{name}/{i}", job) for i, job in enumerate(jobs)])
 
     await part("nll", [score(client, sample) for sample in prompts.split.samples])
     await part("task", [_single(client, _task(prompt)) for prompt in prompts.tasks])
@@ -101,12 +104,37 @@ async def ask(client: Client, plan: MeasurementPlan, journal: AnswerJournal, adv
         await part("again", [_single(client, _again(prompt, answer.output_ids)) for prompt, answer in pairs])
 
 
-Job = Callable[[], Awaitable[list[Any]]]  # returns the responses as received, each checked
+class Allowance:
+    """The time that all attempts at one request have together, pauses included, so that a silent server is named within ``--timeout``.
+
+    A job may be many requests: those that succeed take nothing off.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
+
+    async def generate(self, client: Client, request: Request) -> tuple[Answer, dict[str, Any]]:
+        """``client.generate`` in the time that is left."""
+        started = time.monotonic()
+        try:
+            return await client.generate(request, self.left)
+        except ServerError:
+            self.left -= time.monotonic() - started
+            raise
+
+    async def pause(self, seconds: float) -> None:
+        """Wait before another attempt, which keeps most of the time."""
+        seconds = min(seconds, self.left / 4)
+        self.left -= seconds
+        await asyncio.sleep(seconds)
+
+
+Job = Callable[[Allowance], Awaitable[list[Any]]]  # returns the responses as received, each checked
 
 
 def _single(client: Client, request: Request) -> Job:
-    async def job() -> list[Any]:
-        return [(await client.generate(request))[1]]
+    async def job(allowance: Allowance) -> list[Any]:
+        return [(await allowance.generate(client, request))[1]]
 
     return job
 
@@ -123,10 +151,10 @@ def _step_by_step(client: Client, sample: Sample) -> Job:
     """
     tokens, end = sample.tokens, sample.scored[-1][1]
 
-    async def job() -> list[Any]:
+    async def job(allowance: Allowance) -> list[Any]:
         found = []
         for count in range(1, end):
-            answer, _ = await client.generate(Request(tokens[:count], asked=tokens[count]))
+            answer, _ = await allowance.generate(client, Request(tokens[:count], asked=tokens[count]))
             if answer.cached_tokens != count - 1:
                 raise ServerError(
                     f"the prefix cache held {answer.cached_tokens} of {count - 1} tokens, so cached rows were not read:"
@@ -139,14 +167,18 @@ def _step_by_step(client: Client, sample: Sample) -> Job:
 
 
 async def _all(
-    plan: MeasurementPlan, journal: AnswerJournal, advance: Callable[..., None], jobs: Iterable[tuple[str, Job]]
+    client: Client,
+    plan: MeasurementPlan,
+    journal: AnswerJournal,
+    advance: Callable[..., None],
+    jobs: Iterable[tuple[str, Job]],
 ) -> None:
     """Run the jobs that are not done yet, ``plan.concurrency`` at a time."""
     rest = iter([(name, job) for name, job in jobs if name not in journal.done])
 
     async def work() -> None:
         for name, job in rest:
-            journal.answer(name, await _attempts(plan, journal, name, job))
+            journal.answer(name, await _attempts(plan, journal, name, job, client.timeout))
             advance()
 
     workers = [asyncio.create_task(work()) for _ in range(plan.concurrency)]
@@ -158,17 +190,18 @@ async def _all(
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _attempts(plan: MeasurementPlan, journal: AnswerJournal, name: str, job: Job) -> list[Any]:
+async def _attempts(plan: MeasurementPlan, journal: AnswerJournal, name: str, job: Job, timeout: float) -> list[Any]:
+    allowance = Allowance(timeout)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return await job()
+            return await job(allowance)
         except ServerError as error:
             journal.failure(name, str(error))
             plan.alive()
-            if attempt == ATTEMPTS or isinstance(error, DrippingError):
+            if attempt == ATTEMPTS or isinstance(error, OutOfTimeError) or allowance.left <= 0:
                 times = "failed" if attempt == 1 else f"failed {attempt} times, at last"
                 raise ServerError(f"request {name} {times}: {error}; continue with --resume") from error
-            await asyncio.sleep(_PAUSE * attempt)
+            await allowance.pause(_PAUSE * attempt)
     raise AssertionError("unreachable")
 
 

@@ -35,4 +35,4 @@ def fake() -> Iterator[Start]:
 @pytest.fixture(scope="session")
 def fake_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An interpreter whose ``-m sglang.launch_server`` is the fake, and whose SGLang says it is 0.5.14."""
-    return interpreter(tmp_path_factory.mktemp("environment"), Path(__file__).parent / "fake_server.py")
+    return interpreter(tmp_path_factory.mktemp("environment"), "tests.search.bench.fake_server")

@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(
-    str(Path(__file__).resolve().parent.parent / "servers")
-)  # for fake_base, which lies beside a copy of this file
+sys.path.append(str(Path(__file__).resolve().parents[3]))  # scripts outside of pytest import this file alone
 
-from fake_base import FakeBase, HandlerBase
+from tests.search.servers.fake_base import FakeBase, HandlerBase
 
 VOCABULARY = 8192  # the reference model's
 
@@ -157,27 +154,19 @@ class Handler(HandlerBase):
             return self.reply(404, b'{"detail":"Not Found"}')
         if server.lie == "no-tokens":
             tokens = []
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+        self.begin_stream()
         for done in range(1, len(tokens) + 1):
             if done > 1:
                 time.sleep(server.token_seconds)
             event = {"output_ids": tokens[:done], "meta_info": self.meta(body, prompt, done, len(tokens), cached)}
             self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
             if server.lie == "drops":
-                self.close_connection = True
-                return self.connection.shutdown(socket.SHUT_RDWR)
+                return self.drop()
             if server.lie == "stalls":
                 return time.sleep(5)
         self.chunk(b"data: [DONE]\n\n")
         self.chunk(b"")
         return None
-
-    def chunk(self, data: bytes) -> None:
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-        self.wfile.flush()
 
 
 def main() -> None:
@@ -194,7 +183,3 @@ def main() -> None:
     Fake(
         arguments.port, arguments.kvtuner_profile, model_path=arguments.model_path, page_size=arguments.page_size
     ).serve_forever()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import socket
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))  # for lying_server
-
-import lying_server
 
 from kvtuner_search.bench import load
 from kvtuner_search.bench.client import FAILURES, RequestResult
 from kvtuner_search.bench.prompts import draw
 from kvtuner_search.bench.record import Cell, Shape, Violation
 from kvtuner_search.bench.sender import GIVE_UP
+from tests.search.servers import lying_server
 
 TOKENS = 16
 SHAPE = Shape(requests=6, concurrency=3, input_tokens=10, output_tokens=TOKENS)

@@ -15,15 +15,12 @@ import numpy
 import pytest
 from pydantic import ValidationError
 
-sys.path.append(str(Path(__file__).parent))  # for lying_server
-
-import lying_server as server
-
 from kvtuner_search.bench import load, summary
 from kvtuner_search.bench.client import RequestResult
 from kvtuner_search.bench.prompts import draw
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.errors import DataError, KVTunerError, UsageError
+from tests.search.servers import lying_server as server
 
 ROOT = Path(__file__).parents[3]
 

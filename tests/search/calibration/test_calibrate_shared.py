@@ -202,6 +202,27 @@ def test_a_storage_that_locks_in_the_middle_is_one_line(
     assert run(arguments(tiny_model, tmp_path / "out", *storage, "--resume")) == 0
 
 
+@pytest.mark.parametrize("storage", ["", "sqlite:///{}/other.db", "{}/other.journal"])
+@pytest.mark.parametrize("name", ["kvtuner", "misspelt"])
+def test_a_study_that_is_not_there_is_not_resumed(
+    storage: str, name: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a misspelt address or name would start another search, and nobody would know. Before the model is read, and nothing is written."""
+    output = tmp_path / "out"
+    if name != "kvtuner":
+        for where in (storage.format(tmp_path), str(output / "study.journal")):
+            if where:
+                Study(open_storage(where), "kvtuner", "tpe", 0).close()
+    before = sorted(path for path in tmp_path.iterdir() if path != output)
+    options = ["--resume", "--study-name", name, *(["--storage", storage.format(tmp_path)] if storage else [])]
+    assert run(["calibrate", "--model", "no/such/model", "--output", str(output), "--quiet", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "to resume" in line
+    assert "leave --resume out" in line
+    assert ("(it has 'kvtuner')" in line) == (name != "kvtuner")
+    assert sorted(path for path in tmp_path.iterdir() if path != output) == before
+
+
 @pytest.mark.parametrize("where", ["journal", "database"])
 def test_an_output_folder_that_is_deleted_in_the_middle(
     where: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from study_worker import main as work
 from test_space import make_space
 
 from kvtuner_search.calibration import storage
-from kvtuner_search.calibration.storage import hidden, open_storage
+from kvtuner_search.calibration.storage import check_resumed, hidden, open_storage
 from kvtuner_search.calibration.study import Anchor, Study
 from kvtuner_search.errors import DataError, KVTunerError, UsageError
 
@@ -38,6 +38,30 @@ def open_study(where: str) -> Study:
 )
 def test_a_storage_is_shown_without_credentials(where: str, shown: str) -> None:
     assert hidden(where) == shown
+
+
+@pytest.mark.parametrize("where", ["{}/none.journal", "sqlite:///{}/none.db", "sqlite:///{}/empty.db"])
+def test_there_is_nothing_to_resume_in_a_file_that_is_not_there_and_none_is_made(where: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.db").touch()
+    before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    with pytest.raises(UsageError, match="holds no study to resume: leave --resume out to begin one, or give the --st"):
+        open_storage(where.format(tmp_path), resumed=True)
+    assert sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("where", ["{}/study.journal", "sqlite:///{}/study.db", "sqlite://"])
+def test_a_study_of_another_name_is_not_resumed(where: str, tmp_path: Path) -> None:
+    store = open_storage(where.format(tmp_path))
+    check_resumed(store, "mine", none_will_do=True)
+    with pytest.raises(UsageError, match="holds no study 'mine' to resume: leave --resume out"):
+        check_resumed(store, "mine", none_will_do=False)
+    Study(store, "theirs\x1b[2J", "tpe", 0).close()
+    for none_will_do in (True, False):
+        with pytest.raises(UsageError, match=r"no study 'mine' to resume \(it has 'theirs.\[2J'\): leave") as caught:
+            check_resumed(store, "mine", none_will_do=none_will_do)
+        assert "\x1b" not in str(caught.value)
+    Study(store, "mine", "tpe", 0).close()
+    check_resumed(store, "mine", none_will_do=False)
 
 
 @pytest.mark.parametrize(

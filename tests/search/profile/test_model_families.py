@@ -28,15 +28,6 @@ FORMS: Final[dict[str, dict[str, Any]]] = {  # what files say, and leave out
     "old scaling": {"rope_theta": 5000.0, "rope_scaling": {"type": "yarn", **YARN}, "max_position_embeddings": 4096},
     "new scaling": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000, **YARN}, "sliding_window": 4096},
 }
-_FLAT: Final = "flat parameters of a family with two embeddings: transformers saves both embeddings inside one of them"
-_DROPPED: Final = "transformers drops fields that its class does not have"
-APART: Final = {  # what cannot be had, by name, and why
-    ("gemma3_text", "new scaling"): _FLAT,
-    ("gemma3", "new scaling"): _FLAT,
-    ("olmo3", "new scaling"): _FLAT,
-    ("fuyu", "more"): _DROPPED,
-    ("fuyu", "a window as long as the positions"): _DROPPED,
-}
 
 
 def again(config: dict[str, Any], folder: Path) -> list[dict[str, Any]] | None:
@@ -69,11 +60,34 @@ def test_what_autoconfig_saves_is_the_same_model_or_refused_alike(kind: str, tmp
         for other in again(config, tmp_path) or ():
             refused = unsupported(config)
             assert (refused is None) is (unsupported(other) is None), (form, refused, unsupported(other))
-            if (kind, form) in APART:
-                assert normal_form(other) != normal_form(config), "it can be had now: take it out of the list"
-            elif refused is None:
+            if refused is None:
                 assert normal_form(other) == normal_form(config), form
                 assert config_digest(other) == config_digest(config), form
+
+
+@pytest.mark.parametrize(("kind", "theta"), [("gemma3_text", 1000000), ("olmo3", 500000)])
+def test_what_lies_beside_the_parts_of_two_embeddings_changes_nothing(kind: str, theta: int, tmp_path: Path) -> None:
+    """As in the library, whose model looks up the parts alone."""
+    flat = {"rope_type": "yarn", "rope_theta": 5000, **YARN}
+    plain = {"architectures": ["X"], "model_type": kind, "sliding_window": 4096} | SIZES
+    for rope in (flat, flat | {"full_attention": {"rope_type": "default", "rope_theta": theta}}, {}):
+        config = plain | {"rope_parameters": rope}
+        assert normal_form(config) == normal_form(plain)
+        for other in again(config, tmp_path) or [{}]:
+            assert normal_form(other) == normal_form(plain)
+    part = plain | {"rope_parameters": flat | {"full_attention": flat}}
+    assert normal_form(part)["rope"]["full_attention"]["rope_theta"] == 5000
+    for other in again(part, tmp_path) or [{}]:
+        assert normal_form(other) == normal_form(part)
+
+
+@pytest.mark.parametrize("field", ["num_key_value_heads", "head_dim", "sliding_window"])
+@pytest.mark.parametrize("kind", ["fuyu", "persimmon"])
+def test_fields_that_a_class_does_not_have_change_nothing(kind: str, field: str, tmp_path: Path) -> None:
+    plain = {"architectures": ["X"], "model_type": kind} | SIZES
+    for config in [plain | {field: 2}, *(again(plain | {field: 2}, tmp_path) or [{}])]:
+        assert normal_form(config) == normal_form(plain)
+        assert model_info(config, "it").num_kv_heads == 10
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -1,12 +1,15 @@
 """What every stand-in for ``python -m sglang.launch_server`` has: SGLang's HTTP surface and its account of itself. Nothing is computed.
 
-The load of a benchmark wants truthful streams and counts (tests/search/bench/fake_server.py), a validation wants answers whose distance
-from a stock server's is known (tests/search/validate/fake_sglang.py): each adds its answers to this.
+The load of a benchmark wants truthful streams and counts (tests/search/bench/fake_server.py), or lies about them (lying_server.py); a validation
+wants answers whose distance from a stock server's is known (fake_sglang.py); every client wants servers that send what no server sends
+(misbehaving.py). Each adds its answers to this.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[3]
 CAPACITY = 50_000  # tokens of a stock server
 
 
@@ -33,10 +37,16 @@ class FakeBase(ThreadingHTTPServer):
     request_queue_size = 512  # a client may open all its connections at once
 
     def __init__(
-        self, handler: type[HandlerBase], port: int, profile: str | None, as_stored: bool, info: dict[str, Any]
+        self,
+        handler: type[HandlerBase],
+        port: int = 0,
+        profile: str | None = None,
+        as_stored: bool = False,
+        info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(("127.0.0.1", port), handler)
         self.lock = threading.Lock()
+        self.stopped = threading.Event()  # what waits for ever waits for this
         self.flushed = 0
         content = json.loads(Path(profile).read_text()) if profile else {}
         storage = content.get("storage", {"bytes_per_token": 1, "bytes_per_token_16bit": 1})
@@ -53,11 +63,15 @@ class FakeBase(ThreadingHTTPServer):
                 "tool": "kvtuner-search 0",
             }
         self.bytes_per_token: int = storage["bytes_per_token"]
-        self.info |= info
+        self.info |= info or {}
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def shutdown(self) -> None:
+        self.stopped.set()
+        super().shutdown()
 
     def forget(self) -> None:
         """Empty the prefix cache."""
@@ -80,6 +94,25 @@ class HandlerBase(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def begin_stream(self) -> None:
+        """The head of an answer that is streamed."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+    def chunk(self, data: bytes) -> None:
+        """A piece of it; an empty one is its end."""
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+    def drop(self) -> None:
+        """Hang up."""
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def read_body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
     def do_GET(self) -> None:
         if self.path == "/health":
             self.reply(200, b"")
@@ -89,7 +122,7 @@ class HandlerBase(BaseHTTPRequestHandler):
             self.reply(404, b"Not Found")
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.read_body()
         if self.path.startswith("/flush_cache"):
             self.server.forget()
             self.server.flushed += 1
@@ -120,16 +153,16 @@ def in_threads() -> Iterator[Any]:
         server.server_close()
 
 
-def interpreter(site: Path, launcher: Path) -> str:
-    """A Python, made in ``site``, whose ``-m sglang.launch_server`` is the launcher, and whose SGLang says it is 0.5.14."""
+def interpreter(site: Path, launcher: str) -> str:
+    """A Python, made in ``site``, whose ``-m sglang.launch_server`` is the launcher's ``main``, and whose SGLang says it is 0.5.14."""
     (site / "sglang").mkdir()
     (site / "sglang" / "__init__.py").write_text("")
-    (site / "sglang" / "launch_server.py").write_bytes(launcher.read_bytes())
-    (site / "fake_base.py").write_bytes(Path(__file__).read_bytes())
+    (site / "sglang" / "launch_server.py").write_text(f"from {launcher} import main\n\nmain()\n")
     metadata = site / "sglang-0.5.14.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.14\n")
     python = site / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={site}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    path = os.pathsep.join(map(str, (site, ROOT)))
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={path}:$PYTHONPATH exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     return str(python)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_sglang import Fake, Handler
-from misbehaving import FAULTS, bomb
 
+from kvtuner_search.data import Sample
+from kvtuner_search.servers.client import OutOfTimeError, Request, ServerError
 from kvtuner_search.validate import measure
+from tests.search.servers.fake_sglang import Fake, Handler
+from tests.search.servers.misbehaving import FAULTS, bomb
+from tests.search.servers.misbehaving import Handler as Misbehaving
 from tests.search.validate.test_validate_command import PROFILE, at, profile_server, validate
 
 Start = Callable[..., Fake]
@@ -40,16 +44,13 @@ def broken(fake: Start, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
                 self._answer_or_not(super().do_POST)
 
             def _answer_or_not(self, answer: Callable[[], None]) -> None:
-                with suppress(OSError):
-                    if not self.path.startswith(endpoint):
-                        return answer()
-                    server.faulty += 1  # type: ignore[attr-defined]
-                    if server.faulty <= after:  # type: ignore[attr-defined]
-                        return answer()
-                    self.close_connection = True
-                    self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                    FAULTS[fault](lambda data: self.wfile.write(data) and None, threading.Event())
-                return None
+                asked = self.path.startswith(endpoint)
+                server.faulty += asked  # type: ignore[attr-defined]
+                if asked and server.faulty > after:  # type: ignore[attr-defined]
+                    Misbehaving.misbehave(self, fault)
+                else:
+                    with suppress(OSError):
+                        answer()
 
         server = profile_server(fake)
         server.faulty = 0  # type: ignore[attr-defined]
@@ -76,7 +77,7 @@ def test_every_fault_ends_the_command(
     assert validate(PROFILE, tmp_path / "run", *servers, "--resume") == 0
 
 
-@pytest.mark.parametrize(("fault", "asked"), [("drip", 1), ("drip-chunks", 1), ("silent", 3), ("short", 3)])
+@pytest.mark.parametrize(("fault", "asked"), [("drip", 1), ("drip-chunks", 1), ("silent", 1), ("short", 3)])
 def test_an_answer_that_took_all_its_time_is_not_asked_for_again(
     fault: str, asked: int, broken: Start, fake: Start, tmp_path: Path
 ) -> None:
@@ -84,6 +85,72 @@ def test_an_answer_that_took_all_its_time_is_not_asked_for_again(
     options = ("--timeout", WAIT.get(fault, "20"), "--concurrency", "1")
     assert validate(PROFILE, tmp_path / "run", *at(fake(), server), *options) == 5
     assert server.faulty == asked  # type: ignore[attr-defined]
+
+
+class Clock:
+    """Time that passes only where a client answers or a run pauses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(measure.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(measure.asyncio, "sleep", self.sleep)
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Slow:
+    """A client whose server takes ``seconds`` for each answer: those that ``works`` says, by number, are whole, others refusals."""
+
+    def __init__(self, clock: Clock, timeout: float, seconds: float, works: Callable[[int], bool]) -> None:
+        self.clock, self.timeout, self.seconds, self.works = clock, timeout, seconds, works
+        self.asked = 0
+
+    async def generate(self, request: Request, within: float) -> Any:
+        assert 0 < within <= self.timeout
+        self.asked += 1
+        self.clock.now += min(self.seconds, within)
+        if self.seconds >= within:
+            raise OutOfTimeError("it stalled")
+        if not self.works(self.asked):
+            raise ServerError("answered 503")
+        return SimpleNamespace(cached_tokens=len(request.input_ids) - 1, asked=-1.0), {}
+
+
+class Kept:
+    """A journal that keeps nothing but the count of failures."""
+
+    failures = 0
+
+    def failure(self, name: str, reason: str) -> None:
+        self.failures += 1
+
+
+PLAN = SimpleNamespace(alive=lambda: None)
+
+
+@pytest.mark.parametrize("timeout", [0.5, 4.0, 600.0])
+@pytest.mark.parametrize(("part", "asked"), [(0.0, 3), (0.01, 3), (0.3, 3), (0.6, 2), (0.9, 2), (1.0, 1), (50.0, 1)])
+def test_all_attempts_at_a_request_share_its_time(
+    timeout: float, part: float, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, kept = Clock(monkeypatch), Kept()
+    client: Any = Slow(clock, timeout, part * timeout, lambda number: False)
+    job = measure._single(client, Request((1, 2)))
+    with pytest.raises(ServerError, match=r"request nll/0 failed.*; continue with --resume"):
+        asyncio.run(measure._attempts(PLAN, kept, "nll/0", job, timeout))  # type: ignore[arg-type]
+    assert (client.asked, kept.failures) == (asked, asked)
+    assert clock.now <= timeout * (1 + 1e-9)
+
+
+def test_steps_that_succeed_take_nothing_off_the_time_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that is scored token by token is one job of many requests; two of them fail and are repeated."""
+    clock, kept = Clock(monkeypatch), Kept()
+    client: Any = Slow(clock, 4.0, 0.4, lambda number: number not in (20, 40))
+    job = measure._step_by_step(client, Sample("x", tuple(range(30)), ((1, 30),), is_task=False))
+    found = asyncio.run(measure._attempts(PLAN, kept, "nll/0", job, 4.0))  # type: ignore[arg-type]
+    assert (found, kept.failures) == ([-1.0] * 29, 2)
+    assert clock.now > 4.0
 
 
 @pytest.mark.parametrize("fault", ["drip", "endless", "bomb"])

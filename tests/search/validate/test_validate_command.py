@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_sglang import Fake
 
 from kvtuner_search.cli.main import run
 from kvtuner_search.profile.canonical import load, save, seal
 from tests.search.servers.fake_base import CAPACITY
+from tests.search.servers.fake_sglang import Fake
 
 ROOT = Path(__file__).parents[3]
 PROFILE = ROOT / "profiles" / "reference" / "reference-4.00bit.json"

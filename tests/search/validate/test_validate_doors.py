@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_sglang import Fake, Handler
 
+from tests.search.servers.fake_sglang import Fake, Handler
 from tests.search.validate.test_validate_command import PROFILE, at, block_of, profile_server, validate
 
 Start = Callable[..., Fake]

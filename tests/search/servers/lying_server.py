@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from tests.search.servers.fake_base import FakeBase, HandlerBase, in_threads
 
 LIES = (
     "honest", "incremental", "racing", "404", "redirect", "json", "html", "noise", "empty", "no-tokens", "drops", "drops-before", "ends", "stalls", "trickles",
@@ -21,8 +22,8 @@ def answer_to(prompt: list[int], count: int) -> list[int]:
     return [(sum(prompt) + len(prompt) + step // 2 * 7) % 1000 + 10 for step in range(count)]
 
 
-class LyingServer:
-    """Serves from a thread.
+class LyingServer(FakeBase):
+    """Serves until it is shut down.
 
     Args:
         lie: one of LIES.
@@ -31,35 +32,50 @@ class LyingServer:
 
     def __init__(self, lie: str = "honest", pause: float = 0.0) -> None:
         assert lie in LIES
+        super().__init__(Handler)
         self.lie, self.pause = lie, pause
         self.asked: list[dict[str, Any]] = []  # bodies, in the order in which they came
         self.flying = self.most = 0  # requests in flight
         self.spans: list[tuple[str, int]] = []  # ("begin" or "end", number of the request), in order
         self.connections = 0
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = int(head.partition("content-length:")[2].split("\r\n", 1)[0])
-                body = json.loads(await reader.readexactly(length))
-                number = len(self.asked)
-                self.asked.append(body)
-                self.spans.append(("begin", number))
-                self.flying += 1
-                self.most = max(self.most, self.flying)
-                try:
-                    keep = await self._answer(body, writer)
-                finally:
-                    self.flying -= 1
-                    self.spans.append(("end", number))
-                if not keep:
-                    break
-        writer.close()
+    def begin(self, body: dict[str, Any]) -> int:
+        """Note a request; its number."""
+        with self.lock:
+            self.asked.append(body)
+            self.flying += 1
+            self.most = max(self.most, self.flying)
+            self.spans.append(("begin", len(self.asked) - 1))
+            return len(self.asked) - 1
 
-    async def _answer(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
-        lie = self.lie
+    def end(self, number: int) -> None:
+        """Note that it is over. This comes before the last byte, after which a client may send the next."""
+        with self.lock:
+            self.flying -= 1
+            self.spans.append(("end", number))
+
+
+class Handler(HandlerBase):
+    server: LyingServer
+
+    def setup(self) -> None:
+        super().setup()
+        with self.server.lock:
+            self.server.connections += 1
+
+    def generate(self, body: dict[str, Any]) -> None:
+        number = self.server.begin(body)
+        try:
+            last = self._answer(body)
+        except OSError:  # the client has heard enough
+            self.close_connection, last = True, b""
+        self.server.end(number)
+        with suppress(OSError):
+            self.wfile.write(last)
+
+    def _answer(self, body: dict[str, Any]) -> bytes:
+        """Answer, or lie, but for the last bytes, which are returned."""
+        lie, server = self.server.lie, self.server
         plain = {
             "404": ("404 Not Found", '{"detail":"Not Found"}'),
             "redirect": ("307 Temporary Redirect", ""),
@@ -69,38 +85,28 @@ class LyingServer:
         }
         if lie in plain:
             status, text = plain[lie]
-            writer.write(f"HTTP/1.1 {status}\r\nlocation: /other\r\ncontent-length: {len(text)}\r\n\r\n{text}".encode())
-            await writer.drain()
-            return True
-        if lie == "drops-before":
-            return False
-        if lie == "noise":
-            writer.write(b"SSH-2.0-OpenSSH\r\n\r\n")
-            return False
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            return f"HTTP/1.1 {status}\r\nlocation: /other\r\ncontent-length: {len(text)}\r\n\r\n{text}".encode()
+        if lie in ("drops-before", "noise"):
+            self.close_connection = True
+            return b"" if lie == "drops-before" else b"SSH-2.0-OpenSSH\r\n\r\n"
+        self.begin_stream()
         for event in self._events(body):
-            if self.pause:
-                await asyncio.sleep(self.pause)
-            line = b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
-            writer.write(b"%x\r\n%b\r\n" % (len(line), line))
-            await writer.drain()
+            time.sleep(server.pause)
+            self.chunk(b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n")
             if lie in ("drops", "stalls", "ends", "trickles") and event["meta_info"]["completion_tokens"] >= 2:
                 if lie == "stalls":
-                    await asyncio.sleep(3600)
-                while lie == "trickles":
-                    writer.write(b"3\r\n:\r\n\r\n")  # a comment keeps the connection alive, and says nothing
-                    await writer.drain()
-                    await asyncio.sleep(0.01)
+                    server.stopped.wait()
+                while lie == "trickles" and not server.stopped.wait(0.01):
+                    self.chunk(b":\r\n")  # a comment keeps the connection alive, and says nothing
                 if lie == "drops":
-                    return False
+                    self.close_connection = True
+                    return b""
                 break
-        done = b"data: [DONE]\n\n"
-        writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(done), done))
-        await writer.drain()
-        return True
+        self.chunk(b"data: [DONE]\n\n")
+        return b"0\r\n\r\n"
 
     def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        lie, prompt, asked = self.lie, body["input_ids"], body["sampling_params"]["max_new_tokens"]
+        lie, prompt, asked = self.server.lie, body["input_ids"], body["sampling_params"]["max_new_tokens"]
         tokens = answer_to([1] if lie == "canned" else prompt, asked)
         came = {
             "too-few": tokens[: asked // 2],
@@ -146,27 +152,6 @@ class LyingServer:
 @contextmanager
 def lying(lie: str = "honest", pause: float = 0.0) -> Iterator[tuple[str, LyingServer]]:
     """URL and server; it ends with the block."""
-    server = LyingServer(lie, pause)
-    loop = asyncio.new_event_loop()
-    listening: list[asyncio.Server] = []
-    ready = threading.Event()
-
-    def work() -> None:
-        asyncio.set_event_loop(loop)
-        listening.append(loop.run_until_complete(asyncio.start_server(server._connection, "127.0.0.1", 0)))
-        ready.set()
-        loop.run_forever()
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        loop.close()
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    ready.wait()
-    try:
-        yield f"http://127.0.0.1:{listening[0].sockets[0].getsockname()[1]}", server
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+    with in_threads() as serve:
+        server = serve(LyingServer(lie, pause))
+        yield server.url, server

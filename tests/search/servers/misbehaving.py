@@ -1,16 +1,17 @@
-"""A server that answers every request with bytes of its own choice, at its own pace, from a thread. Nothing is parsed but the request's end."""
+"""A server that answers every request with bytes of its own choice, at its own pace. Nothing is parsed but the request's end."""
 
 from __future__ import annotations
 
 import gzip
-import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 
-Send = Callable[[bytes], None]
+from tests.search.servers.fake_base import FakeBase, HandlerBase, in_threads
+
+Send = Callable[[bytes], object]
 HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
 
 
@@ -49,8 +50,8 @@ def series(send: Send, line: Callable[[int], bytes]) -> None:
         send(b"".join(line(number) for number in range(start, start + 1000)))
 
 
-FAULTS: dict[str, Callable[[Send, threading.Event], None]] = {
-    "silent": lambda send, stopped: (stopped.wait() and None) or None,
+FAULTS: dict[str, Callable[[Send, threading.Event], object]] = {
+    "silent": lambda send, stopped: stopped.wait(),
     "drip": lambda send, stopped: drip(send, HEAD + b"\r\n", b" ", stopped),
     "drip-head": lambda send, stopped: drip(send, HEAD, b"x: y\r\n", stopped),
     "drip-chunks": lambda send, stopped: drip(send, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", stopped),
@@ -73,33 +74,28 @@ FAULTS: dict[str, Callable[[Send, threading.Event], None]] = {
 }  # fmt: skip
 
 
+class Handler(HandlerBase):
+    """Has the fault that its server's ``fault`` names."""
+
+    def do_GET(self) -> None:
+        self.misbehave(self.server.fault)
+
+    do_POST = do_GET
+
+    def misbehave(self, fault: str) -> None:
+        """Answer a request in this way, and hang up."""
+        self.close_connection = True
+        with suppress(OSError):  # the client has heard enough
+            self.read_body()
+            FAULTS[fault](self.wfile.write, self.server.stopped)
+
+
 @contextmanager
 def misbehaving(fault: str) -> Iterator[str]:
     """The address; the server ends with the block."""
     if fault == "bomb":
         bomb(1 << 29)  # making it takes longer than a client waits
-    stopped = threading.Event()
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def serve(connection: socket.socket) -> None:
-        with connection, suppress(OSError):
-            connection.settimeout(20)
-            while b"\r\n\r\n" not in connection.recv(1 << 16):
-                pass
-            FAULTS[fault](connection.sendall, stopped)
-            connection.shutdown(socket.SHUT_WR)
-            while connection.recv(1 << 16):
-                pass
-
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listening.accept()
-                threading.Thread(target=serve, args=(connection,), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        stopped.set()
-        listening.close()
+    with in_threads() as serve:
+        server = FakeBase(Handler)
+        server.fault = fault  # type: ignore[attr-defined]
+        yield serve(server).url

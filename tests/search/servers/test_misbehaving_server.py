@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_sglang import Fake
-from misbehaving import FAULTS, misbehaving
 
 from kvtuner_search.addresses import check_key, check_url
 from kvtuner_search.bench.client import TimedRequest as Streamed
@@ -25,6 +23,8 @@ from kvtuner_search.errors import UsageError
 from kvtuner_search.servers.client import Answer, Client, Request, ServerError
 from kvtuner_search.servers.facts import Facts
 from kvtuner_search.servers.info import ServerInfo
+from tests.search.servers.fake_sglang import Fake
+from tests.search.servers.misbehaving import FAULTS, misbehaving
 
 ROOT = Path(__file__).parents[3]
 PROMPT = tuple(range(5, 15))
@@ -82,12 +82,11 @@ def test_every_fault_is_named(fault: str) -> None:
 @pytest.mark.parametrize("fault", ["endless", "huge-json", "bomb", "deep", "series", "endless-line"])
 def test_memory_stays_bounded(fault: str) -> None:
     """A process of its own asks for everything, metrics too; the greatest memory that it had is its own count."""
-    code = f"""
+    code = """
 import asyncio, sys
-sys.path += {[str(Path(__file__).parent)]!r}
 from kvtuner_search.bench.watch import Watch
 from kvtuner_search.servers.client import Client, Request, ServerError
-from misbehaving import misbehaving
+from tests.search.servers.misbehaving import misbehaving
 async def ask(url, question):
     async with Client(url, 20.0) as client:
         await question(client)

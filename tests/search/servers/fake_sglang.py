@@ -17,11 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.append(
-    str(Path(__file__).resolve().parent.parent / "servers")
-)  # for fake_base, which lies beside a copy of this file
-
-from fake_base import FakeBase, HandlerBase
+from tests.search.servers.fake_base import FakeBase, HandlerBase
 
 VOCABULARY = 200
 
@@ -131,7 +127,3 @@ def main() -> None:
         page_size=arguments.page_size,
     )
     server.serve_forever()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_sglang import Fake, logprob
 
-from kvtuner_search.servers.client import Answer, Client, Request, ServerError
+from kvtuner_search.servers.client import Answer, Client, OutOfTimeError, Request, ServerError
 from kvtuner_search.servers.process import free_port
+from tests.search.servers.fake_sglang import Fake, Handler, logprob
 
 PROMPT = tuple(range(5, 15))
 Start = Callable[..., Fake]
@@ -86,6 +86,34 @@ def test_a_stall_is_an_error(fake: Start) -> None:
     server.fault = {"stall": 2.0}
     with pytest.raises(ServerError, match=r"did not answer within 0\.2 s: it stalled"):
         ask(server.url, SCORED, timeout=0.2)
+
+
+def test_what_is_found_out_about_a_refusal_shares_its_time(fake: Start) -> None:
+    """A server that refuses at once and then falls silent is looked at for as long as an answer may take, not for every path that could say more."""
+
+    class Silent(Handler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            self.server.stopped.wait()
+
+    paths: list[str] = []
+    server = fake()
+    server.fault, server.RequestHandlerClass = {"status": 404}, Silent
+    with pytest.raises(ServerError, match=r"answered 404: Not Found$"):
+        ask(server.url, SCORED, timeout=0.5)
+    assert paths == ["/v1/models"]
+
+
+def test_an_answer_may_have_less_time_than_the_client(fake: Start) -> None:
+    server = fake()
+    server.fault = {"stall": 2.0}
+
+    async def main() -> None:
+        async with Client(server.url, 60.0) as client:
+            await client.generate(SCORED, within=0.2)
+
+    with pytest.raises(OutOfTimeError, match=r"did not answer within 0\.2 s: it stalled"):
+        asyncio.run(main())
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:
