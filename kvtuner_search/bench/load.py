@@ -23,6 +23,7 @@ from kvtuner_search.bench.pulse import without_gc
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.bench.sender import Block, Job, Sender
 from kvtuner_search.bench.summary import elapsed as elapsed
+from kvtuner_search.bench.summary import remarks as remarks
 from kvtuner_search.bench.summary import summarise as summarise
 from kvtuner_search.bench.summary import violations as violations
 from kvtuner_search.bench.workers import run_blocks

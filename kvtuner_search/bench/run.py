@@ -134,6 +134,8 @@ class BenchRun:
                 cell = self._cell(account, log, correct)
                 cells.append(cell)
                 violations += load.violations(cell.title, log.results) + leaks(cell)
+                for remark in load.remarks(cell.title, log.results):
+                    self.reporter.say(remark)
         record = Record(
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             command=self.options.command,

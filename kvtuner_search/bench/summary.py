@@ -17,6 +17,10 @@ LAG_FLOOR: Final = 5.0  # ms; the timer itself is late by one or two, and more w
 LAG_SECONDS: Final = 0.5  # minimum length of a cell; in a shorter one lag may only mean that another process ran once
 CHANCE: Final = 0.01  # of prompt tokens; beginnings of random prompts may hit what other cells left in the cache, whole prompts do not
 _ALIKE: Final = 16  # tokens; shorter answers can be the same by chance
+_TELLING: Final = (
+    8  # tokens; the lines of a shorter answer are read together whenever client or server waits for a core
+)
+_EVIDENCE: Final = 32  # gaps between tokens of all such answers: fewer may all be lost in one moment of a busy machine
 _LONG: Final = 64  # tokens; an answer this long may take several reads although it came in one piece
 _INSTANT: Final = 0.5  # ms a token; the lines of such a fast answer may share a read without having been collected
 _AT_ONCE: Final = 0.02  # ms a token between these reads: the time of reading, far below any decode step
@@ -159,16 +163,40 @@ def _same_answer(where: str, whole: Sequence[RequestResult]) -> Violation | None
 
 
 def _not_streamed(where: str, whole: Sequence[RequestResult]) -> Violation | None:
-    late = sum(_in_one_piece(result) for result in whole)
-    if late * 2 <= len(whole):
+    told = _telling(whole)
+    late = sum(_in_one_piece(result) for result in told)
+    if late * 2 <= len(told):
         return None
     return _violation(
         "not-streamed",
         where,
-        f"{late} of {len(whole)} answers in one piece",
+        f"{late} of {len(told)} answers in one piece",
         "the first token came with the last, so TTFT equals the latency: the server does not stream, a proxy collects,"
         " or --stream-interval is too long",
     )
+
+
+def _telling(whole: Sequence[RequestResult]) -> list[RequestResult]:
+    """The answers that can tell whether the server streams; none if all of them together have too few tokens."""
+    found = [result for result in whole if len(result.tokens) >= _TELLING]
+    return found if sum(len(result.tokens) - 1 for result in found) >= _EVIDENCE else []
+
+
+def remarks(where: str, results: Sequence[RequestResult]) -> list[str]:
+    """What is worth knowing of a cell and no violation: answers in one piece that are too short to tell whether the server streams.
+
+    Args:
+        where: section and cell.
+        results: of one cell; the warm-up's are ignored.
+    """
+    whole = [result for result in measured(results) if result.whole]
+    late = sum(_in_one_piece(result) for result in whole)
+    if late * 2 <= len(whole) or _telling(whole):
+        return []
+    return [
+        f"{where}: {late} of {len(whole)} answers came in one piece; their tokens are too few to tell whether the server streams, so"
+        " TTFT may be the time of the whole answer"
+    ]
 
 
 def _in_one_piece(result: RequestResult) -> bool:

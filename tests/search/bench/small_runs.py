@@ -56,8 +56,8 @@ OPTIONS = BenchOptions(
 )
 
 
-def measure(folder: Path, **changed: Any) -> Record:
-    return BenchRun(replace(OPTIONS, folder=folder, **changed), Reporter(quiet=True)).measure()
+def measure(folder: Path, reporter: Reporter | None = None, **changed: Any) -> Record:
+    return BenchRun(replace(OPTIONS, folder=folder, **changed), reporter or Reporter(quiet=True)).measure()
 
 
 def failed(record: Record) -> dict[str, str]:

@@ -47,8 +47,8 @@ DOUBTED = {
 }  # answers that are whole, and not believed
 
 
-def ask(lie: str, **more: float) -> tuple[list[RequestResult], Cell, list[Violation]]:
-    with lying_server.lying(lie) as (url, _):
+def ask(lie: str, pause: float = 0.0, **more: float) -> tuple[list[RequestResult], Cell, list[Violation]]:
+    with lying_server.lying(lie, pause) as (url, _):
         prompts = draw(lie, SHAPE.input_tokens, SHAPE.requests, 1000)
         results = load.run_cell(url, prompts, SHAPE, concurrency=3, **{"timeout": 20, "stall": 20, **more})
     cell = load.summarise("throughput", SHAPE, results)
@@ -85,8 +85,11 @@ def test_cached_prompts_are_counted() -> None:
 
 @pytest.mark.parametrize("honest", ["honest", "incremental", "racing"])
 def test_an_honest_server_is_believed(honest: str) -> None:
-    """Ids cumulative, incremental, and cumulative with more ids than an intermediate line claims: all of these SGLang sends."""
-    results, cell, found = ask(honest)
+    """Ids cumulative, incremental, and cumulative with more ids than an intermediate line claims: all of these SGLang sends.
+
+    Each token takes its time; without that, a busy client reads all lines together, as those of a server that collects them.
+    """
+    results, cell, found = ask(honest, pause=0.01)
     assert (cell.succeeded, cell.failures, found) == (6, {}, [])
     assert cell.returned_tokens == 6 * TOKENS
     assert cell.finish_reasons == {"length": 6}
