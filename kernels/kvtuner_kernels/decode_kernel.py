@@ -361,9 +361,9 @@ def decode_kernel(
         target = partial + partial_rows * HEAD_DIM
         for x in tl.static_range(PLANES):
             _store_plane(target, acc[x], offsets[plane_group(VALUE, x)], inverse, found, VALUE, x)
+        PADDED: tl.constexpr = VALUE.padded  # Triton 3.6 takes no attribute as a part of a shape
         for x in tl.static_range(BANDS):
             if plane_bits(VALUE, x) == 0:
-                PADDED: tl.constexpr = VALUE.padded  # Triton 3.6 takes no attribute as a part of a shape
                 word = tl.arange(0, PADDED)[None, :, None]
                 nothing = tl.zeros([BATCH, PADDED, COLUMNS], tl.float32)
                 tl.store(target + (x * VALUE.words + word), nothing, mask=found & (word < VALUE.words))
