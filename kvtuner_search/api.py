@@ -158,7 +158,7 @@ def calibrate(
     _at_least(0, seed=seed)
     for budget in given:
         if not isinstance(budget, int | float) or not 1 <= budget <= 16:
-            raise UsageError(f"target_bits={budget!r} is no budget: give effective bits from 1 to 16")
+            raise UsageError(f"target_bits={budget!r} is not a budget: give effective bits from 1 to 16")
     _one_of("sampler", [sampler], SAMPLERS)
     _one_of("grouping", [grouping], _GROUPING)
     _one_of("bits", bits, BITS)

@@ -93,7 +93,7 @@ def check_transforms(profile: Profile, folder: Path) -> bytes | None:
     try:
         tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise ProfileError(f"{path} is no safetensors file: {first_line(error)}; restore it") from error
+        raise ProfileError(f"{path} is not a safetensors file: {first_line(error)}; restore it") from error
     if sorted(tensors) != sorted(shapes):
         odd = sorted(set(tensors) ^ set(shapes))
         raise ProfileError(

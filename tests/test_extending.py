@@ -8,8 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from kvtuner_search.calibration.samplers import DEFAULT as DEFAULT_SAMPLER
 from kvtuner_search.calibration.samplers import SAMPLERS
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.schema import SearchInfo
+from kvtuner_search.servers.interface import Interface, interface
 from kvtuner_search.serving.engine import DEFAULT, Engine, engine, engines
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
 from kvtuner_search.serving.sglang.refusals import ALL, BY_VERSION
@@ -114,13 +116,22 @@ def test_documents_and_locks_name_versions_with_an_adapter() -> None:
         assert set(re.findall(r"sglang==([\d.]+)", (ROOT / file).read_text())) <= set(ADAPTERS), file
 
 
+DOORS = [(Engine, engine), (Interface, interface)]
+
+
 @pytest.mark.parametrize("which", engines())
 @pytest.mark.parametrize(
-    "name", [name for name, _ in inspect.getmembers(Engine, inspect.isfunction) if not name.startswith("_")]
+    ("door", "find", "name"),
+    [
+        (door, find, name)
+        for door, find in DOORS
+        for name, _ in inspect.getmembers(door, inspect.isfunction)
+        if not name.startswith("_")
+    ],
 )
-def test_an_engine_offers_what_the_door_promises(name: str, which: str) -> None:
+def test_an_engine_offers_what_the_doors_promise(door: type, find: Callable[[str], Any], name: str, which: str) -> None:
     """The same arguments, by name and kind; mypy compares their types."""
-    offered, promised = getattr(engine(which), name), getattr(Engine, name)
+    offered, promised = getattr(find(which), name), getattr(door, name)
     mine, theirs = inspect.signature(offered).parameters, inspect.signature(promised).parameters
     assert [(p.name, p.kind) for p in mine.values()] == [(p.name, p.kind) for p in theirs.values() if p.name != "self"]
 
@@ -128,15 +139,19 @@ def test_an_engine_offers_what_the_door_promises(name: str, which: str) -> None:
 @pytest.mark.parametrize("which", engines())
 def test_an_engine_has_its_texts_and_options(which: str) -> None:
     found = engine(which)
-    assert found.NAME
+    assert which == found.NAME, "a record's versions tell its engine by this name"
     assert found.TITLE
+    assert found.INSTALL
     assert all(example for example, _ in found.EXAMPLES)
     assert {found.PROFILE, found.AS_STORED} <= {flag.name for flag in found.FLAGS}
+    asked = interface(which)
+    assert {asked.GENERATED, asked.TOKEN_USAGE} <= set(asked.METRICS)
+    assert asked.STREAM.startswith("/")
 
 
 def test_the_default_engine_is_one_and_an_unknown_one_is_refused_with_the_choice() -> None:
     assert DEFAULT in engines()
-    with pytest.raises(UsageError, match=rf"^'absent' is no engine: choose from {', '.join(engines())}$"):
+    with pytest.raises(UsageError, match=rf"^there is no engine 'absent': choose from {', '.join(engines())}$"):
         engine("absent")
 
 
@@ -153,6 +168,7 @@ def test_documents_name_the_bit_widths() -> None:
 FICTITIOUS = """
 import importlib.util, json, sys
 from pathlib import Path
+from typing import Any
 found = importlib.util.find_spec("kvtuner_kernels.layout")
 source = Path(found.origin).read_text()
 changed = source.replace("BITS: Final = (2, 4, 8, 16)", "BITS: Final = (2, 3, 4, 8, 16)")

@@ -30,8 +30,8 @@ RANK = {
     "models": 2,
     "evaluation": 3,
     "serving": 3,
-    "serving.sglang": 4,
-    "servers": 5,
+    "servers": 4,
+    "serving.sglang": 5,
     "validate": 6,
     "bench": 6,
     "calibration": 6,
@@ -119,9 +119,31 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module: graph[module] for module in sorted(graph)}).prepare()  # raises CycleError
 
 
+# What only SGLang's folder may know: its endpoints, metrics, programs, and the fields of its requests and answers.
+SGLANGS_OWN = re.compile(
+    r"/(generate|(get_)?server_info|flush_cache|get_load|health|metrics|v1/models)\b|\bsglang:|sglang\.(launch_server|bench_serving)"
+    r"|\b(meta_info|finish_reason|sampling_params|ignore_eos|return_logprob|logprob_start_len|token_ids_logprob|num_reqs)\b"
+    r"|\b(internal_states|max_total_num_tokens|mem_fraction_static|kv_cache_dtype|json_model_override_args)\b"
+)
+
+
+def test_sglangs_http_interface_is_known_in_its_folder_alone() -> None:
+    """In texts and comments too: whoever adds an engine need not wonder whether they are meant."""
+    folder = PACKAGES["kvtuner_search"]
+    found = {
+        f"{path.relative_to(folder)}: {match.group()}"
+        for path in folder.rglob("*.py")
+        if path.relative_to(folder).parts[:2] != ("serving", "sglang")
+        for match in SGLANGS_OWN.finditer(path.read_text())
+    }
+    assert found == set()
+    own = "".join(path.read_text() for path in (folder / "serving" / "sglang").glob("*.py"))
+    assert len(set(SGLANGS_OWN.findall(own))) > 15
+
+
 @pytest.mark.parametrize("name", engines())
 def test_engines_are_reached_through_their_door_alone(name: str) -> None:
-    """`serving.engine` finds an engine by the name of its folder; nothing else knows what is in there."""
+    """`serving.engine` and `servers.interface` find an engine by the name of its folder; nothing else knows what is in there."""
     engine = f"kvtuner_search.serving.{name}"
     assert f"serving.{name}" in RANK, "an engine is a part of its own: give it a row beside serving.sglang"
     readers = {module for module, names in imports().items() if any(f"{n}.".startswith(f"{engine}.") for n in names)}

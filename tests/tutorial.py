@@ -13,7 +13,20 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvtuner_search.profile.canonical import load, save, seal
+
 ROOT = Path(__file__).resolve().parents[1]
+# Enough for the validation to be one, and for it to hold.
+FEW = {
+    "KVTUNER_VALIDATE_DATA": "recall text",
+    "KVTUNER_VALIDATE_SAMPLES": "4",
+    "KVTUNER_VALIDATE_LENGTH": "448",
+    "KVTUNER_VALIDATE_TASK_PROMPTS": "10",
+    "KVTUNER_VALIDATE_GREEDY_PROMPTS": "6",
+    "KVTUNER_VALIDATE_GREEDY_TOKENS": "16",
+    "KVTUNER_VALIDATE_MAX_ACCURACY_DROP": "0.2",
+    "KVTUNER_VALIDATE_MIN_OFFLINE_TOKENS": "0.9",
+}
 
 
 def blocks() -> dict[str, list[str]]:
@@ -52,6 +65,18 @@ def workplace(folder: Path) -> Path:
     subprocess.run([*git, "init", "--quiet"], check=True)
     subprocess.run([*git, "add", "profiles"], check=True)
     subprocess.run([*git, "commit", "--quiet", "--message", "Begin"], check=True, env=environment())
+    return folder
+
+
+def calibrated(folder: Path) -> Path:
+    """A workplace as it is after calibration; the demo's profile is one that was calibrated on more data than a test has time for."""
+    workplace(folder)
+    source = ROOT / "profiles/reference/reference-4.00bit.json"
+    content = load(source).model_dump(exclude={"digest", "validation"})
+    for place in ("demo-output", "profiles/reference"):
+        (folder / place).mkdir(exist_ok=True)
+        save(seal(content), folder / place / source.name)
+    shutil.copy(source.with_suffix(".safetensors"), folder / "demo-output")
     return folder
 
 

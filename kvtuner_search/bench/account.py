@@ -46,7 +46,7 @@ class SessionRecord(Strict):
     scrapes: list[Scrape]
     """Its metrics."""
     cross_check: dict[Name, Number]
-    """One cell's load through SGLang's own client: figure -> ours over theirs."""
+    """One cell's load through the engine's own client: figure -> ours over theirs."""
 
 
 def account_of(content: dict[str, Any]) -> Account:

@@ -1,38 +1,35 @@
-"""One streaming request to SGLang's ``/generate``, untrusted: returned tokens are counted one by one and compared with the request and with the server's claim.
+"""One streaming request, untrusted: returned tokens are counted one by one and compared with the request and with the server's claim.
 
-aiohttp is what SGLang's own ``sglang.bench_serving`` sends with. Nothing is retried, no redirect is followed, no proxy of the environment is used.
-
-SGLang 0.5.14 and 0.5.23 answer ``data: {"text", "output_ids", "meta_info"}`` lines and ``data: [DONE]``. ``output_ids`` are all ids so far, or with
-``--incremental-streaming-output`` those since the last line. The ids and the claimed count together distinguish the two, because either alone can
-mislead: an answer that repeats one token looks like both, and intermediate cumulative lines of 0.5.14 can hold more ids than they claim (the list grows
-between being referenced and being sent). Only the last line's claim is judged.
+aiohttp is what SGLang's own load generator sends with. Nothing is retried, no redirect is followed, no proxy of the environment is used. The engine's
+interface knows the body of a request and the events of a stream (``servers.stream``); what they may say is judged here.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Self
 
 import aiohttp
-from pydantic_core import from_json  # about three times as fast as json, and pydantic brings it along
 
 from kvtuner_search.addresses import authorization
 from kvtuner_search.bench.pulse import EventLoopLag
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, remember
+from kvtuner_search.servers.interface import interface
+from kvtuner_search.servers.stream import StreamFault
 
 # Kinds of failure, with their usual causes. The names are stable: records contain them.
 FAILURES: Final = {
     "refused": "no connection: the server is down, or the address is wrong",
-    "http-status": "the server answered, but generated nothing: a wrong path, or a node of rank > 0, which answers 404 to everything but /health",
+    "http-status": "the server answered, but generated nothing: a wrong path, or a node of rank > 0, which answers 404 to everything but its health check",
     "dropped": "the connection ended before the answer did: the server crashed or restarted, or a proxy closed it",
     "stalled": "no byte arrived within the time allowed: the server hangs, or its queue is longer than that",
     "timeout": "the whole answer took longer than allowed",
-    "malformed": "the answer is not an event stream of SGLang's /generate: another server, or one that does not stream",
+    "malformed": "the answer is not an event stream of this engine: another server, or one that does not stream",
     "server-error": "the stream carried an error instead of an answer",
     "aborted": "the server aborted the request",
     "wrong-request": "the answer has another request's id: it was swapped, or replayed from a cache in between",
@@ -55,7 +52,7 @@ _HEADERS: Final = {
 }
 _EVENT_LIMIT: Final = 1 << 20  # bytes of one line, and for each requested token
 _TOKEN_LIMIT: Final = 1 << 10  # more for each token; anything longer is not an answer
-_READ_BUFFER: Final = 10 << 20  # bytes, as in sglang.bench_serving
+_READ_BUFFER: Final = 10 << 20  # bytes, as in SGLang's own load generator
 _DETAIL: Final = 200  # characters of a failure's detail that are kept
 _EXCERPT: Final = 4096  # bytes of an error's body that are read; masked before they are cut
 _IDS: Final = 2**31  # if the vocabulary is not known
@@ -75,9 +72,7 @@ class TimedRequest:
     @classmethod
     def of(cls, index: int, identifier: str, prompt: Sequence[int], asked: int, vocabulary: int | None = None) -> Self:
         """Greedy, streaming, of exactly ``asked`` tokens."""
-        sampling = {"temperature": 0, "max_new_tokens": asked, "ignore_eos": True}
-        content = {"rid": identifier, "input_ids": list(prompt), "sampling_params": sampling, "stream": True}
-        body = json.dumps(content, separators=(",", ":")).encode()
+        body = json.dumps(interface().stream_body(identifier, prompt, asked), separators=(",", ":")).encode()
         return cls(index, identifier, len(prompt), asked, body, vocabulary or _IDS)
 
 
@@ -130,7 +125,7 @@ class RequestResult:
 
     @property
     def gaps(self) -> list[float]:
-        """Milliseconds between tokens. Tokens that came together share the wait evenly, as in ``sglang.bench_serving``."""
+        """Milliseconds between tokens. Tokens that came together share the wait evenly, as in SGLang's own load generator."""
         together: dict[float, int] = {}
         for at, count in self.arrivals:
             together[at] = together.get(at, 0) + count
@@ -186,12 +181,12 @@ class _Answer:
         self._rest = b""
         self._events = 0
         self._limit = _EVENT_LIMIT + _TOKEN_LIMIT * request.asked
-        self._cumulative: bool | None = None
-        self._meta: dict[str, Any] = {}  # of the latest event
+        self._reader = interface().stream_reader()
+        self._counts: Mapping[str, Any] = {}  # of the latest event
 
     def count(self, name: str) -> int | None:
         """A number of tokens as the server's latest event has it."""
-        value = self._meta.get(name)
+        value = self._counts.get(name)
         return value if type(value) is int and 0 <= value <= _IDS else None
 
     def take(self, data: bytes, at: float) -> None:
@@ -210,24 +205,19 @@ class _Answer:
     def _event(self, content: bytes, at: float) -> None:
         self._events += 1
         try:
-            event = from_json(content)
-        except ValueError as error:
-            raise _Fault("malformed", f"{error}: {content[:80]!r}") from error
-        if not isinstance(event, dict):
-            raise _Fault("malformed", content[:_DETAIL])
-        if "error" in event:
-            raise _Fault("server-error", event["error"])
-        meta, ids = event.get("meta_info"), event.get("output_ids")
-        if not isinstance(meta, dict) or not isinstance(ids, list):
-            raise _Fault("malformed", f"an event without meta_info or output_ids: {content[:80]!r}")
-        if meta.get("id") != self.request.id:
-            raise _Fault("wrong-request", f"sent as {self.request.id}, answered as {meta.get('id')}")
-        self._meta = meta
-        if new := self._new(ids):
+            event = self._reader.read(content, self.tokens)
+        except StreamFault as fault:
+            raise _Fault(fault.kind, fault.detail) from fault
+        if event.id != self.request.id:
+            raise _Fault("wrong-request", f"sent as {self.request.id}, answered as {event.id}")
+        self._counts = event.counts
+        if event.tokens is None:
+            raise _Fault("malformed", "ids that had been sent before have changed")
+        if new := event.tokens:
             if set(map(type, new)) != {int}:
-                raise _Fault("malformed", f"output_ids {new[:8]}")
+                raise _Fault("malformed", f"ids {new[:8]}")
             if not 0 <= min(new) <= max(new) < self.request.vocabulary:
-                raise _Fault("malformed", f"output_ids {new[:8]} of a vocabulary of {self.request.vocabulary}")
+                raise _Fault("malformed", f"ids {new[:8]} of a vocabulary of {self.request.vocabulary}")
             if (
                 len(self.tokens) + len(new) > 2 * self.request.asked + 8
             ):  # far beyond what judge() counts: it may never end
@@ -236,27 +226,8 @@ class _Answer:
                 )
             self.tokens += new
             self.arrivals.append((round(at, 3), len(new)))
-        reason = meta.get("finish_reason")
-        if isinstance(reason, dict):
-            self.finish, self.message = _word(reason.get("type")), _word(reason.get("message", ""))
-        elif reason is not None:
-            self.finish = _word(reason)
-
-    def _new(self, ids: list[Any]) -> list[Any]:
-        """The ids that are new."""
-        seen = len(self.tokens)
-        if not seen:
-            return ids
-        repeats = ids[:seen] == self.tokens
-        if self._cumulative is None:
-            # If the ids allow both readings, the one nearer to the claim.
-            claimed = self.count("completion_tokens") or len(ids)
-            self._cumulative = repeats and abs(len(ids) - claimed) <= abs(seen + len(ids) - claimed)
-        if not self._cumulative:
-            return ids
-        if not repeats:
-            raise _Fault("malformed", "ids that had been sent before have changed")
-        return ids[seen:]
+        if event.finish is not None:
+            self.finish, self.message = _word(event.finish), _word(event.message)
 
     def judge(self) -> None:
         """Raise _Fault unless the answer is complete."""
@@ -268,8 +239,8 @@ class _Answer:
             raise _Fault("dropped", f"the stream ended after {count} of {asked} tokens without a finish reason")
         if self.finish == "abort":
             raise _Fault("aborted", self.message)
-        missing = [name for name in ("prompt_tokens", "completion_tokens") if name not in self._meta]
-        if missing or self._meta["prompt_tokens"] is None:
+        missing = [name for name in ("prompt_tokens", "completion_tokens") if name not in self._counts]
+        if missing or self._counts["prompt_tokens"] is None:
             raise _Fault("uncounted", f"the last event has no {' and no '.join(missing or ['prompt_tokens'])}")
         if prompt != self.request.prompt_tokens:
             raise _Fault("wrong-prompt", f"{prompt} tokens of {self.request.prompt_tokens}")
@@ -321,7 +292,7 @@ async def ask(
     """Send one request and read its answer to the end. Never raises for what a server does.
 
     Args:
-        url: of ``/generate``.
+        url: that takes the body and answers with a stream.
         epoch: seconds since 1970 when the performance counter was 0.
         round_: of the cell.
         due: when an open loop was to send it, on the performance counter; the clock runs from there, so that a generator that

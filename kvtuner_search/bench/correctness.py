@@ -11,8 +11,9 @@ from typing import Final
 
 from kvtuner_search.bench.record import Check, Model
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.servers.client import Answer, Client, Request, ServerError
+from kvtuner_search.servers.client import Answer, Client, Request
 from kvtuner_search.servers.facts import Facts
+from kvtuner_search.servers.transport import ServerError
 
 PROMPTS: Final = 3
 PROMPT_TOKENS: Final = 32
@@ -101,13 +102,13 @@ def _judge_likelihood(scored: Sequence[Sequence[float]], model: Model) -> Check:
 
 
 def check_totals(returned: int, before: float | None, after: float | None) -> list[Check]:
-    """Whether the server's own counter of generated tokens covers what was counted here; empty without ``--enable-metrics``.
+    """Whether the server's own counter of generated tokens covers what was counted here; empty without metrics.
 
     The server may have generated more: warm-up, answers that failed here, and other clients count there too.
 
     Args:
         returned: tokens that came back, warm-up excluded.
-        before, after: ``sglang:generation_tokens_total`` around them.
+        before, after: that counter around them; None: it was not read.
     """
     if before is None or after is None or not returned:
         return []

@@ -205,7 +205,7 @@ def _memory(record: Record, hardware: Hardware) -> Iterator[Violation]:
             where="token capacity",
             figure=f"{record.served.token_capacity:,} tokens of {record.cache.bytes_per_token:,} bytes",
             reason=f"with {record.model.weight_bytes / 1e9:.3g} GB of weights they take {(stored + record.model.weight_bytes) / 1e9:.4g} GB, and"
-            f" {devices} x {hardware.name} have {total / 1e9:.4g}: the capacity, the bytes of a token or the hardware is another",
+            f" {devices} x {hardware.name} have {total / 1e9:.4g}: the record names a wrong capacity, wrong bytes per token or the wrong hardware",
         )
     for cell in record.cells:
         most = max(cell.device_bytes or (0,))
@@ -214,5 +214,5 @@ def _memory(record: Record, hardware: Hardware) -> Iterator[Violation]:
                 rule="over-memory",
                 where=cell.title,
                 figure=f"{most / 1e9:.4g} GB in use on the first device",
-                reason=f"{hardware.name} has {hardware.memory / 1e9:.4g} GB: the hardware is another",
+                reason=f"{hardware.name} has {hardware.memory / 1e9:.4g} GB: the record names the wrong hardware",
             )

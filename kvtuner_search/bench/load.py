@@ -28,6 +28,7 @@ from kvtuner_search.bench.summary import summarise as summarise
 from kvtuner_search.bench.summary import violations as violations
 from kvtuner_search.bench.workers import run_blocks
 from kvtuner_search.errors import UsageError
+from kvtuner_search.servers.interface import interface
 
 REQUESTS_A_WORKER: Final = 32  # in flight, above which another process helps
 
@@ -90,7 +91,7 @@ def run_cell(
         TimedRequest.of(index - warmup, f"{name}-{index}", prompt, shape.output_tokens, vocabulary)
         for index, prompt in enumerate(prompts)
     )
-    job = Job(url + "/generate", requests, timeout, stall, time.time() - time.perf_counter(), key)
+    job = Job(url + interface().STREAM, requests, timeout, stall, time.time() - time.perf_counter(), key)
     blocks = list(_blocks(count, warmup, rounds, rate, seed))
     found: dict[int, RequestResult] = {}
 

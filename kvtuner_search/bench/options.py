@@ -19,7 +19,7 @@ class BenchOptions:
     model: str | None  # folder, hub id or ``reference``; None only with ``url``: what the server calls its model
     url: str | None  # of a running server; None starts one
     server_arguments: tuple[str, ...]  # for a server that is started
-    server_python: str  # interpreter of the environment that has SGLang
+    server_python: str  # interpreter of the environment that has the engine
     preset: str  # its name, or ``custom``
     steps: Sequence[CellPlan]  # its cells
     objectives: Sequence[ServiceObjective]
@@ -29,7 +29,7 @@ class BenchOptions:
     stall: float  # seconds without a byte after which a request counts as stalled
     start_timeout: float  # seconds until a server is ready
     workers: int | None  # processes of the load generator; None: depends on the concurrency
-    cross_check: bool  # also send one cell through SGLang's own client
+    cross_check: bool  # also send one cell through the engine's own client
     folder: Path
     resume: bool
     overwrite: bool

@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from kvtuner_search.profile.fields import Count, Digest, Measure, Name, Number, Positive, Strict
+from kvtuner_search.serving.engine import engine_among, engines
 
 FORMAT: Final = "kvtuner-bench"
 VERSION: Final = 1
@@ -52,11 +53,13 @@ class Environment(Strict):
     client: Text
     """Processor and cores of the machine that sent the requests."""
     versions: dict[Name, Name]
-    """Package -> version: at least sglang (as the server reports it) and kvtuner-search."""
+    """Package -> version: at least kvtuner-search and the engine, e.g. sglang (as the server reports it)."""
 
     @model_validator(mode="after")
     def _versioned(self) -> Self:
-        missing = [name for name in ("sglang", "kvtuner-search") if name not in self.versions]
+        missing = ["kvtuner-search"] if "kvtuner-search" not in self.versions else []
+        if engine_among(self.versions) is None:
+            missing = [*engines(), *missing]
         if missing:
             raise ValueError(
                 f"no version of {' and '.join(missing)}: a record needs the versions that produced its figures"
@@ -95,13 +98,13 @@ class Served(Strict):
     """The server, as it reports itself."""
 
     version: Name
-    """SGLang's version."""
+    """The engine's version."""
     arguments: list[Text]
     """Its arguments, with paths cut to their last part. Empty for a server given by its URL."""
     started: bool
     """Whether this run started it; otherwise it was given by its URL."""
     attention_backend: Name
-    """SGLang's attention backend."""
+    """The engine's attention backend."""
     dtype: Name
     """Dtype of the model."""
     quantization: Name | None
@@ -376,7 +379,7 @@ class Record(Strict):
     scrapes: list[Scrape] = []
     """The server's metrics."""
     cross_check: dict[Name, Number] = {}
-    """The same load through SGLang's own client: figure -> ours over theirs."""
+    """The same load through the engine's own client: figure -> ours over theirs."""
     gates: list[Gate] = []
     """Service-level objectives."""
     violations: list[Violation] = []

@@ -108,11 +108,10 @@ class BenchRun:
             yield BenchServer(self.url, key=self.key)
             return
         versions = server_versions(options.server_python)
-        arguments = ["--model-path", str(self.model_path), *options.server_arguments]
-        if options.profile is not None:
-            arguments += ["--kvtuner-profile", str(options.profile.resolve())]
-        if "--enable-metrics" not in arguments:
-            arguments += ["--enable-metrics"]
+        profile = None if options.profile is None else str(options.profile.resolve())
+        arguments = engine().server_arguments(
+            str(self.model_path), options.server_arguments, profile=profile, metrics=True
+        )
         with started_server(options.server_python, arguments, self.folder.path / LOG) as server:
             with self.reporter.stage("start of the server"):
                 asyncio.run(server.wait_until_ready(options.start_timeout))

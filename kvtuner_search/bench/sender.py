@@ -31,7 +31,7 @@ class Block:
 class Job:
     """Everything that a process needs to send its part of a cell."""
 
-    url: str  # of /generate
+    url: str  # that takes the requests
     requests: tuple[TimedRequest, ...]  # warm-up first
     timeout: float
     stall: float

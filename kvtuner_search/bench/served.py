@@ -1,4 +1,4 @@
-"""The parts of a record that describe a server, from ``/server_info``, config.json and the profile."""
+"""The parts of a record that describe a server, from what it says of itself, config.json and the profile."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from kvtuner_search.bench.record import Cache, Model, Served
 from kvtuner_search.errors import DataError, UsageError
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.secrets import mask_arguments
-from kvtuner_search.servers.client import BadAnswerError
-from kvtuner_search.servers.facts import Facts, resolve_dtype
-from kvtuner_search.servers.info import ServerInfo
+from kvtuner_search.servers.facts import Facts, ServerInfo
+from kvtuner_search.servers.interface import interface
+from kvtuner_search.servers.transport import BadAnswerError
 from kvtuner_search.serving.engine import engine
 
 STOCK: Final = "16-bit"
 _PATHS: Final = ("/", "~", "./", "../")
-_RESERVED: Final = 4  # tokens of an answer beyond the longest prompt (managers/tp_worker.py and scheduler.py)
 _HALF: Final = ("auto", "bfloat16", "bf16", "float16", "fp16")
 
 
@@ -38,7 +37,7 @@ class ServerDescription:
 
 
 def describe(
-    content: dict[str, Any],
+    info: ServerInfo,
     url: str,
     *,
     model: str | None,
@@ -49,7 +48,7 @@ def describe(
     """Everything that the record says about a server.
 
     Args:
-        content: ``/server_info``.
+        info: what it says of itself.
         url: for messages.
         model: folder or hub id with the config.json; None: the path that the server names.
         profile: the profile that it should serve; None: any.
@@ -57,16 +56,13 @@ def describe(
         arguments: its arguments.
 
     Raises:
-        ServerError: if a field is missing.
+        ServerError: if a field is impossible for its model.
         UsageError: if the model's config.json or the stored bytes are unknown.
         NotComparableError: if a server with several ranks has another profile, whose stored bytes it does not report.
     """
-    info = ServerInfo.of(content, url)
-    facts = Facts.from_info(info)
+    facts = info.facts
     try:
-        config = engine().served_config(
-            model or facts.model, info.revision, info.json_model_override_args, fetch=model is not None
-        )
+        config = engine().served_config(model or facts.model, info.revision, info.overrides, fetch=model is not None)
     except DataError as error:
         if model is not None:
             raise
@@ -74,18 +70,18 @@ def describe(
             f"{url} serves {facts.model}, whose config.json cannot be read here ({error}): name the model with --model-path,"
             " because a path or id that a server names is not fetched"
         ) from error
-    dtype = resolve_dtype(facts.dtype, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    dtype = interface().resolve_dtype(facts.dtype, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     try:
         facts_of_model = model_facts(
             config,
             name=_last(facts.model),
             dtype=dtype,
             quantization=facts.quantization,
-            dummy=info.load_format == "dummy",
+            dummy=info.dummy_weights,
         )
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise BadAnswerError(
-            f"{url} serves a model whose config.json, with its --json-model-override-args, describes none ({type(error).__name__}): see both"
+            f"{url} serves a model whose config.json, with the fields that it replaces, describes none ({type(error).__name__}): see both"
         ) from error
     return ServerDescription(
         facts=facts,
@@ -93,8 +89,8 @@ def describe(
         cache=_cache(info, facts, profile, facts_of_model, dtype, url),
         model=facts_of_model,
         longest=_longest(info, config),
-        devices=facts.tensor_parallel * facts.pipeline_parallel * (1 if info.enable_dp_attention else info.dp_size),
-        first_device=first_device(info.base_gpu_id),
+        devices=facts.tensor_parallel * facts.pipeline_parallel * info.copies,
+        first_device=first_device(info.first_gpu),
     )
 
 
@@ -112,8 +108,6 @@ def _last(path: str) -> str:
 
 
 def _served(info: ServerInfo, facts: Facts, dtype: str, started: bool, arguments: Sequence[str]) -> Served:
-    speculative = info.speculative_algorithm
-    steps, drafts = info.speculative_num_steps or 0, info.speculative_num_draft_tokens or 0
     return Served(
         version=facts.version,
         arguments=public_arguments(arguments),
@@ -123,12 +117,11 @@ def _served(info: ServerInfo, facts: Facts, dtype: str, started: bool, arguments
         quantization=facts.quantization,
         tensor_parallel=facts.tensor_parallel,
         pipeline_parallel=facts.pipeline_parallel,
-        nodes=info.nnodes,
+        nodes=info.nodes,
         page_size=facts.page_size,
         prefix_cache=facts.prefix_cache,
-        speculative=speculative,
-        # The greater of the two, because the floors must stay below the possible: a chain of n steps yields up to n + 1 tokens.
-        draft_tokens=max(1, drafts, steps + 1) if speculative else 1,
+        speculative=info.speculative,
+        draft_tokens=info.draft_tokens,
         token_capacity=facts.tokens,
         cache_gib=facts.cache_gib,
     )
@@ -137,7 +130,7 @@ def _served(info: ServerInfo, facts: Facts, dtype: str, started: bool, arguments
 def _cache(info: ServerInfo, facts: Facts, profile: Profile | None, model: Model, dtype: str, url: str) -> Cache:
     numbers = 2 * model.layers * model.kv_heads * model.head_dim  # that one token stores
     if facts.profile_digest is None:
-        stored = info.kv_cache_dtype or "auto"
+        stored = info.cache_dtype
         if stored not in _HALF:
             raise UsageError(
                 f"{url} stores its cache as {stored}: only 16-bit caches and profiles are recorded; start it without"
@@ -159,11 +152,11 @@ def _cache(info: ServerInfo, facts: Facts, profile: Profile | None, model: Model
             f"{url} serves profile {facts.profile_digest[:19]}… on several ranks and reports the bytes of the first only: name"
             " that profile with --profile"
         )
-    stored_bytes = info.kvtuner.bytes_per_token if info.kvtuner else None
+    stored_bytes = info.profile_bytes
     if stored_bytes is None or stored_bytes * 8 > 32 * numbers:
         raise BadAnswerError(
-            f"{url}/server_info says kvtuner.bytes_per_token={stored_bytes}, and a token of this model has {numbers} numbers of 32 bits"
-            " at most: is it this plugin?"
+            f"{url} says that a token of its profile takes {stored_bytes} bytes, and one of this model has {numbers} numbers of at most"
+            " 32 bits: is it this plugin?"
         )
     return Cache(
         profile=f"profile {facts.profile_digest[7:19]}",
@@ -173,21 +166,20 @@ def _cache(info: ServerInfo, facts: Facts, profile: Profile | None, model: Model
     )
 
 
-def first_device(base: object) -> str:
+def first_device(index: int) -> str:
     """What ``nvidia-smi`` calls the first GPU of a server that inherits this process's environment.
 
     Args:
-        base: the server's ``--base-gpu-id``.
+        index: of it, among the GPUs that the server sees.
     """
-    index = base if type(base) is int else 0
     visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
     return visible[index] if index < len(visible) else str(index)
 
 
 def _longest(info: ServerInfo, config: dict[str, Any]) -> int:
-    """Most tokens of a sequence. SGLang 0.5 reserves some of the context, and reports how many are left for a prompt."""
-    if info.max_req_input_len is not None:
-        return info.max_req_input_len + _RESERVED
+    """Most tokens of a sequence."""
+    if info.longest is not None:
+        return info.longest
     positions = config.get("max_position_embeddings")
     known = positions if type(positions) is int and positions > 0 else 2**31 - 1
-    return min(info.context_length or known, info.max_total_num_tokens)
+    return min(info.context or known, info.facts.tokens)

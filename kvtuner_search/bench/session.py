@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 from kvtuner_search import __version__
@@ -27,9 +27,11 @@ from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.progress import Reporter
 from kvtuner_search.servers.client import Client
+from kvtuner_search.servers.interface import interface
 from kvtuner_search.servers.process import Server
+from kvtuner_search.serving.engine import engine
 
-CROSS_CHECK_SECONDS: Final = 1800.0  # SGLang's own client may always take this long
+CROSS_CHECK_SECONDS: Final = 1800.0  # the engine's own client may always take this long
 LEAST_ANSWER: Final = 6  # tokens
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 T = TypeVar("T")
@@ -71,9 +73,8 @@ class BenchSession:
         self.options, self.profile, self.model = options, profile, model
         self.url, self.server, self.key = place.url, place.server, place.key
         self.journal, self.reporter = journal, reporter
-        info: dict[str, Any] = self._ask(lambda client: client.info())
         self.target = describe(
-            info,
+            self._ask(lambda client: client.info()),
             self.url,
             model=model,
             profile=profile,
@@ -82,10 +83,10 @@ class BenchSession:
         )
         if options.cross_check and model is None and not Path(self.target.facts.model).is_dir():
             raise UsageError(
-                f"--cross-check: SGLang's client would fetch the tokenizer of {self.target.facts.model}, which {self.url} names: name the"
+                f"--cross-check: {engine().TITLE}'s client would fetch the tokenizer of {self.target.facts.model}, which {self.url} names: name the"
                 " model with --model-path, or leave --cross-check out"
             )
-        self._versions = {"sglang": self.target.served.version, **place.versions, "kvtuner-search": __version__}
+        self._versions = {engine().NAME: self.target.served.version, **place.versions, "kvtuner-search": __version__}
         self._local = urlsplit(self.url).hostname in _LOCAL
 
     def measure(self) -> None:
@@ -213,10 +214,10 @@ class BenchSession:
             send(measured[first : first + count], shape, journal=keep, advance=advance)
 
     def _cross_check(self) -> dict[str, float]:
-        """The busiest throughput cell again, through SGLang's own client: figure -> ours over theirs."""
+        """The busiest throughput cell again, through the engine's own client: figure -> ours over theirs."""
         step = busiest(self.options.steps)
         cell = load.summarise(step.section, step.shape, self.journal.cells[key_of(step)].results)
-        with self.reporter.stage("SGLang's own client"):
+        with self.reporter.stage(f"{engine().TITLE}'s own client"):
             return cross_check(
                 self.options.server_python,
                 self.url,
@@ -235,7 +236,7 @@ class BenchSession:
 
     def _ask(self, question: Callable[[Client], Awaitable[T]], vocabulary: int | None = None) -> T:
         async def asked() -> T:
-            async with Client(self.url, self.options.timeout, self.key, vocabulary) as client:
+            async with interface().client(self.url, self.options.timeout, self.key, vocabulary) as client:
                 return await question(client)
 
         return asyncio.run(asked())
@@ -283,5 +284,5 @@ def check_room(steps: Sequence[CellPlan], target: ServerDescription) -> None:
 
 
 def _tokens(step: CellPlan) -> int:
-    """Most tokens of a sequence; SGLang refuses a prompt that leaves no room for a handful of tokens."""
+    """Most tokens of a sequence; a server may refuse a prompt that leaves no room for a handful of tokens, as SGLang does."""
     return step.shape.input_tokens + max(step.shape.output_tokens, LEAST_ANSWER)

@@ -12,6 +12,8 @@ from typing import Final, Literal, NamedTuple, get_args
 
 from kvtuner_search.bench.record import SECTIONS, Cell, Gate, Record, Section, Speed, Summary
 from kvtuner_search.errors import UsageError
+from kvtuner_search.servers.interface import interface
+from kvtuner_search.serving.engine import engine_among
 
 Statistic = Literal["mean", "p50", "p90", "p99", "maximum"]
 _STATISTICS: Final[dict[str, Statistic]] = {
@@ -20,7 +22,6 @@ _STATISTICS: Final[dict[str, Statistic]] = {
 }
 _TIMES: Final = {"ttft": "ms", "per_token": "ms", "latency": "ms"}
 _PEAKS: Final = {"requests_per_second": "requests/s", "output_tokens_per_second": "tokens/s"}
-TOKEN_USAGE: Final = "sglang:token_usage"
 UNITS: Final[dict[str, str]] = {
     **{f"{time}_{statistic}": unit for time, unit in _TIMES.items() for statistic in _STATISTICS},
     **_PEAKS,
@@ -159,12 +160,13 @@ def _rate(speed: Speed, name: str) -> float:
 
 def _slots(record: Record) -> _Found:
     """The greatest fraction of the cache's token slots in use, by the server's own gauge; for several ranks the fullest."""
+    gauge = interface(engine_among(record.environment.versions)).TOKEN_USAGE
     peaks = [
         (scrape.maximum, f"{scrape.name}, {scrape.samples} readings")
         for scrape in record.scrapes
-        if scrape.name.partition("{")[0] == TOKEN_USAGE
+        if scrape.name.partition("{")[0] == gauge
     ]
-    return _Found(*max(peaks)) if peaks else _Found(None, f"the server's {TOKEN_USAGE} was not read: --enable-metrics")
+    return _Found(*max(peaks)) if peaks else _Found(None, f"the server's {gauge} was not read: --enable-metrics")
 
 
 def _device(record: Record) -> _Found:

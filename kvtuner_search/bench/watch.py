@@ -10,38 +10,24 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvtuner_search.bench.record import Reading, Scrape
+from kvtuner_search.servers.client import Client, Load
 from kvtuner_search.servers.facts import Facts
-from kvtuner_search.servers.transport import BadAnswerError, ServerError, Transport, cut
+from kvtuner_search.servers.interface import interface
+from kvtuner_search.servers.transport import BadAnswerError, ServerError, cut
+from kvtuner_search.serving.engine import engine
 
 INTERVAL: Final = 5.0  # seconds between two readings; each holds up the server's event loop for some milliseconds
-GENERATED: Final = "sglang:generation_tokens_total"
-METRICS: Final = (
-    "sglang:token_usage",
-    "sglang:num_used_tokens",
-    "sglang:num_running_reqs",
-    "sglang:num_queue_reqs",
-    "sglang:num_retracted_reqs",
-    "sglang:gen_throughput",
-    "sglang:cache_hit_rate",
-    "sglang:spec_accept_length",
-    "sglang:prompt_tokens_total",
-    GENERATED,
-    "sglang:cached_tokens_total",
-    "sglang:num_requests_total",
-    "sglang:num_aborted_requests_total",
-)
 _LABELS: Final = ("dp_rank", "pp_rank", "tp_rank")  # the others name folders, or are the same for all
 _SETTLE: Final = 10.0  # seconds that a server may take to become idle
 _PAUSE: Final = 0.1  # seconds between two looks
 _PATIENCE: Final = 30.0  # seconds for one reading
-_LOADS: Final = 1 << 20  # bytes of /get_load; SGLang's has some 100 a rank
-_METRICS: Final = 64 << 20  # bytes of /metrics that are read; only the lines of METRICS are kept
-_LINES: Final = 16_384  # of METRICS; SGLang has a dozen a rank
+_METRICS: Final = 64 << 20  # bytes of metrics that are read; only the lines of those that a record has are kept
+_LINES: Final = 16_384  # of these; SGLang has a dozen a rank
 _LINE: Final = 1 << 16  # bytes of a line
 _RANK: Final = re.compile(r"[0-9]{1,6}")
 _GREATEST: Final = 1e18  # largest plausible figure
@@ -89,34 +75,19 @@ class Watch:
             loads = self._loads()
             if not loads:
                 return None
-            if all(load["num_reqs"] == 0 for load in loads) or time.monotonic() > deadline:
-                # A request that has not been given slots yet counts as pending, not as used.
-                used: int = sum(load["num_tokens"] - load["num_pending_tokens"] for load in loads)
-                return max(0, self.facts.tokens * len(loads) - used)
+            if all(load.requests == 0 for load in loads) or time.monotonic() > deadline:
+                return max(0, self.facts.tokens * len(loads) - sum(load.tokens for load in loads))
             time.sleep(_PAUSE)
 
-    def _loads(self) -> list[dict[str, Any]]:
-        """``/get_load`` of every data-parallel rank; empty if the server has none."""
-        wanted = ("num_reqs", "num_tokens", "num_pending_tokens")
-        try:
-            loads = asyncio.run(self._get_loads())
-        except BadAnswerError:
-            raise
-        except ServerError:
-            return []
-        if not isinstance(loads, list) or not all(
-            isinstance(load, dict) and all(type(load.get(name)) is int for name in wanted) for load in loads
-        ):
-            return []
-        if not all(0 <= load[name] <= 2**31 for load in loads for name in wanted):
-            raise BadAnswerError(
-                f"{self._url}/get_load counts requests or tokens below 0 or above 2 billion: is it SGLang?"
-            )
-        return loads
+    def _loads(self) -> list[Load]:
+        async def ask() -> list[Load]:
+            async with self._client() as client:
+                return await client.loads()
 
-    async def _get_loads(self) -> Any:
-        async with Transport(self._url, self._timeout, self._key) as http:
-            return await http.json("GET", "/get_load", limit=_LOADS)
+        return asyncio.run(ask())
+
+    def _client(self) -> Client:
+        return interface().client(self._url, self._timeout, self._key)
 
     def _device_bytes(self) -> int | None:
         if not self._local or self.facts.device != "cuda":
@@ -128,7 +99,7 @@ class Watch:
         return None
 
     def scrape(self) -> dict[str, float]:
-        """One reading of METRICS by series, which is also kept; empty for a server without ``--enable-metrics``."""
+        """One reading of the metrics by series, which is also kept; empty for a server without any."""
         try:
             found = parse_metrics(asyncio.run(self._get_metrics()))
         except BadAnswerError as error:
@@ -143,13 +114,13 @@ class Watch:
 
     async def _get_metrics(self) -> list[str]:
         lines = _Lines()
-        async with Transport(self._url, self._timeout, self._key) as http:
-            await http.read("GET", "/metrics", lines)
+        async with self._client() as client:
+            await client.metrics(lines)
         return lines.all()
 
     def generated(self) -> float | None:
         """Tokens that the server has generated since it started, by its own counter."""
-        values = [value for name, value in self.scrape().items() if name.partition("{")[0] == GENERATED]
+        values = [value for name, value in self.scrape().items() if name.partition("{")[0] == interface().GENERATED]
         return sum(values) if values else None
 
     @contextmanager
@@ -181,9 +152,10 @@ class Watch:
 
 
 class _Lines:
-    """Keeps the lines of METRICS. Histograms are most of what SGLang exposes, so other lines are dropped as they come."""
+    """Keeps the lines of the engine's METRICS. Histograms are most of what SGLang exposes, so other lines are dropped as they come."""
 
     def __init__(self) -> None:
+        self._names = tuple(name.encode() for name in interface().METRICS)
         self._kept: list[str] = []
         self._rest, self._came = b"", 0
 
@@ -193,7 +165,7 @@ class _Lines:
         self._keep(whole)
         if self._came > _METRICS or len(self._rest) > _LINE or len(self._kept) > _LINES:
             raise BadAnswerError(
-                f"{self._came:,} bytes came with {len(self._kept):,} lines of metrics that are read here, and more: more than any server's ranks need"
+                f"the metrics do not end after {self._came:,} bytes and {len(self._kept):,} known lines: that is more than any server's ranks need"
             )
 
     def all(self) -> list[str]:
@@ -202,16 +174,16 @@ class _Lines:
         return self._kept
 
     def _keep(self, lines: Iterable[bytes]) -> None:
-        texts = (line.decode(errors="replace") for line in lines if line.startswith(b"sglang:"))
+        texts = (line.decode(errors="replace") for line in lines if line.startswith(self._names))
         self._kept += [text for text in texts if _is_wanted(text)]
 
 
 def _is_wanted(line: str) -> bool:
-    return line.partition("{")[0].partition(" ")[0] in METRICS
+    return line.partition("{")[0].partition(" ")[0] in interface().METRICS
 
 
 def parse_metrics(lines: Iterable[str]) -> dict[str, float]:
-    """METRICS in Prometheus' text format, by series with the labels of ranks; series that differ in other labels are added up.
+    """The engine's METRICS in Prometheus' text format, by series with the labels of ranks; series that differ in other labels are added up.
 
     Raises:
         ValueError: if it is another format.
@@ -223,14 +195,16 @@ def parse_metrics(lines: Iterable[str]) -> dict[str, float]:
             ranks = {name: sample.labels[name] for name in _LABELS if name in sample.labels}
             if not all(_RANK.fullmatch(rank) for rank in ranks.values()):
                 raise BadAnswerError(
-                    f"/metrics has {sample.name} of the rank {cut(ranks)}: a rank is a number; is it SGLang?"
+                    f"the metrics have {sample.name} of the rank {cut(ranks)}: a rank is a number; is it {engine().TITLE}?"
                 )
             labels = ",".join(f'{name}="{rank}"' for name, rank in ranks.items())
             name = sample.name + (f"{{{labels}}}" if labels else "")
             if math.isfinite(sample.value):
                 found[name] = found.get(name, 0.0) + sample.value
                 if abs(found[name]) > _GREATEST:
-                    raise BadAnswerError(f"/metrics says {name}={found[name]:g}: implausibly large; is it SGLang?")
+                    raise BadAnswerError(
+                        f"the metrics say {name}={found[name]:g}: implausibly large; is it {engine().TITLE}?"
+                    )
     return found
 
 

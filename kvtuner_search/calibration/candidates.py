@@ -59,7 +59,7 @@ class StorageClass:
             if found.total <= BANDS * MAX_BAND_BITS and str(found) == text:
                 return found
         raise UsageError(
-            f"{text!r} is no storage class: write 16, BITS-gGROUP-asym|sym, e.g. 4-g128-asym, or the mean bits of bands, e.g. 3.5-bands"
+            f"{text!r} is not a storage class: write 16, BITS-gGROUP-asym|sym, e.g. 4-g128-asym, or the mean bits of bands, e.g. 3.5-bands"
         )
 
     @classmethod

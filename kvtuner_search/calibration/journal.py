@@ -155,7 +155,7 @@ class CheckedJournal(BaseJournalBackend):
         if first:
             self._checked(first, offset, number)
         elif data and not data.startswith(_START):
-            raise DataError(f"{self.path} is no study: {DAMAGED}")
+            raise DataError(f"{self.path} is not a study: {DAMAGED}")
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             stream.truncate(offset + whole)

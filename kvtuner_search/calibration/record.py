@@ -348,7 +348,7 @@ def read(path: Path) -> CalibrationRecord:
     """Read and check a ``record.json`` that ``calibrate`` wrote.
 
     Raises:
-        DataError: if the file is missing, too large, no JSON, no calibration's record, of a newer version, or contradicts itself.
+        DataError: if the file is missing, too large, not JSON, not a calibration record, of a newer version, or contradicts itself.
 
     Example::
 
@@ -360,7 +360,7 @@ def read(path: Path) -> CalibrationRecord:
     version = content.get("record_version") if isinstance(content, dict) else None
     if type(version) is not int:
         raise DataError(
-            f"{path} has no record_version: it is no calibration's record; `kvtuner-search calibrate` writes them"
+            f"{path} has no record_version: it is not a calibration record; `kvtuner-search calibrate` writes them"
         )
     refuse_newer(version, VERSION, str(path))
     try:

@@ -58,7 +58,7 @@ def make(name: str, seed: int) -> BaseSampler:
         UsageError: if there is none of that name.
     """
     if name not in SAMPLERS:
-        raise UsageError(f"{name!r} is no sampler: choose from {', '.join(SAMPLERS)}")
+        raise UsageError(f"{name!r} is not a sampler: choose from {', '.join(SAMPLERS)}")
     from optuna import samplers
 
     chosen = SAMPLERS[name]

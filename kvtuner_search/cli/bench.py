@@ -14,7 +14,7 @@ SUBCOMMANDS: Final[dict[str, tuple[str, str]]] = {
     RUN: ("kvtuner_search.cli.bench_run", "Measure a server; needs no name: bench [OPTIONS] [-- SGLANG OPTIONS]."),
     "check": (
         "kvtuner_search.cli.bench_check",
-        "Hold the figures of a record, or of the adapter's report, to what can be.",
+        "Check a record, or the adapter's report, for impossible figures.",
     ),
     "compare": ("kvtuner_search.cli.bench_compare", "Compare two records, cell by cell, with intervals."),
     "report": ("kvtuner_search.cli.bench_report", "Write one HTML report of several records."),

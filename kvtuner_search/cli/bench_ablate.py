@@ -41,7 +41,8 @@ from kvtuner_search.cli.run_options import CONTEXT, data_options, label, loading
     "centring",
     multiple=True,
     metavar="SOURCE",
-    help="Data for the centring vectors, without the evaluated sequences; repeatable. Default: recall, arithmetic, list, text.",
+    help="Data for the centring vectors, without the evaluated sequences; repeatable.",
+    show_default="recall, arithmetic, list, text",
 )
 @click.option(
     "--context",

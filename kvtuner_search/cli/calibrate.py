@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     "--target-bits",
     type=click.FloatRange(1, 16),
     multiple=True,
-    help="Budget in effective bits, counting everything stored; repeatable, one profile each. Default: 4.0.",
+    help="Budget in effective bits, counting everything stored; repeatable, one profile each.",
+    show_default="4.0",
 )
 @click.option(
     "--max-loss",
@@ -69,13 +70,14 @@ if TYPE_CHECKING:
     default=Path("kvtuner-output"),
     help="Folder for profiles, report and study.",
 )
-@click.option("--name", help="Start of the profiles' names. Default: the model's.")
+@click.option("--name", help="Start of the profiles' names.", show_default="the model's")
 @click.option("--resume", is_flag=True, help="Continue the study in the output folder, or in --storage.")
 @click.option("--overwrite", is_flag=True, help="Delete the study in the output folder and start again.")
 @click.option(
     "--storage",
     metavar="URL",
-    help="Optuna storage to share with other machines. Default: a journal file in the output folder.",
+    help="Optuna storage to share with other machines.",
+    show_default="a journal file in the output folder",
 )
 @click.option("--study-name", default="kvtuner", help="Study within the storage.")
 @click.option(

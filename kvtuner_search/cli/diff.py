@@ -29,7 +29,7 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
 )
 @click.argument("old", required=False)
 @click.argument("new", required=False)
-@click.option("--fail-on", type=click.Choice(FAIL_ON), help="Lowest severity that fails.  [default: error]")
+@click.option("--fail-on", type=click.Choice(FAIL_ON), help="Lowest severity that fails.", show_default="error")
 @click.option("--max-bytes-per-token", type=click.IntRange(min=0), help="Budget of NEW in bytes.")
 @click.option("--max-loss-increase", type=click.FloatRange(min=0), help="Budget for kl and nll in nats.")
 @memory_option
@@ -40,7 +40,7 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
 @json_option
 @click.option(
     "--config", type=click.Path(path_type=Path),
-    help="TOML file with [tool.kvtuner-search.diff].  [default: the nearest pyproject.toml that has it]",
+    help="TOML file with [tool.kvtuner-search.diff].", show_default="the nearest pyproject.toml that has it",
 )  # fmt: skip
 @click.option(
     "--config-from", metavar="REF",

@@ -23,7 +23,8 @@ from kvtuner_search.profile.source import load_from
     "--output",
     "-o",
     type=click.Path(path_type=Path),
-    help="File to write.  [default: standard output]",
+    help="File to write.",
+    show_default="standard output",
 )
 def command(profile: str, target: str, allow_lossy: bool, output: Path | None) -> None:
     """Write PROFILE in another format. Settings that it cannot express are listed, and refused without --allow-lossy."""

@@ -39,15 +39,16 @@ from kvtuner_search.profile.text import bounded, printable
     help="The model's folder, or its config.json.",
 )
 @click.option("--scheme", type=click.Choice(SCHEMES), help="How a kvtuner preset applies its bits.")
-@click.option("--model-id", help="Id of the model.  [default: its folder's name]")
+@click.option("--model-id", help="Id of the model.", show_default="its folder's name")
 @click.option("--revision", help="Revision of the model.")
-@click.option("--name", help="Name of the profile.  [default: from FILE]")
+@click.option("--name", help="Name of the profile.", show_default="from FILE")
 @click.option("--allow-lossy", is_flag=True, help="Write it even if a profile cannot express all of FILE.")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path),
-    help="File to write.  [default: standard output]",
+    help="File to write.",
+    show_default="standard output",
 )
 def command(
     file: Path,
@@ -64,7 +65,9 @@ def command(
     if scheme is not None and source_format != "kvtuner":
         raise click.UsageError(f"--scheme is for --from kvtuner: {source_format} itself says how bits are applied")
     if name is not None and not re.fullmatch(NAME_PATTERN, name, re.ASCII):
-        raise click.UsageError(f"--name {name!r} is no profile name: use letters, digits, dots, dashes and underscores")
+        raise click.UsageError(
+            f"--name {name!r} is not a profile name: use letters, digits, dots, dashes and underscores"
+        )
     info = read_supported(model, model_id, revision)
     content = parse(read_limited(file, f"a {source_format} file", MAX_SOURCE), str(file))
     result = FORMATS[source_format].read(Source(printable(file.name), content, info, scheme))

@@ -50,7 +50,7 @@ MEMORY_HELP: Final = (
     cls=LazyGroup,
     modules=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "KVTUNER", "show_default": True},
-    epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 5 a server failed, 130 interrupted, 141 nobody reads the output.",
+    epilog="Exit codes: 0 pass, 1 gate failed, 2 usage, 3 unreadable or invalid input, 4 not comparable, 5 a server failed, 130 interrupted, 141 the reader of the output is gone.",
 )
 @click.version_option(__version__, prog_name="kvtuner-search")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

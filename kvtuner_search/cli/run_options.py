@@ -74,7 +74,8 @@ def data_options(
                     "sources",
                     multiple=True,
                     metavar="SOURCE",
-                    help="Built-in task, .txt, .md, .jsonl or .parquet file, gsm8k, wikitext or hub:NAME; repeatable (docs/data.md). Default: recall, arithmetic, list, text.",
+                    help="Built-in task, .txt, .md, .jsonl or .parquet file, gsm8k, wikitext or hub:NAME; repeatable (docs/data.md).",
+                    show_default="recall, arithmetic, list, text",
                 ),
                 click.option(
                     "--samples",
@@ -166,12 +167,14 @@ def _words(choices: Sequence[object], last: str = "and") -> str:
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     found = tuple(int(part) for part in value.split(",") if part.strip().isdecimal())
     if len(found) != len(value.split(",")) or not set(found) <= set(BITS):
-        raise click.BadParameter(f"{value!r} is no list of {_words(BITS)}, as in 2,4,8", ctx, param)
+        raise click.BadParameter(f"{value!r} is not a list of {_words(BITS)}, as in 2,4,8", ctx, param)
     return found
 
 
 def _groups(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",")]
     if not all(part == "head" or part in map(str, GROUP_SIZES) for part in parts):
-        raise click.BadParameter(f"{value!r} is no list of {_words(('head', *GROUP_SIZES))}, as in head,32", ctx, param)
+        raise click.BadParameter(
+            f"{value!r} is not a list of {_words(('head', *GROUP_SIZES))}, as in head,32", ctx, param
+        )
     return tuple(0 if part == "head" else int(part) for part in parts)

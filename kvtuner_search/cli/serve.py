@@ -1,4 +1,4 @@
-"""``kvtuner-search serve``: an SGLang server that stores its KV cache as a profile says."""
+"""``kvtuner-search serve``: an engine's server that stores its KV cache as a profile says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENGINE = engine()
 
 
 class _Serve(click.Command):
-    """Lists the options that are not click's: the adapter's flags, and SGLang's that are of most use."""
+    """Lists the options that are not click's: the adapter's flags, and the engine's that are of most use."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
@@ -22,8 +22,9 @@ class _Serve(click.Command):
                 choices = "" if flag.choices is None else "|".join(map(str, flag.choices))
                 value = f"[{choices}]" if choices else f"[{flag.metavar}]" if flag.bare is not None else flag.metavar
                 rows.append((f"{flag.name} {value}".rstrip(), flag.help))
-        with formatter.section("Instead of a profile, the same for all layers"):
-            formatter.write_dl(rows)
+        if rows:
+            with formatter.section("Instead of a profile, the same for all layers"):
+                formatter.write_dl(rows)
         with formatter.section(f"Any option of {ENGINE.TITLE}, passed on unchanged; for instance"):
             formatter.write_dl(list(ENGINE.EXAMPLES))
 
@@ -32,9 +33,12 @@ class _Serve(click.Command):
     "serve",
     cls=_Serve,
     context_settings={"ignore_unknown_options": True},
-    options_metavar="--profile FILE --model-path MODEL [OPTIONS] [SGLANG OPTIONS]",
+    options_metavar=f"--profile FILE {ENGINE.EXAMPLES[0][0]} [OPTIONS] [{ENGINE.TITLE.upper()} OPTIONS]",
+    help=f"Serve a model with {ENGINE.TITLE} and store its KV cache packed as a profile says.\n\n"
+    "Checks the profile against the model and prints bits per layer, bytes per token and predicted capacity before"
+    f" {ENGINE.TITLE} starts. {ENGINE.TITLE}'s own help: {' '.join(ENGINE.command('python', ['--help']))}.",
     epilog="Exit codes: before the server starts 2 usage, 3 unreadable or invalid input, 4 a profile of another model, 5 no usable"
-    " SGLang, 130 interrupted; then SGLang's own, and 128 + N if signal N ended it.",
+    f" {ENGINE.TITLE}, 130 interrupted; then {ENGINE.TITLE}'s own, and 128 + N if signal N ended it.",
 )
 @click.option("--profile", ENGINE.PROFILE, metavar="FILE", help="How each layer is stored.")
 @click.option(
@@ -43,9 +47,9 @@ class _Serve(click.Command):
 )  # fmt: skip
 @click.option(
     "--gpu-memory", metavar="SIZE", callback=size_callback,
-    help="Memory of one GPU, e.g. 80GiB, to predict the capacity.  [default: free now, by nvidia-smi]",
+    help="Memory of one GPU, e.g. 80GiB, to predict the capacity.", show_default="free now, by nvidia-smi",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop; SGLang need not be installed.")
+@click.option("--dry-run", is_flag=True, help=f"Print the plan and stop; {ENGINE.TITLE} need not be installed.")
 @json_option
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="")
 def command(
@@ -56,11 +60,7 @@ def command(
     as_json: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    """Serve a model with SGLang and store its KV cache packed as a profile says.
-
-    Checks the profile against the model and prints bits per layer, bytes per token and predicted capacity
-    before SGLang starts. SGLang's own help: python -m sglang.launch_server --help.
-    """
+    """Plan the server, then become it."""
     plan, server_arguments = ENGINE.prepare(arguments, profile, as_stored, gpu_memory)
     if not dry_run:
         ENGINE.check_installation(plan)

@@ -77,7 +77,8 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
     "sources",
     multiple=True,
     metavar="SOURCE",
-    help="Held-out text or task to score; repeatable (docs/data.md). Default: recall, arithmetic, list, text.",
+    help="Held-out text or task to score; repeatable (docs/data.md).",
+    show_default="recall, arithmetic, list, text",
 )
 @click.option("--samples", type=click.IntRange(2), default=40, help="Sequences of each source.")
 @click.option("--length", type=click.IntRange(8), default=512, help="Most tokens of a sequence.")

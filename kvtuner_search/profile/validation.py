@@ -60,11 +60,11 @@ class ServerRecord(Strict):
     """The measured server, as it reports itself."""
 
     version: Name
-    """SGLang's version."""
+    """The engine's version."""
     started: bool
     """True: started by `validate` itself. False: a running server given by its URL."""
     attention_backend: Name
-    """SGLang's attention backend."""
+    """The engine's attention backend."""
     dtype: Name
     """Dtype of the model."""
     tensor_parallel: Positive

@@ -9,6 +9,7 @@ from kvtuner_search.profile.text import interval_of, printable, shortened, signe
 from kvtuner_search.profile.validation import Semantics, Validation
 from kvtuner_search.secrets import mask
 
+_LIBRARIES = ("kvtuner-search", "torch", "transformers", "triton")  # beside the engine, in a block's versions
 MEASURE_HEADS = ("measure", "stock server", "with the profile", "change", "interval", "samples", "tokens")
 CHECK_HEADS = ("check", "value", "limit", "result")
 _METHODS = {
@@ -16,6 +17,11 @@ _METHODS = {
     "token-by-token": "each token was a request on top of cached rows; only its own key and value were read unquantized",
     "decode": "the cache stores 16 bits exactly as attention reads them",
 }
+
+
+def engine_of(block: Validation) -> str:
+    """The package that served, e.g. sglang; empty for a block that does not name it."""
+    return next((n for n in sorted(block.versions) if n not in _LIBRARIES and not n.startswith("offline ")), "")
 
 
 def is_stale(profile: Profile) -> bool:
@@ -63,7 +69,7 @@ def fact_rows(block: Validation) -> list[tuple[str, str]]:
         ("measured", f"{block.date} by {printable(block.tool)}"),
         (
             "server",
-            f"SGLang {printable(server.version)}, {'started by validate' if server.started else 'already running'},"
+            f"{engine_of(block)} {printable(server.version)}, {'started by validate' if server.started else 'already running'},"
             f" {printable(server.attention_backend)}, {printable(server.dtype)}, TP {server.tensor_parallel}, PP"
             f" {server.pipeline_parallel}, page {server.page_size}, {printable(block.hardware)}",
         ),
@@ -100,7 +106,7 @@ def fact_rows(block: Validation) -> list[tuple[str, str]]:
     rows += [("data", f"{d.name}: {d.samples:,} x, {d.tokens:,} tokens, {d.digest[:19]}") for d in block.data]
     rows.append(("command", mask(block.command)))
     rows += [("note", note) for note in block.notes]
-    return [(name, printable(text)) for name, text in rows if text]
+    return [(name, printable(text.strip())) for name, text in rows if text]
 
 
 def _semantics(found: Semantics) -> str:

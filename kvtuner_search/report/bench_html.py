@@ -18,6 +18,7 @@ from kvtuner_search.report.bench_tables import (
     GATE_HEADS,
     Grid,
     ReportedRun,
+    engine_title,
     figure,
     gate_rows,
     grids,
@@ -45,7 +46,7 @@ def report(records: Sequence[Record], adapter: AdapterReport | None = None) -> s
     if any(run.record.gates for run in all_runs):
         sections.append(("gates", "Objectives", _gates(all_runs)))
     if claims and (claims.violations or claims.remarks):
-        sections.append(("impossible", "What the adapter's report claims and cannot be", _impossible_claims(claims)))
+        sections.append(("impossible", "Impossible claims of the adapter's report", _impossible_claims(claims)))
     if any(run.record.quality for run in all_runs):
         sections.append(("quality", "Quality against the 16-bit cache", _quality(all_runs)))
     sections.append(("details", "How it was measured", _details(all_runs)))
@@ -82,7 +83,7 @@ def _header(title: str, all_runs: Sequence[ReportedRun], claims: ClaimedTables |
 def _verdict_of(claims: ClaimedTables) -> str:
     if not claims.violations:
         return ""
-    return f'<a href="#impossible">{len(claims.violations)} of its figures cannot be.</a>'
+    return f'<a href="#impossible">{len(claims.violations)} of its figures are impossible.</a>'
 
 
 def _why(record: Record) -> str:
@@ -97,11 +98,11 @@ def _why(record: Record) -> str:
 def _legend(all_runs: Sequence[ReportedRun], claims: ClaimedTables | None) -> str:
     entries = [(key(run_class(i), run_shape(i)), run.name) for i, run in enumerate(all_runs)]
     if any(cell.floor for run in all_runs for cell in run.record.cells):
-        entries.append((zone_key("floor"), "cannot be on this hardware"))
+        entries.append((zone_key("floor"), "impossible on this hardware"))
     if claims:
-        entries.append((key(CLAIMED, CLAIMED_SHAPE), "the adapter's claim, ringed where it cannot be"))
+        entries.append((key(CLAIMED, CLAIMED_SHAPE), "the adapter's claim, ringed where it is impossible"))
         if any(cell.floor for cell in claims.cells):
-            entries.append((zone_key("claimedfloor"), "cannot be on the adapter's hardware"))
+            entries.append((zone_key("claimedfloor"), "impossible on the adapter's hardware"))
     return page.legend("", entries)
 
 
@@ -215,7 +216,9 @@ def _details(all_runs: Sequence[ReportedRun]) -> Iterator[str]:
         yield page.table(("", ""), fact_rows(record))
         if record.cross_check:
             rows = [(name, figure(value)) for name, value in sorted(record.cross_check.items())]
-            yield page.table(("the same load through SGLang's own client", "ours over theirs"), rows, right=(1,))
+            yield page.table(
+                (f"the same load through {engine_title(record)}'s own client", "ours over theirs"), rows, right=(1,)
+            )
         if record.scrapes:
             rows_ = [
                 (s.name, f"{s.samples:,}", figure(s.minimum), figure(s.maximum), figure(s.last)) for s in record.scrapes

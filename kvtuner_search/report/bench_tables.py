@@ -11,6 +11,7 @@ from kvtuner_search.bench.judge import CLOCK_MARGIN
 from kvtuner_search.bench.record import Cell, Gate, Record, Section, Summary
 from kvtuner_search.profile.text import signed
 from kvtuner_search.report.bench_claims import CLAIMED, IMPOSSIBLE, NONE, ClaimedCell, ClaimedTables, layout_columns
+from kvtuner_search.serving.engine import engine, engine_among
 
 
 class Grid(NamedTuple):
@@ -53,6 +54,11 @@ def machine(record: Record) -> str:
     """What the record was measured on."""
     hardware = record.environment.hardware
     return f"{hardware.count} x {hardware.name}" if hardware else "unknown hardware, so no floors"
+
+
+def engine_title(record: Record) -> str:
+    """The engine that the record is of, as texts call it."""
+    return engine(engine_among(record.environment.versions)).TITLE
 
 
 def figure(value: float | None, digits: int = 4) -> str:

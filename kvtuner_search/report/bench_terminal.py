@@ -22,6 +22,7 @@ from kvtuner_search.report.bench_tables import (
     HEADINGS,
     Grid,
     ReportedRun,
+    engine_title,
     figure,
     gate_rows,
     grids,
@@ -48,7 +49,9 @@ def print_records(out: Console, records: Sequence[Record], adapter: AdapterRepor
         record, cache, served = run.record, run.record.cache, run.record.served
         mark = f"{short.name}  " if many else ""
         out.print(Text.assemble(mark, (printable(record.model.name), "bold"), f"  {printable(run.name)}"))
-        out.print(f"{printable(machine(record))}, {layout_text(record)}, SGLang {printable(served.version)}")
+        out.print(
+            f"{printable(machine(record))}, {layout_text(record)}, {engine_title(record)} {printable(served.version)}"
+        )
         out.print(
             f"{cache.effective_bits:.3f} effective bits, {served.token_capacity:,} tokens fit, preset {record.preset}"
         )
@@ -66,7 +69,7 @@ def print_records(out: Console, records: Sequence[Record], adapter: AdapterRepor
             out.print(printable(grid.note), style="dim")
         out.print()
     if claims:
-        text = f"{len(claims.violations)} of the adapter's figures cannot be: `kvtuner-search bench check` of its file says why"
+        text = f"{len(claims.violations)} of the adapter's figures are impossible: `kvtuner-search bench check` of its file says why"
         out.print(f"{text}\n", style="bold red" if claims.violations else "dim")
     for run in all_runs:
         _judged(out, run.record, run.name if many else "")

@@ -1,13 +1,11 @@
-"""The facts in ``/server_info`` that a validation depends on."""
+"""What a server says of itself, in this program's terms, and what a comparison of two depends on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
 
 from kvtuner_search.errors import NotComparableError, UsageError
 from kvtuner_search.profile.schema import Profile
-from kvtuner_search.servers.info import ServerInfo
 
 _ALIKE = ("version", "model", "dtype", "tensor_parallel", "pipeline_parallel", "quantization")
 _SAME_MEMORY = ("memory_fraction", "device", "page_size")
@@ -15,11 +13,11 @@ _SAME_MEMORY = ("memory_fraction", "device", "page_size")
 
 @dataclass(frozen=True)
 class Facts:
-    """One server, as it reports itself."""
+    """One server, as it reports itself: what a validation depends on."""
 
-    version: str
+    version: str  # of the engine
     model: str  # path or hub id given to the server
-    dtype: str  # given to the server: may be ``auto``
+    dtype: str  # as the server says; Interface.resolve_dtype has what is meant
     quantization: str | None  # of weights
     attention_backend: str
     device: str
@@ -28,45 +26,12 @@ class Facts:
     page_size: int  # tokens
     prefix_cache: bool
     memory_fraction: float | None
-    token_cap: int | None  # --max-total-tokens
+    token_cap: int | None  # tokens that the user limited the cache to
     tokens: int  # capacity of the cache
     cache_gib: float | None  # memory of the first rank's cache, GiB to two digits
     profile_digest: str | None  # None: a stock server
     as_stored: bool  # prefill also reads a prompt's own keys and values as stored
     tool: str | None  # the plugin's name and version
-
-    @classmethod
-    def of(cls, content: dict[str, Any], url: str) -> Self:
-        """Read ``/server_info``.
-
-        Raises:
-            ServerError: if a field is missing, of another type or implausible.
-        """
-        return cls.from_info(ServerInfo.of(content, url))
-
-    @classmethod
-    def from_info(cls, info: ServerInfo) -> Self:
-        """The same from checked information."""
-        plugin = info.kvtuner
-        return cls(
-            version=info.version,
-            model=info.model_path,
-            dtype=info.dtype,
-            quantization=info.quantization,
-            attention_backend=info.attention_backend,
-            device=str(info.device),
-            tensor_parallel=info.tp_size,
-            pipeline_parallel=info.pp_size,
-            page_size=info.page_size,
-            prefix_cache=not info.disable_radix_cache,
-            memory_fraction=info.mem_fraction_static,
-            token_cap=info.max_total_tokens,
-            tokens=info.max_total_num_tokens,
-            cache_gib=info.cache_gib,
-            profile_digest=None if plugin is None else plugin.profile_digest,
-            as_stored=plugin is not None and bool(plugin.as_stored),
-            tool=None if plugin is None else plugin.tool,
-        )
 
     def check_profile(self, profile: Profile, url: str) -> None:
         """Refuse a server that does not serve this very profile.
@@ -92,6 +57,25 @@ class Facts:
             raise NotComparableError(
                 f"{url} serves a profile ({self.profile_digest[:19]}…): the baseline must be a stock server"
             )
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """All that a server says of itself and this program uses, each field checked for type and plausibility."""
+
+    facts: Facts
+    revision: str | None  # of the model
+    overrides: str | None  # JSON of the fields that replace those of config.json
+    dummy_weights: bool  # random
+    cache_dtype: str  # of a stock server's cache, as stated
+    profile_bytes: int | None  # of a token as the profile stores it, on the first rank
+    longest: int | None  # most tokens of prompt and answer together, if the server says so
+    context: int | None  # most positions, if the user limited them
+    nodes: int
+    copies: int  # of the model, which share nothing
+    first_gpu: int  # index of the first GPU among those that the server sees
+    speculative: str | None  # algorithm
+    draft_tokens: int  # most tokens that one step can yield for a request; 1 without speculation
 
 
 def check_alike(baseline: Facts, ours: Facts) -> None:
@@ -123,10 +107,3 @@ def memory_differs(baseline: Facts, ours: Facts) -> str:
     if a and b and abs(a - b) > max(0.01 * a, 0.02):  # 0.02: both are rounded to 0.01 GiB
         return f"the caches fill {a} and {b} GiB, so memory was not equal"
     return ""
-
-
-def resolve_dtype(stated: str, config_dtype: str) -> str:
-    """The dtype that a server computes in, from the given one: SGLang's ``auto`` is the config's, with float16 for float32."""
-    if stated == "auto":
-        return "float16" if config_dtype == "float32" else config_dtype
-    return {"half": "float16", "float": "float32"}.get(stated, stated)

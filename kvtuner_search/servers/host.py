@@ -17,7 +17,6 @@ from kvtuner_search.secrets import mask_arguments
 from kvtuner_search.servers.facts import Facts
 from kvtuner_search.serving.engine import engine
 
-PACKAGES: Final = ("kvtuner-search", engine().NAME, "torch", "transformers", "triton")
 _ASK: Final = """
 import json, sys
 from importlib import metadata
@@ -35,10 +34,11 @@ def server_versions(python: str) -> dict[str, str]:
     """Versions of the packages in a server's environment.
 
     Raises:
-        UsageError: if the interpreter cannot be run, or has no SGLang.
+        UsageError: if the interpreter cannot be run, or does not have the engine.
     """
+    packages = ("kvtuner-search", engine().NAME, "torch", "transformers", "triton")
     try:
-        done = subprocess.run([python, "-c", _ASK, *PACKAGES], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run([python, "-c", _ASK, *packages], capture_output=True, text=True, timeout=60, check=True)
         found: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         reason = f"it ended with {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else str(error)
@@ -47,7 +47,7 @@ def server_versions(python: str) -> dict[str, str]:
         ) from error
     if engine().NAME not in found:
         raise UsageError(
-            f"{python} has no {engine().TITLE}: install kvtuner-search[serve] there, name another with --server-python, or point at"
+            f"{python} has no {engine().TITLE}: install {engine().INSTALL} there, name another with --server-python, or point at"
             " running servers with --url and --baseline-url"
         )
     return found

@@ -19,7 +19,8 @@ from typing import IO, Final
 from kvtuner_search.files import refuse_unusual
 from kvtuner_search.profile.text import printable
 from kvtuner_search.secrets import mask, mask_arguments
-from kvtuner_search.servers.transport import ServerError, Transport
+from kvtuner_search.servers.interface import interface
+from kvtuner_search.servers.transport import ServerError
 from kvtuner_search.serving.configuration import ENVIRONMENT
 from kvtuner_search.serving.engine import engine
 
@@ -28,7 +29,7 @@ PORTS: Final = range(20000, 32000)
 _POLL: Final = 0.5  # seconds
 _LOG_TAIL: Final = 64 * 1024  # bytes of a log that are searched for the reason of a failure
 _LINE: Final = 64 * 1024  # bytes of a log line that are masked together
-_LOOK: Final = 30.0  # seconds that /health may take
+_LOOK: Final = 30.0  # seconds that one look may take
 _DRAIN: Final = 5.0  # seconds to read an ended server's remaining output
 _KEYS: Final = ("KVTUNER_API_KEY",)  # variables of this program that a server does not need
 
@@ -47,16 +48,16 @@ class Server:
             raise ServerError(f"the server ended with {code}: {failure_line(self.log)} (whole log: {self.log})")
 
     async def wait_until_ready(self, timeout: float) -> None:
-        """Poll ``/health`` until it answers 200.
+        """Ask until it can take requests.
 
         Raises:
             ServerError: if the server ends, or takes longer than ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
-        async with Transport(self.url, _LOOK) as http:
+        async with interface().client(self.url, _LOOK) as client:
             while True:
                 self.check_alive()
-                if await http.answers("/health", _LOOK):
+                if await client.ready(_LOOK):
                     return
                 if time.monotonic() > deadline:
                     raise ServerError(f"the server was not ready after {timeout:g} s: see {self.log}")
@@ -65,14 +66,15 @@ class Server:
 
 @contextmanager
 def started_server(python: str, arguments: Sequence[str], log: Path) -> Iterator[Server]:
-    """Start the engine's server with ``ARGUMENTS --host 127.0.0.1 --port FREE``; it is stopped at the end of the block.
+    """Start the engine's server with these arguments at a free port of the loopback interface; it is stopped at the end of the block.
 
     Args:
-        python: interpreter of the environment that has SGLang.
-        log: file for its output, which SGLang begins with all its arguments; passwords and keys are masked before they reach the disk.
+        python: interpreter of the environment that has the engine.
+        arguments: of the server.
+        log: file for its output, which may begin with all its arguments; passwords and keys are masked before they reach the disk.
     """
     port = free_port()
-    command = engine().command(python, [*arguments, "--host", "127.0.0.1", "--port", str(port)])
+    command = engine().command(python, arguments, port)
     tied = [sys.executable, "-m", "kvtuner_search.servers.tied", str(os.getpid()), *command]
     # Only the flags decide what is served.
     environment = {name: value for name, value in os.environ.items() if name not in (ENVIRONMENT, *_KEYS)}
@@ -126,7 +128,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on.
 
-    It is below the system's ephemeral ports, and SGLang uses a second port 10,000 above it.
+    It is below the system's ephemeral ports, and leaves room for a second port 10,000 above it, which SGLang uses.
 
     Raises:
         ServerError: if none of a hundred is free.

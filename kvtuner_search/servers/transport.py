@@ -152,13 +152,13 @@ class Transport:
         hint = ""
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
-                hint = await self._hint(status)
+                hint = await self.hint(status)
         text = cut(bytes(refusal.content).decode(errors="replace"))
         raise ServerError(f"{self.url}{path} answered {status}: {text}{hint}")
 
     async def answers(self, path: str, within: float = _PROBE) -> bool:
         """Whether a GET is answered with status 200 within ``within`` seconds."""
-        return await self._look(path, within) is not None
+        return await self.look(path, within) is not None
 
     async def _exchange(
         self, method: str, path: str, sink_of: Callable[[int], Sink], body: dict[str, Any] | None, within: float
@@ -196,8 +196,8 @@ class Transport:
             reason = cut(error) if str(error) else type(error).__name__
             raise ServerError(f"{self.url}{path} cannot be reached ({reason}): is the server up?") from error
 
-    async def _look(self, path: str, within: float = _PROBE) -> bytes | None:
-        """The beginning of the answer to a GET if its status is 200, otherwise None."""
+    async def look(self, path: str, within: float = _PROBE) -> bytes | None:
+        """The beginning of the answer to a GET if its status is 200 within ``within`` seconds, otherwise None."""
         start = Start(1 << 16)
         probe = Transport(self.url, min(self.timeout, within), self.key)
         try:
@@ -207,35 +207,10 @@ class Transport:
         except ServerError:
             return None
 
-    async def _hint(self, status: int) -> str:
-        """The usual meaning of a status other than 200, and the remedy."""
+    async def hint(self, status: int) -> str:
+        """The usual meaning of a status other than 200, and the remedy, as the end of a sentence; an engine's client knows more."""
         if status in (401, 403):
-            if self.key is None:
-                return f"; it requires an API key: {KEY_OPTION}"
-            return "; it rejects the given key: use SGLang's --api-key, or --admin-api-key if it has one"
+            return f"; it requires an API key: {KEY_OPTION}" if self.key is None else "; it rejects the given key"
         if 300 <= status < 400:
             return "; redirects are not followed, because a key or a figure would go to another address: give the target's address"
-        if status not in (404, 405):
-            return ""
-        served = await self._openai()
-        if served is not None:
-            slashes = self.url.endswith("/v1")
-            remedy = "leave /v1 off if SGLang answers there, or " if slashes else ""
-            return (
-                f"; this is an OpenAI-compatible endpoint{served}, and SGLang's own /server_info and /generate are missing: {remedy}give the"
-                " address of the SGLang server itself"
-            )
-        if await self.answers("/health"):
-            return "; use the first node's address: this one answers only /health, as a node of rank above 0 does, or another program"
-        return "; if this is a node of rank above 0, use the first node's address; otherwise there is no SGLang at this address and path"
-
-    async def _openai(self) -> str | None:
-        """The owner of this OpenAI-compatible endpoint, as far as it tells; None if it is not such an endpoint."""
-        base = self.url.endswith("/v1")
-        content = await self._look("/models" if base else "/v1/models")
-        try:
-            listed = from_json(content or b"")
-            owner = listed["data"][0]["owned_by"]
-            return f" of {cut(owner)}" if isinstance(owner, str) and owner else ""
-        except (ValueError, TypeError, KeyError, IndexError):
-            return "" if base else None
+        return ""

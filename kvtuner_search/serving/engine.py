@@ -1,13 +1,14 @@
 """The one door to an engine: what the rest of the program needs of ``serving/<engine>``, whichever engine that is.
 
-Nothing outside an engine's folder imports from it (``tests/test_house.py``). A second engine is a folder beside ``serving/sglang`` whose
-module ``engine`` offers what :class:`Engine` lists. Neither torch nor an engine is imported here.
+Nothing outside an engine's folder imports from it (``tests/test_house.py``). A second engine is a folder beside ``serving/sglang`` whose module
+``engine`` offers what :class:`Engine` lists, and whose module ``interface`` what ``servers.interface.Interface`` does. The folders are the
+table of engines. Neither torch nor an engine is imported here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.schema import ModelInfo
 
 DEFAULT: Final = "sglang"
+VARIABLE: Final = "KVTUNER_ENGINE"  # names another engine, for all commands
 
 
 class Option(Protocol):
@@ -39,11 +41,15 @@ class Engine(Protocol):
 
     @property
     def NAME(self) -> str:
-        """Of its package, by which versions are told, e.g. sglang."""
+        """Of its package, by which versions are told, e.g. sglang; the folder has the same."""
 
     @property
     def TITLE(self) -> str:
         """As texts call it, e.g. SGLang."""
+
+    @property
+    def INSTALL(self) -> str:
+        """What pip is asked for to get it, e.g. kvtuner-search[serve]."""
 
     @property
     def PROFILE(self) -> str:
@@ -96,8 +102,33 @@ class Engine(Protocol):
             ServingError: if that fails.
         """
 
-    def command(self, python: str, arguments: Sequence[str]) -> list[str]:
-        """The command that starts a server with these arguments in the environment of the interpreter ``python``."""
+    def server_arguments(
+        self,
+        model_path: str,
+        given: Sequence[str],
+        *,
+        profile: str | None,
+        as_stored: bool = False,
+        metrics: bool = False,
+    ) -> list[str]:
+        """The whole argument list of a server that ``bench`` or ``validate`` starts.
+
+        Args:
+            model_path: folder or hub id of the model.
+            given: the user's own arguments.
+            profile: the profile's file; None: a stock server.
+            as_stored: read a prompt's own keys and values as stored too.
+            metrics: with its metrics switched on.
+        """
+
+    def command(self, python: str, arguments: Sequence[str], port: int | None = None) -> list[str]:
+        """The command that starts a server with these arguments in the environment of the interpreter ``python``.
+
+        Args:
+            python: the interpreter.
+            arguments: of the server.
+            port: of the loopback interface, where it is to listen; None: as the arguments say.
+        """
 
     def variables(self, arguments: Sequence[str]) -> dict[str, str]:
         """The environment variables that a server with these arguments needs and the user has not set."""
@@ -142,14 +173,26 @@ class Engine(Protocol):
         """
 
 
-def engines() -> list[str]:
-    """The engines' names: every folder beside this module that has a module ``engine``."""
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/engine.py"))
-
-
 @cache
-def engine(name: str = DEFAULT) -> Engine:
-    """An engine, by the name of its folder.
+def engines() -> tuple[str, ...]:
+    """The engines' names: every folder beside this module that has a module ``engine``."""
+    return tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/engine.py")))
+
+
+def chosen(name: str | None = None) -> str:
+    """The engine of that name; None: the one that the environment variable VARIABLE names, otherwise DEFAULT.
+
+    Raises:
+        UsageError: if there is no such engine.
+    """
+    name = name or os.environ.get(VARIABLE) or DEFAULT
+    if name not in engines():
+        raise UsageError(f"there is no engine {name!r}: choose from {', '.join(engines())}")
+    return name
+
+
+def engine(name: str | None = None) -> Engine:
+    """An engine, by the name of its folder; None: the one that is used.
 
     Raises:
         UsageError: if there is no such engine.
@@ -158,6 +201,14 @@ def engine(name: str = DEFAULT) -> Engine:
         >>> engine().TITLE
         'SGLang'
     """
-    if name not in engines():
-        raise UsageError(f"{name!r} is no engine: choose from {', '.join(engines())}")
+    return _engine(chosen(name))
+
+
+@cache
+def _engine(name: str) -> Engine:
     return cast(Engine, import_module(f"kvtuner_search.serving.{name}.engine"))
+
+
+def engine_among(versions: Container[str]) -> str | None:
+    """The engine whose package is among those that a record has versions of; None: it has none of any engine's."""
+    return next((name for name in engines() if name in versions), None)

@@ -103,7 +103,7 @@ def greedy_agreement(ours: Sequence[Sequence[int]], baseline: Sequence[Sequence[
 def capacity(profile: Profile, ours: Facts, baseline: Facts, environment: Mapping[str, str] = os.environ) -> Capacity:
     """Both servers' token capacities, and the ratio that the layout predicts at equal memory.
 
-    Under pipeline parallelism the heaviest stage decides: of the profile's partition, and of SGLang's even one.
+    Under pipeline parallelism the heaviest stage decides: of the profile's partition, and of the engine's even one.
     """
     model, layers = profile.model, profile.layer_specs()
     heads = heads_per_rank(model.num_kv_heads, ours.tensor_parallel)

@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtuner_search.data import Sample
-from kvtuner_search.servers.client import Answer, Client, OutOfTimeError, Request, ServerError
+from kvtuner_search.servers.client import Answer, Client, Request
 from kvtuner_search.servers.folder import AnswerJournal
+from kvtuner_search.servers.interface import interface
+from kvtuner_search.servers.transport import OutOfTimeError, ServerError
+from kvtuner_search.serving.engine import engine
 from kvtuner_search.validate.prompts import Prompts, TaskPrompt
 
 Method = Literal["as-stored-extend", "token-by-token", "decode"]
@@ -113,7 +116,7 @@ class Allowance:
     def __init__(self, seconds: float) -> None:
         self.left = seconds
 
-    async def generate(self, client: Client, request: Request) -> tuple[Answer, dict[str, Any]]:
+    async def generate(self, client: Client, request: Request) -> tuple[Answer, Any]:
         """``client.generate`` in the time that is left."""
         started = time.monotonic()
         try:
@@ -158,7 +161,7 @@ def _step_by_step(client: Client, sample: Sample) -> Job:
             if answer.cached_tokens != count - 1:
                 raise ServerError(
                     f"the prefix cache held {answer.cached_tokens} of {count - 1} tokens, so cached rows were not read:"
-                    " start the server with --kvtuner-as-stored, or with --page-size 1 and a larger cache"
+                    f" start the server with {engine().AS_STORED}, or with pages of one token and a larger cache"
                 )
             found.append(answer.asked)
         return found
@@ -206,7 +209,7 @@ async def _attempts(plan: MeasurementPlan, journal: AnswerJournal, name: str, jo
 
 
 def _answer(plan: MeasurementPlan, journal: AnswerJournal, name: str, request: Request) -> Answer:
-    return Answer.of(request, journal.done[name][0], plan.vocabulary)
+    return interface().read_answer(request, journal.done[name][0], plan.vocabulary)
 
 
 def outcome(plan: MeasurementPlan, journal: AnswerJournal) -> ServerAnswers:

@@ -39,7 +39,7 @@ class ValidationOptions:
     baseline_url: str | None  # of a running stock server; None starts one
     baseline_from: Path | None  # folder of a run whose stock server's answers are reused
     server_arguments: tuple[str, ...]  # for both servers that are started
-    server_python: str  # interpreter of the environment that has SGLang
+    server_python: str  # interpreter of the environment that has the engine
     sources: tuple[str, ...]
     samples: int  # sequences of each source
     length: int  # most tokens of a sequence

@@ -28,10 +28,10 @@ from kvtuner_search.profile.text import bounded
 from kvtuner_search.profile.validation import Semantics, ServerRecord, Validation
 from kvtuner_search.progress import Reporter
 from kvtuner_search.secrets import mask, mask_arguments
-from kvtuner_search.servers.client import Client
-from kvtuner_search.servers.facts import Facts, check_alike, resolve_dtype
+from kvtuner_search.servers.facts import Facts, check_alike
 from kvtuner_search.servers.folder import BLOCK, AnswerJournal, RunFolder
 from kvtuner_search.servers.host import hardware, offline_versions, server_versions, tool
+from kvtuner_search.servers.interface import interface
 from kvtuner_search.servers.process import Server, started_server
 from kvtuner_search.serving.engine import engine
 from kvtuner_search.validate import figures
@@ -103,21 +103,20 @@ class ValidationRun:
     def validate(self) -> Validation:
         """Measure what the folder does not have yet, and judge it."""
         options = self.options
-        baseline = self._side("baseline", self.urls["baseline"], [], None)
-        flags = ["--kvtuner-profile", str(options.profile.resolve()), "--kvtuner-as-stored"]
-        ours = self._side("profile", self.urls["profile"], flags, baseline.facts)
+        baseline = self._side("baseline", self.urls["baseline"], None)
+        ours = self._side("profile", self.urls["profile"], baseline.facts)
         compared = options.offline and ours.facts.quantization is None
         block = self._block(ours, baseline, self._explained(ours, baseline) if compared else None)
         write_atomic(self.folder.path / BLOCK, canonical_json(block.model_dump(mode="json")))
         return block
 
-    def _side(self, name: str, url: str | None, flags: list[str], baseline: Facts | None) -> _Side:
+    def _side(self, name: str, url: str | None, baseline: Facts | None) -> _Side:
         """One server's answers: those in the folder, and the missing ones from the server."""
         journal = self.folder.journal(name)
         try:
             if journal.server is None or not self._complete(journal, name):
                 versions = {} if url is not None else server_versions(self.options.server_python)
-                with self._server(name, url, flags) as (address, server):
+                with self._server(name, url) as (address, server):
                     asyncio.run(self._measure(name, address, server, journal, versions, baseline))
             assert journal.server is not None
             facts = Facts(**journal.server["facts"])
@@ -131,11 +130,14 @@ class ValidationRun:
         return len(journal.done) == self._plan(name, Facts(**journal.server["facts"]), None).requests
 
     @contextmanager
-    def _server(self, name: str, url: str | None, flags: list[str]) -> Iterator[tuple[str, Server | None]]:
+    def _server(self, name: str, url: str | None) -> Iterator[tuple[str, Server | None]]:
         if url is not None:
             yield url, None
             return
-        arguments = ["--model-path", self.model_path, *self.options.server_arguments, *flags]
+        profile = str(self.options.profile.resolve()) if name == "profile" else None
+        arguments = engine().server_arguments(
+            self.model_path, self.options.server_arguments, profile=profile, as_stored=profile is not None
+        )
         with started_server(self.options.server_python, arguments, self.folder.path / f"{name}.log") as server:
             with self.reporter.stage(f"start of the {name} server"):
                 asyncio.run(server.wait_until_ready(self.options.start_timeout))
@@ -150,8 +152,8 @@ class ValidationRun:
         versions: dict[str, str],
         baseline: Facts | None,
     ) -> None:
-        async with Client(url, self.options.timeout, self.key, self.vocabulary) as client:
-            facts = Facts.of(await client.info(), url)
+        async with interface().client(url, self.options.timeout, self.key, self.vocabulary) as client:
+            facts = (await client.info()).facts
             if baseline is None:
                 facts.check_stock(url)
             else:
@@ -159,7 +161,7 @@ class ValidationRun:
                 check_alike(baseline, facts)
             plan = self._plan(name, facts, server)
             if server is None:
-                versions = {"sglang": facts.version}  # all that a server tells
+                versions = {engine().NAME: facts.version}  # all that a server tells
             _identify(journal, facts, versions)
             with self.reporter.stage(f"{name} server", plan.requests) as advance:
                 advance(len(journal.done))
@@ -180,7 +182,7 @@ class ValidationRun:
         from kvtuner_search.models.runner import Runner
         from kvtuner_search.validate.twice import compute
 
-        dtype = resolve_dtype(ours.facts.dtype, self.config_dtype)
+        dtype = interface().resolve_dtype(ours.facts.dtype, self.config_dtype)
         with self.reporter.stage("load the model"):
             loaded = load_model(ModelOptions(source=self.options.model, dtype=dtype, device=self.options.device))
             runner = Runner(loaded)
@@ -232,7 +234,7 @@ class ValidationRun:
                 version=facts.version,
                 started=options.url is None,
                 attention_backend=facts.attention_backend,
-                dtype=resolve_dtype(facts.dtype, self.config_dtype),
+                dtype=interface().resolve_dtype(facts.dtype, self.config_dtype),
                 tensor_parallel=facts.tensor_parallel,
                 pipeline_parallel=facts.pipeline_parallel,
                 page_size=facts.page_size,
@@ -299,7 +301,7 @@ def scoring_method(profile: Profile, facts: Facts) -> Method:
         return "token-by-token"
     raise UsageError(
         f"the server reads a prompt's own keys unquantized, and cannot be scored token by token (page size {facts.page_size},"
-        f" prefix cache {'on' if facts.prefix_cache else 'off'}): start it with --kvtuner-as-stored"
+        f" prefix cache {'on' if facts.prefix_cache else 'off'}): start it with {engine().AS_STORED}"
     )
 
 

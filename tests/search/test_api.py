@@ -73,7 +73,7 @@ def test_defaults_are_those_of_the_commands() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_bits": 17}, "target_bits=17 is no budget: give effective bits from 1 to 16"),
+        ({"target_bits": 17}, "target_bits=17 is not a budget: give effective bits from 1 to 16"),
         ({"target_bits": 4, "max_loss": 0.1}, "max_loss and target_bits exclude each other"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"trials": 0}, "trials=0 cannot be used: give a whole number of at least 1"),
@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_commands() -> None:
         ({"sampler": "absent"}, f"sampler='absent' cannot be used: choose from {', '.join(SAMPLERS)}"),
         ({"bits": [4, 17]}, f"bits=17 cannot be used: choose from {', '.join(map(str, BITS))}"),
         ({"bits": []}, f"bits='nothing' cannot be used: choose from {', '.join(map(str, BITS))}"),
-        ({"target_bits": "4"}, "target_bits='4' is no budget"),
+        ({"target_bits": "4"}, "target_bits='4' is not a budget"),
         ({"max_loss": -1.0}, "--max-loss -1.0 is not positive"),
         ({"group_sizes": [16]}, "group_sizes=16 cannot be used: choose from 0, 32, 64, 128"),
         ({"grouping": "maybe"}, "grouping='maybe' cannot be used: choose from auto, on, off"),

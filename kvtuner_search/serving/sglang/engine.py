@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from kvtuner_search.serving.sglang import launch, partition
 from kvtuner_search.serving.sglang.arguments import api_key, variables
 from kvtuner_search.serving.sglang.flags import AS_STORED, FLAGS, PROFILE
-from kvtuner_search.serving.sglang.launch import command, prepare, start
+from kvtuner_search.serving.sglang.launch import INSTALL, command, prepare, server_arguments, start
 from kvtuner_search.serving.sglang.model import served_config, served_model
 from kvtuner_search.serving.sglang.plan import ServePlan
 from kvtuner_search.serving.sglang.plan import to_json as plan_json
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     _: Engine = engine  # this module is one
 
 __all__ = [
-    "AS_STORED", "EXAMPLES", "FLAGS", "NAME", "PROFILE", "TITLE", "api_key", "check_installation", "command", "plan_json", "plan_text",
-    "prepare", "served_config", "served_model", "stage_layers", "start", "variables",
+    "AS_STORED", "EXAMPLES", "FLAGS", "INSTALL", "NAME", "PROFILE", "TITLE", "api_key", "check_installation", "command", "plan_json",
+    "plan_text", "prepare", "served_config", "served_model", "server_arguments", "stage_layers", "start", "variables",
 ]  # fmt: skip
 
 NAME: Final = "sglang"

@@ -27,7 +27,9 @@ from kvtuner_search.serving.sglang.refusals import ALL, attention_backend, check
 
 _GROUP: Final = "sglang.srt.plugins"  # the entry-point group that SGLang loads in each of its processes
 _PLUGIN: Final = "kvtuner_search.serving.sglang.plugin:register"
-_INSTALL: Final = "pip install 'kvtuner-search[serve]'"
+INSTALL: Final = "kvtuner-search[serve]"
+_INSTALL: Final = f"pip install '{INSTALL}'"
+_METRICS: Final = "--enable-metrics"
 _NVIDIA_SMI: Final = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
 _TIMEOUT: Final = 20  # seconds; the driver may have to load first
 
@@ -107,9 +109,24 @@ def check_installation(version: str | None) -> None:
         raise ServingError(f"SGLANG_PLUGINS={','.join(allowed)} keeps the plugin out: add {found[0]}, or unset it")
 
 
-def command(python: str, arguments: Sequence[str]) -> list[str]:
-    """The command that starts SGLang's server with the interpreter ``python``."""
-    return [python, "-m", "sglang.launch_server", *arguments]
+def server_arguments(
+    model_path: str, given: Sequence[str], *, profile: str | None, as_stored: bool = False, metrics: bool = False
+) -> list[str]:
+    """See :meth:`kvtuner_search.serving.engine.Engine.server_arguments`."""
+    arguments = ["--model-path", model_path, *given]
+    if profile is not None:
+        arguments += [flags.PROFILE, profile]
+    if as_stored:
+        arguments += [flags.AS_STORED]
+    if metrics and _METRICS not in arguments:
+        arguments += [_METRICS]
+    return arguments
+
+
+def command(python: str, arguments: Sequence[str], port: int | None = None) -> list[str]:
+    """See :meth:`kvtuner_search.serving.engine.Engine.command`."""
+    listen = () if port is None else ("--host", "127.0.0.1", "--port", str(port))
+    return [python, "-m", "sglang.launch_server", *arguments, *listen]
 
 
 def start(plan: ServePlan, arguments: Sequence[str]) -> NoReturn:

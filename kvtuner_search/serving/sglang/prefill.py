@@ -190,6 +190,6 @@ def prefill_attention(
     except ModuleNotFoundError:
         return None
     except (ImportError, AttributeError, RuntimeError, OSError, ValueError, TypeError) as error:
-        logger.warning("prompts: Triton, since FlashInfer does not work here: %s", first_line(error))
+        logger.warning("prefill: Triton's kernel, since FlashInfer does not work here: %s", first_line(error))
         return None
     return found

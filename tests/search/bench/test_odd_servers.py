@@ -16,15 +16,15 @@ from small_runs import PROFILE, STEPS, Start, measure, rules
 
 from kvtuner_search.bench import load, presets
 from kvtuner_search.bench.client import FAILURES, RequestResult
-from kvtuner_search.bench.cross_check import _environment
 from kvtuner_search.bench.presets import CellPlan
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.cli.main import run
 from kvtuner_search.errors import UsageError
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.progress import Reporter
-from kvtuner_search.servers.client import ServerError
+from kvtuner_search.servers.transport import ServerError
 from kvtuner_search.serving.sglang.arguments import api_key
+from kvtuner_search.serving.sglang.bench_serving import _environment
 from tests.search.bench.test_load import result
 
 ROOT = Path(__file__).parents[3]

@@ -14,7 +14,7 @@ from kvtuner_search.bench.record import Hardware
 from kvtuner_search.errors import NotComparableError, UsageError
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.profile.canonical import load
-from kvtuner_search.servers.client import ServerError
+from kvtuner_search.servers.transport import ServerError
 from tests.search.servers.fake_base import CAPACITY
 
 

@@ -14,7 +14,7 @@ from small_runs import PROFILE, ROOT, STEPS, Start, measure
 
 from kvtuner_search.bench import journal
 from kvtuner_search.errors import DataError, UsageError
-from kvtuner_search.servers.client import ServerError
+from kvtuner_search.servers.transport import ServerError
 
 
 def test_cells_that_are_whole_are_not_repeated(fake: Start, tmp_path: Path) -> None:

@@ -80,6 +80,6 @@ def test_arguments_name_no_folders_and_devices_are_the_visible_ones(monkeypatch:
         "--model-path", "m", "--x=z", "--tp", "2", "org/model",
     ]  # fmt: skip
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [first_device(base) for base in (None, 1, 2)] == ["3", "5", "2"]
+    assert [first_device(base) for base in (0, 1, 2)] == ["3", "5", "2"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert first_device(1) == "1"

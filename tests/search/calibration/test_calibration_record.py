@@ -80,7 +80,7 @@ def _nameless(content: dict[str, Any]) -> None:
         (_spec, "'3-g64' is not a tensor spec"),
         (_layers, "sensitivity of 3 layers, the model has 4"),
         (_short, "trial 0 has 3 layers, the model has 4"),
-        (_nameless, "has no record_version: it is no calibration's record"),
+        (_nameless, "has no record_version: it is not a calibration record"),
     ],
 )
 def test_what_is_doubtful_is_refused_in_one_line(damage: Any, said: str, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_each_sampler_proposes_what_a_study_asks_for(name: str) -> None:
 
 
 def test_an_unknown_sampler_is_refused_with_the_choice() -> None:
-    with pytest.raises(UsageError, match=f"^'absent' is no sampler: choose from {', '.join(SAMPLERS)}$"):
+    with pytest.raises(UsageError, match=f"^'absent' is not a sampler: choose from {', '.join(SAMPLERS)}$"):
         make("absent", 0)
 
 

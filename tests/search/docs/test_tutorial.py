@@ -1,16 +1,18 @@
-"""The commands of docs/tutorial.md that need no server, as they stand there, with less data."""
+"""The commands of docs/tutorial.md, as they stand there, with less data, and with stand-ins where SGLang would serve."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from kvtuner_search.profile.canonical import load
-from tests.tutorial import ROOT, blocks, needs_server, run, workplace
+from tests.search.servers.fake_base import interpreter
+from tests.tutorial import FEW, ROOT, blocks, calibrated, needs_server, run, workplace
 
 LITTLE = {
-    "KVTUNER_CALIBRATE_SOURCES": "list",
+    "KVTUNER_CALIBRATE_DATA": "list",
     "KVTUNER_CALIBRATE_SAMPLES": "1",
     "KVTUNER_CALIBRATE_LENGTH": "170",
     "KVTUNER_CALIBRATE_TRIALS": "2",
@@ -50,6 +52,28 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path, tiny_model: Path) -> Non
     assert [words for words in fixed_words(summary) if words not in shown] == [], "the demo's output is pasted anew"
     record = json.loads((folder / "my-output/record.json").read_text())
     assert record["options"]["trials"] == 2
+
+
+def test_the_tutorial_validates_and_reviews_with_stand_in_servers(tmp_path: Path) -> None:
+    """The commands as they stand there; tests/serving/docs has the real SGLang, and the comparison with the offline evaluation."""
+    (tmp_path / "environment").mkdir()
+    python = interpreter(tmp_path / "environment", "tests.search.servers.fake_sglang")
+    folder, found = calibrated(tmp_path / "checkout"), blocks()
+    (folder / "scripts/serving_environment").write_text(f"SERVING_PYTHON={shlex.quote(python)}\n")
+    settings = [block for block in found["Serve it"] if not needs_server(block)]
+    commands = [
+        ". .venv/bin/activate\n",
+        *found["Keep it like code"],
+        *settings,
+        *found["Validate it"],
+        *found["Review it"],
+    ]
+    done = run(commands, folder, **FEW, KVTUNER_VALIDATE_OFFLINE="0")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "validation on a server: pass" in done.stdout
+    profile = load(folder / "profiles/mine/reference-4.00bit.json")
+    assert profile.validation is not None
+    assert profile.validation.verdict == "pass"
 
 
 def test_every_command_is_run_by_a_test() -> None:

@@ -256,7 +256,7 @@ def test_the_claimed_tables_stand_beside_ours() -> None:
     assert any(row[0] == "claimed, GPU 0" and "88.0%" in row for row in rows)
     assert any(row[:2] == ["16-bit", "ttft_mean"] and "at most 5 ms" in row for row in rows)
     text = " ".join(Page(report([record], adapter())).text)
-    assert "What the adapter's report claims and cannot be" in text
+    assert "Impossible claims of the adapter's report" in text
     assert "Usual causes" in text
 
 
@@ -325,7 +325,7 @@ def test_the_command_writes_a_page_and_prints_tables(
         "no result",
         "misses ttft_p99, memory",
         "231,321",
-        "of the adapter's figures cannot be",
+        "of the adapter's figures are impossible",
         "verdict: pass",
     ):
         assert said in out

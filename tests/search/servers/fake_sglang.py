@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--kvtuner-profile")
     parser.add_argument("--kvtuner-as-stored", action="store_true")
     parser.add_argument("--page-size", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments, _ = parser.parse_known_args()
     if os.environ.get("FAKE_DIE"):
         sys.exit("ValueError: this server cannot start")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # SGLang has children too

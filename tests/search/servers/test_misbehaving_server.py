@@ -20,9 +20,11 @@ from kvtuner_search.bench.load import run_cell
 from kvtuner_search.bench.record import Shape
 from kvtuner_search.bench.watch import Watch
 from kvtuner_search.errors import UsageError
-from kvtuner_search.servers.client import Answer, Client, Request, ServerError
+from kvtuner_search.servers.client import Request
 from kvtuner_search.servers.facts import Facts
-from kvtuner_search.servers.info import ServerInfo
+from kvtuner_search.servers.transport import ServerError
+from kvtuner_search.serving.sglang.client import Client, read_answer
+from kvtuner_search.serving.sglang.info import read_info
 from tests.search.servers.fake_sglang import Fake
 from tests.search.servers.misbehaving import FAULTS, misbehaving
 
@@ -85,7 +87,9 @@ def test_memory_stays_bounded(fault: str) -> None:
     code = """
 import asyncio, sys
 from kvtuner_search.bench.watch import Watch
-from kvtuner_search.servers.client import Client, Request, ServerError
+from kvtuner_search.servers.client import Request
+from kvtuner_search.servers.transport import ServerError
+from kvtuner_search.serving.sglang.client import Client
 from tests.search.servers.misbehaving import misbehaving
 async def ask(url, question):
     async with Client(url, 20.0) as client:
@@ -110,14 +114,14 @@ print("peak", next(int(line.split()[1]) for line in open("/proc/self/status") if
 
 
 def facts() -> Facts:
-    return Facts.of(Fake(port=0).info, "here")
+    return read_info(Fake(port=0).info, "here").facts
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("series", "lines of metrics that are read here, and more"),
-        ("endless-line", "and more: more than any server's ranks need"),
+        ("series", "known lines: that is more than any server's ranks need"),
+        ("endless-line", "the metrics do not end after"),
         ("odd-ranks", "a rank is a number"),
         ("sum", "implausibly large"),
         ("drip", "and was not done"),
@@ -217,20 +221,20 @@ HUGE = 10**400
 )
 def test_values_are_checked_at_the_door(changes: dict[str, Any], said: str) -> None:
     request = Request(PROMPT, 2, output_logprobs=True)
-    good = Answer.of(request, GOOD, 8192)
+    good = read_answer(request, GOOD, 8192)
     assert (good.output_ids, good.cached_tokens, good.output_logprobs) == ((1, 2), 3, (-0.5, -0.5))
     content = json.loads(json.dumps(GOOD))
     for name, value in changes.items():
         (content if name == "output_ids" else content["meta_info"])[name] = value
     with pytest.raises(ServerError, match=said) as caught:
-        Answer.of(request, content, 8192)
+        read_answer(request, content, 8192)
     assert len(str(caught.value)) < 500
 
 
 def test_what_rounding_lifts_above_zero_counts_as_zero() -> None:
     rows = [[1.2e-7, 1, None], [0, 2, None]]
     content = GOOD | {"meta_info": GOOD["meta_info"] | {"output_token_logprobs": rows, "cached_tokens": None}}
-    answer = Answer.of(Request(PROMPT, 2, output_logprobs=True), content, 8192)
+    answer = read_answer(Request(PROMPT, 2, output_logprobs=True), content, 8192)
     assert (answer.output_logprobs, answer.cached_tokens) == ((0.0, 0.0), 0)
 
 
@@ -253,17 +257,17 @@ def test_server_info_is_checked_at_the_door(name: str, value: Any) -> None:
     with pytest.raises(
         ServerError, match=rf"^http://h:1/server_info says {name}[\w.]*=.+; is it SGLang 0\.5\?$|has no {name}"
     ) as caught:
-        ServerInfo.of({**Fake().info, name: value}, "http://h:1")
+        read_info({**Fake().info, name: value}, "http://h:1")
     assert len(str(caught.value)) < 500
     assert "\x1b" not in str(caught.value)
 
 
 def test_fields_that_nobody_reads_and_null_where_sglang_has_null_are_no_fault() -> None:
     info = Fake().info | {"kvtuner": {}, "extra": HUGE, "revision": None, "internal_states": [], "device": None}
-    assert Facts.of(info, "here").profile_digest is None
+    assert read_info(info, "here").facts.profile_digest is None
     del info["attention_backend"]
     with pytest.raises(ServerError, match="here/server_info has no attention_backend: is it SGLang"):
-        Facts.of(info, "here")
+        read_info(info, "here")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from kvtuner_search.servers.client import Answer, Client, OutOfTimeError, Request, ServerError
+from kvtuner_search.servers.client import Answer, Request
 from kvtuner_search.servers.process import free_port
+from kvtuner_search.servers.transport import OutOfTimeError, ServerError
+from kvtuner_search.serving.sglang.client import Client
 from tests.search.servers.fake_sglang import Fake, Handler, logprob
 
 PROMPT = tuple(range(5, 15))

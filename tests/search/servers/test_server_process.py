@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from kvtuner_search.secrets import remember
-from kvtuner_search.servers.client import ServerError
 from kvtuner_search.servers.process import failure_line, started_server
+from kvtuner_search.servers.transport import ServerError
 
 ARGUMENTS = ["--model-path", "m"]
 

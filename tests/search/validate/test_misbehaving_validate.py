@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from kvtuner_search.data import Sample
-from kvtuner_search.servers.client import OutOfTimeError, Request, ServerError
+from kvtuner_search.servers.client import Request
+from kvtuner_search.servers.transport import OutOfTimeError, ServerError
 from kvtuner_search.validate import measure
 from tests.search.servers.fake_sglang import Fake, Handler
 from tests.search.servers.misbehaving import FAULTS, bomb

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from servers import free_port
 
-from kvtuner_search.profile.canonical import load, save, seal
-from tests.tutorial import ROOT, blocks, needs_server, run, workplace
-
-FEW = {
-    "KVTUNER_VALIDATE_SOURCES": "recall text",
-    "KVTUNER_VALIDATE_SAMPLES": "4",
-    "KVTUNER_VALIDATE_LENGTH": "448",
-    "KVTUNER_VALIDATE_TASK_PROMPTS": "10",
-    "KVTUNER_VALIDATE_GREEDY_PROMPTS": "6",
-    "KVTUNER_VALIDATE_GREEDY_TOKENS": "16",
-    "KVTUNER_VALIDATE_MAX_ACCURACY_DROP": "0.2",
-    "KVTUNER_VALIDATE_MIN_OFFLINE_TOKENS": "0.9",
-}
+from kvtuner_search.profile.canonical import load
+from tests.tutorial import FEW, blocks, calibrated, needs_server, run
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Where the tutorial is after calibration; the demo's profile is one that was calibrated on more data than a test has time for."""
-    folder = workplace(tmp_path / "checkout")
-    source = ROOT / "profiles/reference/reference-4.00bit.json"
-    content = load(source).model_dump(exclude={"digest", "validation"})
-    for place in ("demo-output", "profiles/reference"):
-        (folder / place).mkdir(exist_ok=True)
-        save(seal(content), folder / place / source.name)
-    shutil.copy(source.with_suffix(".safetensors"), folder / "demo-output")
-    return folder
+    return calibrated(tmp_path / "checkout")
 
 
 def run_sections(checkout: Path, *chosen: list[str]) -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,8 @@ import pytest
 from servers import COMMON, environment, running
 
 from kvtuner_search.models.reference_model import reference_model_path
-from kvtuner_search.servers.client import Client
 from kvtuner_search.servers.folder import AnswerJournal
+from kvtuner_search.serving.sglang.client import Client
 from kvtuner_search.validate.measure import MeasurementPlan, Method, ServerAnswers, ask, outcome
 from kvtuner_search.validate.prompts import build
 

@@ -1,4 +1,7 @@
-"""Checks of ``/server_info``: every field that this program uses must have the right type and a plausible value. All others are ignored."""
+"""Checks of ``/server_info``: every field that this program uses must have the right type and a plausible value. All others are ignored.
+
+What passes becomes :class:`kvtuner_search.servers.facts.ServerInfo`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from pydantic_core import from_json
 
 from kvtuner_search.profile.fields import Digest, Positive
 from kvtuner_search.profile.text import printable
+from kvtuner_search.servers.facts import Facts, ServerInfo
 from kvtuner_search.servers.transport import BadAnswerError, cut
 
+_RESERVED: Final = 4  # tokens of an answer beyond the longest prompt (managers/tp_worker.py and scheduler.py)
 _OBJECT: Final = re.compile(r"dictionary or instance of \w+")  # pydantic's words for a JSON object
 
 
@@ -64,7 +69,7 @@ class Plugin(_Read):
     bytes_per_token: Positive | None = None
 
 
-class ServerInfo(_Read):
+class _Fields(_Read):
     """The fields, by SGLang's names."""
 
     version: Word
@@ -115,8 +120,56 @@ class ServerInfo(_Read):
             said, reason = cut(repr(first["input"])), _OBJECT.sub("object", first["msg"])
             raise BadAnswerError(f"{url}/server_info says {name}={said}: {reason}; is it SGLang 0.5?") from error
 
-    @property
-    def cache_gib(self) -> float | None:
-        """Memory of the first rank's cache, GiB to two digits."""
-        states = self.internal_states
-        return states[0].memory_usage.kvcache if states and states[0].memory_usage else None
+
+def read_info(content: dict[str, Any], url: str) -> ServerInfo:
+    """Check the answer of ``/server_info``.
+
+    Raises:
+        ServerError: names the first field that is missing or impossible.
+    """
+    info = _Fields.of(content, url)
+    plugin, states = info.kvtuner, info.internal_states
+    facts = Facts(
+        version=info.version,
+        model=info.model_path,
+        dtype=info.dtype,
+        quantization=info.quantization,
+        attention_backend=info.attention_backend,
+        device=str(info.device),
+        tensor_parallel=info.tp_size,
+        pipeline_parallel=info.pp_size,
+        page_size=info.page_size,
+        prefix_cache=not info.disable_radix_cache,
+        memory_fraction=info.mem_fraction_static,
+        token_cap=info.max_total_tokens,
+        tokens=info.max_total_num_tokens,
+        cache_gib=states[0].memory_usage.kvcache if states and states[0].memory_usage else None,
+        profile_digest=None if plugin is None else plugin.profile_digest,
+        as_stored=plugin is not None and bool(plugin.as_stored),
+        tool=None if plugin is None else plugin.tool,
+    )
+    steps, drafts = info.speculative_num_steps or 0, info.speculative_num_draft_tokens or 0
+    return ServerInfo(
+        facts=facts,
+        revision=info.revision,
+        overrides=info.json_model_override_args,
+        dummy_weights=info.load_format == "dummy",
+        cache_dtype=info.kv_cache_dtype or "auto",
+        profile_bytes=None if plugin is None else plugin.bytes_per_token,
+        # SGLang 0.5 reserves some of the context, and reports how many tokens are left for a prompt.
+        longest=None if info.max_req_input_len is None else info.max_req_input_len + _RESERVED,
+        context=info.context_length,
+        nodes=info.nnodes,
+        copies=1 if info.enable_dp_attention else info.dp_size,
+        first_gpu=info.base_gpu_id or 0,
+        speculative=info.speculative_algorithm,
+        # The greater of the two, because the floors must stay below the possible: a chain of n steps yields up to n + 1 tokens.
+        draft_tokens=max(1, drafts, steps + 1) if info.speculative_algorithm else 1,
+    )
+
+
+def resolve_dtype(stated: str, config_dtype: str) -> str:
+    """The dtype that SGLang computes in: ``auto`` is the config's, with float16 for float32."""
+    if stated == "auto":
+        return "float16" if config_dtype == "float32" else config_dtype
+    return {"half": "float16", "float": "float32"}.get(stated, stated)
