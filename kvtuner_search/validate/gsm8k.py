@@ -5,7 +5,8 @@
 ``#items=N``              test questions, the first ones (``--task-prompts``)
 ``#tokens=N``             most tokens of an answer (400)
 ``#chat``                 through the tokenizer's chat template: shots are turns of user and assistant
-``#answer=marked|last``   the number after the first ``####`` (marked), or if there is none the last number of the answer
+``#answer=marked|last``   the number after the first ``####`` (marked), or if there is none the last number of the answer; last is the default
+                          of a chat without examples, which models end in their own way, otherwise marked
 ========================  ==================================================================================================
 """
 
@@ -91,6 +92,8 @@ def parse(spec: str, items: int) -> tuple[str, Gsm8k]:
             values["reading"] = value
         else:
             raise UsageError(f"task {spec!r}: option {option!r} is unknown: {_USE}")
+    if values.get("chat") and values.get("shots") == 0:
+        values.setdefault("reading", "last")  # without an example, chat models end in their own way
     return "#".join(("gsm8k", *given)), Gsm8k(Path(location), **{"items": items, **values})
 
 

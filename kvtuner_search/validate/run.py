@@ -199,6 +199,7 @@ class ValidationRun:
                     greedy,
                     server.continuations,
                     batch_tokens=self.options.batch_tokens,
+                    as_stored=ours.method != "token-by-token",
                     advance=advance,
                 )
             sides.append(ExplainedSide(server, found))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kvtuner_search.data import Sample, Split
 from kvtuner_search.evaluation.scorer import CHUNK_NUMBERS
+from kvtuner_search.evaluation.stored import PrefilledCache
 from kvtuner_search.models.attention import Tap
 from kvtuner_search.models.runner import Runner
 
@@ -48,6 +49,7 @@ def compute(
     continuations: Sequence[tuple[int, ...]],
     *,
     batch_tokens: int,
+    as_stored: bool = True,
     advance: Callable[..., None] = lambda *_: None,
 ) -> Twice:
     """Score the sequences of ``split``, and each continuation after its prompt.
@@ -56,6 +58,8 @@ def compute(
         tap: what attention reads; None is the 16-bit cache.
         prompts, continuations: token ids; a server chose the latter greedily.
         batch_tokens: padded tokens of one forward pass.
+        as_stored: whether the server's prefill reads a prompt's own keys and values as stored; otherwise its continuations follow prompts that were
+            read as computed.
         advance: called with the number of tokens after each pass; there are two over every token.
     """
     answers = [
@@ -63,7 +67,8 @@ def compute(
         for prompt, more in zip(prompts, continuations, strict=True)
     ]
     scored = {i: found[0] for i, found in _passes(runner, tap, split.samples, batch_tokens, advance)}
-    decoded = dict(_passes(runner, tap, answers, batch_tokens, advance))
+    decoding = tap if as_stored or tap is None else PrefilledCache(tap)
+    decoded = dict(_passes(runner, decoding, answers, batch_tokens, advance))
     order = range(len(answers))
     return Twice(
         scored=[scored[i] for i in range(len(split.samples))],
@@ -85,6 +90,8 @@ def _passes(
         tokens = torch.zeros(len(members), width, dtype=torch.int64)  # padded on the right, which nothing attends to
         for row, index in enumerate(members):
             tokens[row, : len(samples[index].tokens)] = torch.tensor(samples[index].tokens)
+        if isinstance(tap, PrefilledCache):
+            tap.begin(torch.tensor([samples[index].scored[0][0] for index in members]))
         states = [runner.hidden(tokens, tap)]
         with rounded_anew(runner, SEED + number):
             states.append(runner.hidden(tokens, tap))

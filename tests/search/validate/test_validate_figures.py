@@ -125,12 +125,16 @@ def side(server: float, second: float) -> ExplainedSide:
     return ExplainedSide(outcome, Twice(twice, twice, twice, same))
 
 
+ALL_RIGHT = [True] * 98
+
+
 def checks(
-    limits: Limits, share: float = 1.0, comparable: bool = True, explained: Explained | None = None, method: str = "as-stored-extend"
+    limits: Limits, share: float = 1.0, comparable: bool = True, explained: Explained | None = None, method: str = "as-stored-extend",
+    right: list[bool] = ALL_RIGHT,
 ) -> dict[str, Any]:  # fmt: skip
     split = Split("test", (sample("text", 11), sample("text", 11)))
     likelihood = figures.likelihood(split, np.array([10.1, 10.3]), np.array([10.0, 10.0]))
-    tasks = figures.task_results([TaskPrompt("recall", (1,), "x", 4)] * 98, [True] * 98, [True] * 98)
+    tasks = figures.task_results([TaskPrompt("recall", (1,), "x", 4)] * 98, right, right)
     greedy = figures.greedy_agreement([(1, 2), (1, 2)], [(1, 2), (1, 2)])
     capacity = Capacity(
         baseline_tokens=1000,
@@ -168,6 +172,16 @@ def test_each_threshold_judges_the_worse_end() -> None:
 )
 def test_a_threshold_holds_just_within(name: str, limits: dict[str, float], passed: bool) -> None:
     assert checks(Limits(**limits))[name].passed is passed
+
+
+@pytest.mark.parametrize(("right", "tested"), [(0, False), (4, False), (5, True)])
+def test_a_task_that_the_stock_server_cannot_do_proves_nothing(right: int, tested: bool) -> None:
+    """No drop from 4 of 98 could reach a threshold of five points."""
+    found = checks(Limits(), right=[True] * right + [False] * (98 - right))["accuracy.recall"]
+    assert found.passed is tested
+    assert (found.value is None) is not tested
+    assert ("give a task, or options of it, that the model can do" in found.reason) is not tested
+    assert checks(Limits(max_accuracy_drop=0.03), right=[True] * 4 + [False] * 94)["accuracy.recall"].passed
 
 
 def test_without_an_offline_evaluation_decode_may_differ_by_what_the_profile_may_cost() -> None:

@@ -153,3 +153,18 @@ def test_answers_that_were_cut_are_counted() -> None:
     assert cut_short("stock", prompts, [(1, 2, 3), (1, 2), (4, 5, 6), (1,)]) == [
         "2 of 3 answers of the stock server to gsm8k were cut off at 3 tokens"
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "reading"),
+    [
+        ("#chat#shots=0", "last"),
+        ("#shots=0#chat", "last"),
+        ("#chat#shots=0#answer=marked", "marked"),
+        ("#chat", "marked"),
+        ("#shots=0", "marked"),
+    ],
+)
+def test_a_chat_model_without_an_example_ends_in_its_own_way(options: str, reading: str) -> None:
+    """Qwen2.5-Coder-0.5B-Instruct, told to write ####, wrote a box or a sentence in 500 of 500 answers."""
+    assert parse(f"gsm8k:a{options}", 1)[1].reading == reading

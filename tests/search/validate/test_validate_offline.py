@@ -17,13 +17,13 @@ from torch import Tensor
 
 from kvtuner_search.data import Sample, Split, load_evaluation
 from kvtuner_search.evaluation.offline import open_profile
-from kvtuner_search.evaluation.stored import stored_cache
+from kvtuner_search.evaluation.stored import PrefilledCache, stored_cache
 from kvtuner_search.models.attention import Tap
 from kvtuner_search.models.load import ModelOptions, load_model
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.validation import Capacity, Check, Semantics
 from kvtuner_search.validate import figures
-from kvtuner_search.validate.explained import Explained, ExplainedSide, notes_on_rounding
+from kvtuner_search.validate.explained import Distance, Explained, ExplainedSide, notes_on_rounding
 from kvtuner_search.validate.judge import judge
 from kvtuner_search.validate.measure import ServerAnswers
 from kvtuner_search.validate.options import Limits
@@ -164,6 +164,47 @@ def test_a_fault_of_decode_alone_fails(lab: Lab) -> None:
     failed = lab.failed(lab.tap, broken)
     assert {"decode-semantics", "offline.decode-distance"} <= failed
     assert "offline.distance" not in failed
+
+
+def prefilled(tap: Tap) -> PrefilledCache:
+    """For the lab's prompts."""
+    found = PrefilledCache(tap)
+    found.begin(torch.tensor([PROMPT]))
+    return found
+
+
+def test_a_server_whose_prefill_reads_prompts_as_computed(lab: Lab) -> None:
+    """Its continuations follow prompts that were read as computed; against prompts read as stored, it differs by more than rounding."""
+    tap, chosen = prefilled(lab.tap), lab.correct.outcome.continuations
+    outcome = replace(lab.correct.outcome, **lab.answers(lab.correct.outcome, extend=lab.tap, decode=tap))
+    distances = {}
+    for as_stored in (True, False):
+        twice = compute(lab.runner, lab.tap, lab.split, lab.prompts, chosen, batch_tokens=2048, as_stored=as_stored)
+        ours = ExplainedSide(outcome, twice)
+        distances[as_stored] = Distance.of(ours.decoded(), twice.decoded)
+        bound = Explained(ours, lab.stock).decode_distance()
+        assert as_stored or bound.value <= bound.limit
+    assert distances[False].found < 1.1 * distances[False].explained
+    assert distances[True].found > 1.2 * distances[False].found
+
+
+def test_a_prefill_reads_its_own_tokens_and_later_tokens_read_the_cache() -> None:
+    """Against attention written out for each query, with prompts of several lengths."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 6, heads, 8) for heads in (4, 2, 2))
+    tap = PrefilledCache(lambda layer, q, k, v: (k.round(), v.round()))
+    lengths = [0, 4, 6]
+    tap.begin(torch.tensor(lengths))
+    keys, values, visible = tap(0, query, key, value)
+    found = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, keys, values)), attn_mask=visible, enable_gqa=True
+    ).transpose(1, 2)
+    for row, length in enumerate(lengths):
+        for at in range(6):
+            seen_key, seen_value = (x[row, : at + 1] if at < length else x[row, : at + 1].round() for x in (key, value))
+            for head in range(4):
+                weight = (seen_key[:, head // 2] @ query[row, at, head] / 8**0.5).softmax(0)
+                assert torch.allclose(found[row, at, head], weight @ seen_value[:, head // 2], atol=1e-5)
 
 
 def test_both_computations_are_of_the_same_tokens(lab: Lab) -> None:
