@@ -87,19 +87,6 @@ def test_what_is_pinned_is_what_the_project_asks_for_and_complete() -> None:
         assert len(hashes) == len(set(hashes)) >= 2, f"{name}: the wheel and the source at least"
 
 
-def test_every_interpreter_of_the_action_is_isolated() -> None:
-    text = "\n".join(step["run"] for step in STEPS.values())
-    calls = re.findall(r'(?:\bpython3|"\$python") +(\S+)', text)
-    assert calls == ["-I"] * 4
-
-
-def test_the_action_needs_no_token() -> None:
-    """It reads inputs and where it lies; a token would be `github.token` or a secret. No other action is run."""
-    contexts = set(re.findall(r"\$\{\{ *([a-z_]+\.[a-z_]+)", (ROOT / "action.yml").read_text()))
-    assert {name for name in contexts if not name.startswith(("inputs.", "steps."))} == {"github.action_path"}
-    assert not any("uses" in step for step in STEPS.values())
-
-
 def closure(requirements: list[str]) -> set[str]:
     """Distributions that installing these brings, as pip would resolve them here."""
     found: set[str] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +240,16 @@ def test_the_action_declares_what_it_sets() -> None:
     for name, field in ACTION["outputs"].items():
         assert field["value"] == f"${{{{ steps.diff.outputs.{name} }}}}"
     assert set(ACTION["inputs"]) == {"base", "head", "fail-on", "max-bytes-per-token", "max-loss-increase", "memory"}
+
+
+def test_every_interpreter_of_the_action_is_isolated() -> None:
+    text = "\n".join(step["run"] for step in STEPS.values())
+    calls = re.findall(r'(?:\bpython3|"\$python") +(\S+)', text)
+    assert calls == ["-I"] * 4
+
+
+def test_the_action_needs_no_token() -> None:
+    """It reads inputs and where it lies; a token would be `github.token` or a secret. No other action is run."""
+    contexts = set(re.findall(r"\$\{\{ *([a-z_]+\.[a-z_]+)", (ROOT / "action.yml").read_text()))
+    assert {name for name in contexts if not name.startswith(("inputs.", "steps."))} == {"github.action_path"}
+    assert not any("uses" in step for step in STEPS.values())
