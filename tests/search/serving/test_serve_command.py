@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.layout import BITS, LayerSpec
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.serving.sglang import launch
@@ -265,7 +265,13 @@ def test_help_says_what_passes_through(command: Run) -> None:
     text = " ".join(out.split())
     assert code == 0
     assert "Any option of SGLang, passed on unchanged" in text
-    for name in ("--kvtuner-nbits-key [2|4|8|16]", "--kvtuner-asym [true|false]", "--kvtuner-as-stored", "Exit codes:"):
+    widths = "|".join(map(str, BITS))
+    for name in (
+        f"--kvtuner-nbits-key [{widths}]",
+        "--kvtuner-asym [true|false]",
+        "--kvtuner-as-stored",
+        "Exit codes:",
+    ):
         assert name in text
 
 
