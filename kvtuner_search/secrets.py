@@ -23,7 +23,6 @@ _NAME: Final = (
     r"|(?:hf|hub|hugging[_-]?face|auth|access|bearer|api|admin|session|refresh|security|git(?:hub|lab)|id)[_-]?token)|authorization)"
 )
 _EMPTY: Final = re.compile(r"(?:None|null|True|False|true|false)\b|\*\*\*")
-_QUOTED: Final = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 # A quotation mark as Python and JSON write it, as either is escaped within a string, and as web pages and URLs escape it
 _MARK: Final = r"\\*(?:[\"']|u002[27])|&(?:quot|apos|\#0*3[49]|\#[xX]0*2[27]);|%2[27]"
 _TYPE: Final = r"[\w.]*(?:Optional|Union)\[[\w., |]+\]|[\w.]*Secret\w*(?:\[\w+\])?|str|bytes"  # of an annotated field

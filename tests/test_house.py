@@ -155,14 +155,17 @@ def test_reports_are_made_by_commands_alone() -> None:
     assert readers == {"report", "cli"}
 
 
-@pytest.mark.parametrize("module", ["kvtuner_kernels.layout", "kvtuner_search.profile"])
+LIGHT = ("kvtuner_kernels.layout", "kvtuner_kernels.places")  # of the kernels, what `check` and `diff` load
+
+
+@pytest.mark.parametrize("module", [*LIGHT, "kvtuner_search.profile"])
 def test_profile_and_layout_import_nothing_heavy_even_inside_functions(module: str) -> None:
     chosen = {name: found for name, found in imports().items() if f"{name}.".startswith(f"{module}.")}
     assert chosen
     for name, found in chosen.items():
         assert not [target for target in found if target.split(".")[0] in HEAVY], name
         kernels = {target for target in found if target.startswith("kvtuner_kernels")}
-        assert all(target.startswith("kvtuner_kernels.layout.") for target in kernels), name
+        assert all(target.startswith(tuple(f"{light}." for light in LIGHT)) for target in kernels), name
 
 
 def test_kernels_know_nothing_of_the_search() -> None:

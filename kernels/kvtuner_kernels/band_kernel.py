@@ -22,15 +22,14 @@ from kvtuner_kernels.operands import (
     ASSEMBLY_BODY,
     FIRST_MARK,
     SCALE_MIDDLE,
-    Side,
     plane_bits,
     plane_run,
     plane_start,
     plane_step,
     power_of_2,
-    sides,
 )
 from kvtuner_kernels.reference import Centres
+from kvtuner_kernels.sides import Side, sides
 
 HIGHEST = tl.constexpr(bands.FP16_MAX)
 TRIED = tl.constexpr(bands.TRIED)

@@ -1,7 +1,7 @@
 """Storage in a fitted basis, in plain torch: the basis, the codes of its bands, and their meaning.
 
 A side of a layer is ``y = matrix @ (x - mean)``, one matrix per KV head. Calibration fits it so that channels are ordered by
-worth, in :data:`~kvtuner_kernels.layout.BANDS` equal bands, and have a mean square of one in each band. Stored are:
+worth, in :data:`~kvtuner_kernels.places.BANDS` equal bands, and have a mean square of one in each band. Stored are:
 
 1. number: ``y16 = fp16(y)``; the product with the matrix is a sum that hardware adds up in its own order, so a code may change
    where ``y`` lies between two codes. Everything after that is bit-identical everywhere.
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvtuner_kernels.layout import BANDS, SCALE_BITS, LayerSpec, LayoutError
+from kvtuner_kernels.layout import LayerSpec, LayoutError
+from kvtuner_kernels.places import BANDS, SCALE_BITS
 
 FP16_MAX: Final = 65504.0
 # Step of the best uniform quantizer of a standard normal variable, by bits.

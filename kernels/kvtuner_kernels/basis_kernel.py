@@ -21,7 +21,6 @@ from kvtuner_kernels.bands import Basis, basis
 from kvtuner_kernels.layout import LayerSpec, LayoutError
 from kvtuner_kernels.operands import (
     FIRST_MARK,
-    HEAD_DIMS,
     plane_bits,
     plane_half,
     plane_run,
@@ -30,10 +29,10 @@ from kvtuner_kernels.operands import (
     power_of_2,
     scale_byte,
     scale_of,
-    sides,
 )
 from kvtuner_kernels.planes import banded
 from kvtuner_kernels.reference import NO_CENTRES, Centres
+from kvtuner_kernels.sides import HEAD_DIMS, sides
 
 FEW_TILES = 512  # of 16 rows, over all heads: up to this number tiles stay small, so that they spread over the chip
 TRANSFORM_WARPS = 4

@@ -19,9 +19,10 @@ from kvtuner_kernels.basis_kernel import Overlap, bases, transform_heads
 from kvtuner_kernels.decode_kernel import decode_kernel
 from kvtuner_kernels.layout import LayerSpec, LayoutError
 from kvtuner_kernels.merge import has_first, merge
-from kvtuner_kernels.operands import ASSEMBLY, check_centre, check_rows, sides, within_reach
+from kvtuner_kernels.operands import ASSEMBLY
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 from kvtuner_kernels.rotation import rotate_heads
+from kvtuner_kernels.sides import check_centre, check_rows, sides, within_reach
 from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors, overlaps, shared_memory
 
 

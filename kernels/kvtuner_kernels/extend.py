@@ -16,9 +16,10 @@ from torch import Tensor
 from kvtuner_kernels.basis_kernel import bases, first_rows, transform_heads
 from kvtuner_kernels.extend_kernel import extend_kernel
 from kvtuner_kernels.layout import LayerSpec, LayoutError
-from kvtuner_kernels.operands import ASSEMBLY, check_centre, check_rows, sides, within_reach
+from kvtuner_kernels.operands import ASSEMBLY
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 from kvtuner_kernels.rotation import rotate_heads
+from kvtuner_kernels.sides import check_centre, check_rows, sides, within_reach
 from kvtuner_kernels.tuning import LONG, ExtendLaunch, extend_launch, shared_memory
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kvtuner_kernels.basis_kernel import bases, dequantized, transform_heads
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_kernels.operands import Side, butterflies, check_centre, check_rows, rotation_shift, sides
+from kvtuner_kernels.operands import butterflies, rotation_shift
 from kvtuner_kernels.planes import banded
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
+from kvtuner_kernels.sides import Side, check_centre, check_rows, sides
 
 TILE = 2048  # channels a program
 

@@ -15,10 +15,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvtuner_kernels.basis_kernel import Overlap, bases, dequantized, transform_heads
 from kvtuner_kernels.decode_kernel import LOG2E, SPLIT_ALIGNMENT, bounds
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_kernels.operands import butterflies, power_of_2, rotation_shift, sides
+from kvtuner_kernels.operands import butterflies, power_of_2, rotation_shift
 from kvtuner_kernels.planes import banded
 from kvtuner_kernels.reference import Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
+from kvtuner_kernels.sides import sides
 from kvtuner_kernels.tuning import DecodeLaunch, overlaps
 
 FEW_PARTS: Final = 12  # of a request in the mean: up to here a warp, or a tile's row, merges them one after the other

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 
 from kvtuner_kernels.bands import SCALES_AN_OCTAVE, STEPS
-from kvtuner_kernels.layout import Digits, Place
+from kvtuner_kernels.places import Digits, Place
 
 
 class Field(NamedTuple):

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kvtuner_kernels.band_kernel import store_bands
 from kvtuner_kernels.layout import LayerSpec, LayoutError
-from kvtuner_kernels.operands import Side, butterflies, check_centre, check_rows, power_of_2, rotation_shift, sides
+from kvtuner_kernels.operands import butterflies, power_of_2, rotation_shift
 from kvtuner_kernels.reference import NO_CENTRES, Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
+from kvtuner_kernels.sides import Side, check_centre, check_rows, sides
 
 TILE = 2048  # channels a program, so that a decode step of 64 tokens still spreads over the chip
 STORE_WARPS = 2  # on an H200 3 to 9 % faster for 8,192 tokens than 4; 64 tokens take 1.9 us instead of 1.8

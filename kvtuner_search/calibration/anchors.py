@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from kvtuner_kernels.layout import BANDS, UNIFORM_BITS, LayerSpec
+from kvtuner_kernels.layout import UNIFORM_BITS, LayerSpec
+from kvtuner_kernels.places import BANDS
 from kvtuner_search.calibration.candidates import Pair, StorageClass
 from kvtuner_search.calibration.proxy import ProxyPoint, affordable_point, predicted_front
 from kvtuner_search.calibration.space import Space

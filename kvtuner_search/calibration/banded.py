@@ -15,7 +15,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, WORD_BITS, LayerSpec, TensorSpec, digit_bits, place_bands
+from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_kernels.places import BANDS, MAX_BAND_BITS, WORD_BITS, digit_bits, place_bands
 from kvtuner_search.calibration.basis import LayerWorth
 from kvtuner_search.calibration.candidates import GRAIN, Pair, StorageClass, banded_classes
 

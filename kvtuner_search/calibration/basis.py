@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtuner_kernels.bands import join_basis
-from kvtuner_kernels.layout import BANDS
+from kvtuner_kernels.places import BANDS
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.evaluation.first_tokens import first_token_means, first_token_weights, special_tokens
 from kvtuner_search.evaluation.information import SideSums, gather_information

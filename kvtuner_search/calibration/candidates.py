@@ -13,7 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, LayoutError, TensorSpec
+from kvtuner_kernels.layout import LayoutError, TensorSpec
+from kvtuner_kernels.places import BANDS, MAX_BAND_BITS
 from kvtuner_search.errors import UsageError
 
 _CLIPS: Final = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 2: (0.95, 0.85, 0.75, 0.65, 0.55)}

@@ -30,8 +30,10 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
 @click.argument("old", required=False)
 @click.argument("new", required=False)
 @click.option("--fail-on", type=click.Choice(FAIL_ON), help="Lowest severity that fails.", show_default="error")
-@click.option("--max-bytes-per-token", type=click.IntRange(min=0), help="Budget of NEW in bytes.")
-@click.option("--max-loss-increase", type=click.FloatRange(min=0), help="Budget for kl and nll in nats.")
+@click.option("--max-bytes-per-token", type=click.IntRange(min=0), help="Most bytes per token of NEW that pass.")
+@click.option(
+    "--max-loss-increase", type=click.FloatRange(min=0), help="Largest increase of kl and nll that passes, in nats."
+)
 @memory_option
 @click.option(
     "--format", "style", type=click.Choice(FORMATS), default="text",

@@ -124,7 +124,7 @@ def _limit(name: str, default: str, text: str, auto: bool = False) -> Callable[[
 @_limit(
     "--min-offline-effect",
     "0.5",
-    "Share of the profile's effect, token by token, that the server shows; the lower end.",
+    "Limit on the share of the profile's effect, token by token, that the server shows, on the lower end of its interval.",
 )
 @click.option("--offline/--no-offline", default=True, help="Compare with the offline evaluation of the same profile.")
 @click.option("--device", default="auto", help="Device of the offline evaluation: auto, cpu, cuda, cuda:N.")

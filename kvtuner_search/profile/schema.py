@@ -22,9 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from kvtuner_kernels.layout import BANDS, BITS, LAYOUT_VERSION, MAX_BAND_BITS, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import BITS, LAYOUT_VERSION, LayerSpec, LayoutError, TensorSpec
 from kvtuner_kernels.layout import bytes_per_token as layout_bytes_per_token
 from kvtuner_kernels.layout import effective_bits as layout_effective_bits
+from kvtuner_kernels.places import BANDS, MAX_BAND_BITS
 from kvtuner_search.profile.fields import (
     MAX_MEASURES,
     MAX_NOTES,

@@ -11,7 +11,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvtuner_kernels.layout import BANDS, LayerSpec, TensorSpec
+from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_kernels.places import BANDS
 from kvtuner_search.profile.compare import ProfileComparison, basis_changed
 from kvtuner_search.profile.report import (
     DiffReport,

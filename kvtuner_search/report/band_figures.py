@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from kvtuner_kernels.layout import BANDS, MAX_BAND_BITS, LayerSpec, TensorSpec
+from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_kernels.places import BANDS, MAX_BAND_BITS
 from kvtuner_search.calibration.record import SIDES, CalibrationRecord, TargetRecord
 from kvtuner_search.report.layer_figures import LEFT, WIDTH, Columns, Scale, heat_legend
 from kvtuner_search.report.reading import band_worth, head_worth, number, specs

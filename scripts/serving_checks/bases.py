@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kvtuner_kernels.layout import BANDS, LayerSpec, TensorSpec
+from kvtuner_kernels.layout import LayerSpec, TensorSpec
+from kvtuner_kernels.places import BANDS
 from kvtuner_search.profile.build import build, write
 from kvtuner_search.profile.canonical import load
 from kvtuner_search.profile.schema import ModelInfo, Provenance

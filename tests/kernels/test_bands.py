@@ -23,7 +23,8 @@ from kvtuner_kernels.bands import (
     to_basis,
     unpack_bands,
 )
-from kvtuner_kernels.layout import BANDS, RAW, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.layout import RAW, LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.places import BANDS
 from kvtuner_kernels.reference import (
     Centres,
     QuantizationError,

@@ -4,21 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtuner_kernels.layout import (
-    BANDS,
-    CODE_BITS,
-    MAX_BAND_BITS,
-    RAW,
-    WORD_BITS,
-    Digits,
-    LayerSpec,
-    LayoutError,
-    Place,
-    TensorSpec,
-    bytes_per_token,
-    effective_bits,
-    place_bands,
-)
+from kvtuner_kernels.layout import CODE_BITS, RAW, LayerSpec, LayoutError, TensorSpec, bytes_per_token, effective_bits
+from kvtuner_kernels.places import BANDS, MAX_BAND_BITS, WORD_BITS, Digits, Place, place_bands
 
 BITS_OF_BANDS = st.lists(st.integers(0, MAX_BAND_BITS), min_size=BANDS, max_size=BANDS).map(tuple)
 BANDED = BITS_OF_BANDS.filter(any).map(lambda bands: TensorSpec(bits=0, bands=bands))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kvtuner_kernels.bands import SCALE_MIDDLE, STEPS, BandCodes, dequantize_bands, quantize_bands
-from kvtuner_kernels.layout import BANDS, LayerSpec, place_bands
+from kvtuner_kernels.layout import LayerSpec
+from kvtuner_kernels.places import BANDS, place_bands
 from kvtuner_search.calibration.banded import (
     COST,
     DISTORTION,

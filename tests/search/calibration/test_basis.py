@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kvtuner_kernels.bands import BasisError, basis
-from kvtuner_kernels.layout import BANDS
+from kvtuner_kernels.places import BANDS
 from kvtuner_search.calibration.basis import fit_side, mixing
 from kvtuner_search.evaluation.information import SideSums
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.search.profile_factory import write
-from tests.search.serving import test_serve_command as serve
-from tests.search.serving.test_serve_command import Run, plan
+from tests.search.serving import serve_command
+from tests.search.serving.serve_command import Run, plan
 
-command, small = serve.command, serve.small  # fixtures
+command, small = serve_command.command, serve_command.small  # fixtures
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,10 @@ def test_without_a_network_it_says_what_to_do(
     assert not (tmp_path / "model").exists()
 
 
-def test_code_of_another_gguf_package_is_not_run(script: ModuleType, index: Path, tmp_path: Path) -> None:
+def test_code_of_another_gguf_package_is_not_run(
+    script: ModuleType, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "gguf", raising=False)  # test_gguf_conversion.py imports it
     wheel(index, "gguf", "0.19.0", {"gguf/__init__.py": b"raise SystemExit('run')"})
     path = list(sys.path)
     with pytest.raises(DataError, match=r"cannot get gguf==0\.19\.0"), script.gguf_importable(tmp_path):

@@ -119,7 +119,8 @@ def served_model(
 def served_config(
     model_path: str, revision: str | None = None, overrides: str | None = None, *, fetch: bool = True
 ) -> dict[str, Any]:
-    return read_source(model_path, revision, fetch=fetch)[1] | json.loads(overrides or "{}")
+    changes: dict[str, Any] = json.loads(overrides or "{}")
+    return read_source(model_path, revision, fetch=fetch)[1] | changes
 
 
 def stage_layers(

@@ -43,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
         if self.path == "/forget":
             return self.reply(b"")
-        prompt, said = body["prompt"], []
+        prompt: list[int] = body["prompt"]
+        said: list[int] = []
         for _ in range(body["say"]):
             said.append(likely(prompt + said))
         self.server.said += len(said)
