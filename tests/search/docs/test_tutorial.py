@@ -69,7 +69,8 @@ def test_the_tutorial_validates_and_reviews_with_stand_in_servers(tmp_path: Path
         *found["Review it"],
     ]
     # The stand-ins' answers are arbitrary, so no task can be lost on them.
-    done = run(commands, folder, **FEW, KVTUNER_VALIDATE_OFFLINE="0", KVTUNER_VALIDATE_MAX_ACCURACY_DROP="none")
+    few = FEW | {"KVTUNER_VALIDATE_OFFLINE": "0", "KVTUNER_VALIDATE_MAX_ACCURACY_DROP": "none"}
+    done = run(commands, folder, **few)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "validation on a server: pass" in done.stdout
     profile = load(folder / "profiles/mine/reference-4.00bit.json")
