@@ -19,6 +19,7 @@ from kvtuner_search.errors import DataError, ServingError
 from kvtuner_search.profile.canonical import save
 from kvtuner_search.secrets import mask, mask_arguments, remember, remember_all
 from kvtuner_search.servers.host import public_command
+from kvtuner_search.servers.info import ServerInfo
 from tests.search.bench import record_factory
 from tests.search.profile_factory import validated
 
@@ -160,6 +161,21 @@ def test_an_address_that_is_refused_for_its_query_is_said_without_it(
     err = capsys.readouterr().err
     assert "is not a URL of a server" in err
     assert SECRET not in err
+
+
+@pytest.mark.parametrize("field", ["model_path", "revision", "dtype", "version", "load_format"])
+@pytest.mark.parametrize(
+    "text", ["s3://key:hunter2-S3cret@bucket/m", "azure://b/m?sig=hunter2-S3cret", "m --hf-token hunter2-S3cret"]
+)
+def test_what_a_server_says_of_itself_is_read_without_the_secrets_in_it(field: str, text: str) -> None:
+    """A server names the model as it was started with, and records, pages and messages repeat that."""
+    info = {
+        "version": "0.5.14", "model_path": "m", "dtype": "auto", "attention_backend": "triton", "tp_size": 1, "pp_size": 1,
+        "page_size": 1, "max_total_num_tokens": 1000,
+    }  # fmt: skip
+    read = ServerInfo.of(info | {field: text}, "http://h:1")
+    assert SECRET not in read.model_dump_json()
+    assert "***" in getattr(read, field)
 
 
 @pytest.mark.parametrize("text", PLAIN)
