@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -110,7 +110,7 @@ def verify_transforms(profile: Profile, folder: Path) -> None:
 
 
 @contextmanager
-def _opened(profile: Profile, folder: Path) -> Iterator[tuple[Path, BinaryIO | None]]:
+def _opened(profile: Profile, folder: Path) -> Iterator[tuple[Path, BufferedReader | None]]:
     """The transforms file, which is not too large; no stream if the profile names none."""
     if profile.transforms is None:
         yield folder, None
@@ -128,7 +128,7 @@ def _opened(profile: Profile, folder: Path) -> Iterator[tuple[Path, BinaryIO | N
         yield path, stream
 
 
-def _check_file(stream: BinaryIO, path: Path, profile: Profile) -> None:
+def _check_file(stream: BufferedReader | BytesIO, path: Path, profile: Profile) -> None:
     named = profile.transforms
     assert named is not None
     actual = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()

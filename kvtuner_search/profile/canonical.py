@@ -9,8 +9,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from pydantic import ValidationError
 
@@ -93,7 +94,7 @@ def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) ->
 
 
 @contextlib.contextmanager
-def open_limited(path: Path, what: str, limit: int) -> Iterator[BinaryIO]:
+def open_limited(path: Path, what: str, limit: int) -> Iterator[BufferedReader]:
     """The same, open for reading; failures to read it inside the block are named, too."""
     try:
         # O_NONBLOCK: opening a pipe that nobody writes to must not wait. fstat, not stat: the name may change its target.
