@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 from urllib.parse import urlsplit
 
 from kvtuner_search.errors import UsageError
-from kvtuner_search.secrets import remember
+from kvtuner_search.secrets import MASK, remember
 
 KEY_OPTION: Final = "--api-key, or KVTUNER_API_KEY"
 
@@ -23,7 +24,10 @@ def check_url(url: str, key: str | None = None) -> str:
     except ValueError:  # of the port, or of an IPv6 address
         fits = False
     if not fits or parts.query or parts.fragment or not url.isprintable() or " " in url:
-        raise UsageError(f"{url!r} is not a URL of a server: write http://host:port")
+        shown = re.sub(
+            "[?#].*", lambda found: f"{found[0][0]}{MASK}", url, flags=re.DOTALL
+        )  # a key, more often than not
+        raise UsageError(f"{shown!r} is not a URL of a server: write http://host:port")
     if key is not None and "@" in parts.netloc:
         raise UsageError(
             f"{url} has credentials and there is an API key, which share one header: leave one of them out"

@@ -19,7 +19,7 @@ _LONG: Final = 12  # characters from which on it is also found within a word
 
 # Names with these endings are secrets: api_key, HF_TOKEN, sslpassword, --admin-api-key. "token" and "key" alone are not: here they are units and tensors.
 _NAME: Final = (
-    r"(?:[\w.-]*(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|private[_-]?key|secret(?:[_-]?key)?|passw(?:or)?d|passphrase|pwd|credentials?"
+    r"(?:[\w.-]*(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|(?:private|account|subscription)[_-]?key|access[_-]?signature|secret(?:[_-]?key)?|passw(?:or)?d|passphrase|pwd|credentials?"
     r"|(?:hf|hub|hugging[_-]?face|auth|access|bearer|api|admin|session|refresh|security|git(?:hub|lab)|id)[_-]?token)|authorization)"
 )
 _EMPTY: Final = re.compile(r"(?:None|null|True|False|true|false)\b|\*\*\*")
@@ -42,13 +42,16 @@ _OPTION: Final = re.compile(
     rf"(?<![\w-])--{_NAME}\s+(?!(?:or|and|if|where|when|is|was|that|in|for|to)\s)", re.IGNORECASE
 )
 _QUERY: Final = re.compile(
-    r"([?&#](?:token|key|ssl_?key|api%5Fkey|sig|signature|auth|x-amz-[\w-]+)=)[^\s&#\"')]+", re.IGNORECASE
+    r"([?&#](?:[\w.%-]{0,40}(?:key|token|secret|sig|auth|passw|pwd|credential|session|jwt)[\w.%-]{0,40}|code|sas|x-amz-[\w-]+)=)"
+    r"(?P<value>[^\s&#\"')]+)",
+    re.IGNORECASE,
 )
 _BEARER: Final = re.compile(r"\b(Bearer|Basic|Digest)\s+(?=[^\s\"']*[\d_=-])[^\s\"',;)]{4,}")
 _SHAPES: Final = re.compile(
-    r"\b(?:sk-[\w-]{8,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{8,}|AKIA[A-Z0-9]{16})\b"
+    r"\b(?:sk-[\w-]{8,}|nvapi-[\w-]{16,}|hf_(?:oauth_)?[A-Za-z0-9]{16,}|dckr_pat_[\w-]{16,}|pypi-AgE[\w-]{16,}|AIza[\w-]{35}"
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{8,}|AKIA[A-Z0-9]{16})\b"
 )
-_URL: Final = re.compile(r"(?P<scheme>(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>[^\s\"'<>`]+)")
+_URL: Final = re.compile(r"(?P<scheme>(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*:(?://|\\/\\/))(?P<rest>[^\s\"'<>`]+)")
 _ABBREVIATED: Final = (
     "--api-key",
     "--admin-api-key",
@@ -178,6 +181,9 @@ def _found_in(text: str) -> Iterable[str]:
     """The secrets that a text shows by their place: passwords in URLs, values of secret fields."""
     for match in _URL.finditer(text):
         yield _credentials(match["scheme"], match["rest"]).partition(":")[2]
+    for match in _QUERY.finditer(text):
+        if not _EMPTY.fullmatch(match["value"]):
+            yield match["value"]
     for start, end, _ in _values(text, _FIELD):
         value = text[start:end]
         yield value
@@ -296,7 +302,7 @@ def _credentials(scheme: str, rest: str) -> str:
     if end < 0:
         return ""
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    if scheme.lower() in ("http://", "https://"):
+    if scheme.lower().rstrip("\\/") in ("http:", "https:"):
         if "@" in authority:
             return authority[: authority.rfind("@")]
         host, colon, port = authority.rpartition(":")

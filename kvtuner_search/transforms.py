@@ -1,7 +1,6 @@
 """Centring vectors and bases: what a profile's transforms file holds, how it is checked, read and written.
 
-Checking takes no torch, so that ``check`` stays light: safetensors' own reader is imported in a millisecond. What needs tensors imports
-them inside.
+Checking takes no torch, so that ``check`` stays light. What needs tensors imports them inside.
 """
 
 from __future__ import annotations
@@ -11,13 +10,15 @@ import math
 import os
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from kvtuner_search.errors import ProfileError, first_line
-from kvtuner_search.profile.canonical import read_limited
+from kvtuner_search.errors import ProfileError
+from kvtuner_search.profile.canonical import open_limited, parse_json, refuse_pointer
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import shortened
 
@@ -33,6 +34,24 @@ MAX_PAYLOAD: Final = 2**30  # bytes; 80 layers of 8 heads of 128 channels, all o
 EXTRA_ROWS: Final = 2  # of a basis tensor, below the matrix: the mean, and the mean of first tokens
 MEAN_ROW: Final = -2  # of a basis tensor (kvtuner_kernels.bands.join_basis)
 _FLOAT32: Final = 4  # bytes
+_MOST_DIMENSIONS: Final = 8  # the product of a million of them takes seconds
+_POINTER: Final = 1024  # bytes, more than a Git LFS pointer or a link that was checked out as text has
+# Bytes of a number, for the dtypes that a file may have; one of these alone is accepted, and the others are named.
+_SIZES: Final = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 def transform_shapes(profile: Profile) -> dict[str, list[int]]:
@@ -71,43 +90,123 @@ def check_transforms(profile: Profile, folder: Path) -> bytes | None:
     Raises:
         ProfileError: if the file is missing or does not fit.
     """
+    with _opened(profile, folder) as (path, stream):
+        if stream is None:
+            return None
+        data = stream.read()
+        _check_file(BytesIO(data), path, profile)
+        return data
+
+
+def verify_transforms(profile: Profile, folder: Path) -> None:
+    """The same without the bytes: only one head's matrix is in memory at a time, however large the file is.
+
+    Raises:
+        ProfileError: if the file is missing or does not fit.
+    """
+    with _opened(profile, folder) as (path, stream):
+        if stream is not None:
+            _check_file(stream, path, profile)
+
+
+@contextmanager
+def _opened(profile: Profile, folder: Path) -> Iterator[tuple[Path, BufferedReader | None]]:
+    """The transforms file, which is not too large; no stream if the profile names none."""
     if profile.transforms is None:
-        return None
+        yield folder, None
+        return
     path = folder / profile.transforms.file
-    shapes = transform_shapes(profile)
-    payload = sum(map(math.prod, shapes.values())) * _FLOAT32
+    payload = sum(map(math.prod, transform_shapes(profile).values())) * _FLOAT32
     if payload > MAX_PAYLOAD:
         raise ProfileError(
             f"the transforms of {profile.name} would take {payload} bytes, more than {MAX_PAYLOAD}, which no supported model needs:"
             " check the profile's layers, KV heads and head_dim"
         )
-    data = read_limited(path, f"the transforms of {profile.name}", 8 + MAX_HEADER + payload)
-    actual = "sha256:" + hashlib.sha256(data).hexdigest()
-    if actual != profile.transforms.digest:
+    with open_limited(path, f"the transforms of {profile.name}", 8 + MAX_HEADER + payload) as stream:
+        refuse_pointer(stream.read(_POINTER), path)
+        stream.seek(0)
+        yield path, stream
+
+
+def _check_file(stream: BufferedReader | BytesIO, path: Path, profile: Profile) -> None:
+    named = profile.transforms
+    assert named is not None
+    actual = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+    if actual != named.digest:
         raise ProfileError(
-            f"{path} has digest {actual[:19]}…, {profile.name} names {profile.transforms.digest[:19]}…:"
+            f"{path} has digest {actual[:19]}…, {profile.name} names {named.digest[:19]}…:"
             " restore the file that was written with the profile"
         )
-    from safetensors import SafetensorError, deserialize
-
+    shapes = transform_shapes(profile)
     try:
-        tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
-        raise ProfileError(f"{path} is not a safetensors file: {first_line(error)}; restore it") from error
+        tensors = read_header(stream)
+    except ValueError as error:
+        raise ProfileError(f"{path} is not a safetensors file: {error}; restore it") from error
     if sorted(tensors) != sorted(shapes):
         odd = sorted(set(tensors) ^ set(shapes))
         raise ProfileError(
             f"{path} and the centred or banded tensors of {profile.name} differ in {', '.join(map(shortened, odd[:3]))}"
             f"{' and more' if len(odd) > 3 else ''}: restore the file that was written with the profile"
         )
-    for name, entry in tensors.items():
+    for name, (dtype, found) in tensors.items():  # in the order of the file
         shape = shapes[name]
-        if (entry["dtype"], entry["shape"]) != ("F32", shape):
+        if (dtype, found) != ("F32", shape):
             raise ProfileError(
-                f"{path}: {name} is {entry['dtype']} {shortened(entry['shape'])}, not F32 {shape}: restore the file"
+                f"{path}: {name} is {shortened(dtype)} {shortened(found)}, not F32 {shape}: restore the file"
             )
-        _check_numbers(memoryview(entry["data"]), shape, f"{path}: {name}")
-    return data
+        _check_numbers(stream, shape, f"{path}: {name}")
+
+
+def read_header(stream: BinaryIO) -> dict[str, tuple[str, list[int]]]:
+    """The tensors of a safetensors file, name -> (dtype, shape), in the order of their numbers, which begin where this leaves the stream.
+
+    The library's own reader wants all bytes at once, and copies them. What this accepts, the library does: tensors lie one behind the
+    other without gaps, as the format demands, and the last one ends with the file.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise ValueError("it ends within its header, or its header is too long")
+    text = stream.read(length)
+    try:
+        header = parse_json(text, "its header", "header") if text.startswith(b"{") else None
+    except ProfileError as error:
+        raise ValueError(str(error).rpartition(": ")[0]) from error
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts")
+    found = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda tensor: tensor[1])
+    at = 0
+    for name, (start, end), dtype, shape in found:
+        if start != at or end - start != math.prod(shape) * _SIZES.get(dtype, math.nan):
+            raise ValueError(f"the numbers of {shortened(name)} do not lie where its shape says")
+        at = end
+    if at != size - 8 - length:
+        raise ValueError("its tensors do not end with the file")
+    return {name: (dtype, shape) for name, _, dtype, shape in found}
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, int], str, list[int]]:
+    """A tensor's name, offsets, dtype and shape."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{shortened(name)} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = (
+        isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= _MOST_DIMENSIONS and len(offsets) == 2
+    )
+    if (
+        not numbers
+        or not isinstance(dtype, str)
+        or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets))
+    ):
+        raise ValueError(f"{shortened(name)} has a dtype, shape or data_offsets of another type")
+    return name, (offsets[0], offsets[1]), dtype, shape
 
 
 def read_transforms(path: Path, profile: Profile) -> dict[int, Centres]:
@@ -181,25 +280,27 @@ def load_centres(data: bytes, layers: int) -> dict[int, Centres]:
     return {i: Centres(tensors.get(f"layers.{i}.key"), tensors.get(f"layers.{i}.value")) for i in range(layers)}
 
 
-def _check_numbers(data: memoryview, shape: list[int], name: str) -> None:
-    """Refuse numbers that are not finite, and bases that plainly cannot be inverted.
+def _check_numbers(stream: BinaryIO, shape: list[int], name: str) -> None:
+    """Refuse numbers that are not finite, and bases that plainly cannot be inverted; reads one tensor, head by head.
 
     Raises:
         ProfileError: with the tensor's name.
     """
-    numbers = array("f")
-    numbers.frombytes(data)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    # In a double, finite float32 numbers never add up to infinity, and NaN or infinity never cancel: 30 ms for 15 MB.
-    if not math.isfinite(sum(numbers)):
-        raise ProfileError(f"{name} has a number that is not finite: calibrate again")
-    if len(shape) == 3:
-        heads, rows, dim = shape
-        width = dim * _FLOAT32
-        for head in range(heads):
-            at = head * rows * width
-            found = {bytes(data[at + row * width : at + (row + 1) * width]) for row in range(dim)}
+    heads, *matrix = shape
+    parts = heads if len(matrix) == 2 else 1
+    for head in range(parts):
+        data = stream.read(math.prod(shape) // parts * _FLOAT32)
+        numbers = array("f")
+        numbers.frombytes(data)
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        # In a double, finite float32 numbers never add up to infinity, and NaN or infinity never cancel: 30 ms for 15 MB.
+        if not math.isfinite(sum(numbers)):
+            raise ProfileError(f"{name} has a number that is not finite: calibrate again")
+        if len(matrix) == 2:
+            dim = matrix[1]
+            width = dim * _FLOAT32
+            found = {data[row * width : (row + 1) * width] for row in range(dim)}
             if len(found) < dim or bytes(width) in found:
                 raise ProfileError(
                     f"{name}: the basis of head {head} has a row of zeros, or the same row twice, and cannot be inverted:"

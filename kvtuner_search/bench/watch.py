@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from kvtuner_search.bench.record import Reading, Scrape
 from kvtuner_search.servers.client import Client, Load
@@ -190,22 +191,37 @@ def parse_metrics(lines: Iterable[str]) -> dict[str, float]:
         ServerError: if a rank is not a number, or a figure is implausible.
     """
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families("\n".join([*filter(_is_wanted, lines), ""])):
-        for sample in family.samples:
-            ranks = {name: sample.labels[name] for name in _LABELS if name in sample.labels}
-            if not all(_RANK.fullmatch(rank) for rank in ranks.values()):
+    for sample in _samples("\n".join([*filter(_is_wanted, lines), ""])):
+        ranks = {name: sample.labels[name] for name in _LABELS if name in sample.labels}
+        if not all(_RANK.fullmatch(rank) for rank in ranks.values()):
+            raise BadAnswerError(
+                f"the metrics have {sample.name} of the rank {cut(ranks)}: a rank is a number; is it {engine().TITLE}?"
+            )
+        labels = ",".join(f'{name}="{rank}"' for name, rank in ranks.items())
+        name = sample.name + (f"{{{labels}}}" if labels else "")
+        value = sample.value
+        if isinstance(value, int):  # the parser leaves whole numbers as they are, and a float takes 309 digits of one
+            value = max(-2 * _GREATEST, min(value, 2 * _GREATEST))
+        if math.isfinite(value):
+            found[name] = found.get(name, 0.0) + value
+            if abs(found[name]) > _GREATEST:
                 raise BadAnswerError(
-                    f"the metrics have {sample.name} of the rank {cut(ranks)}: a rank is a number; is it {engine().TITLE}?"
+                    f"the metrics say {name}={found[name]:g}: implausibly large; is it {engine().TITLE}?"
                 )
-            labels = ",".join(f'{name}="{rank}"' for name, rank in ranks.items())
-            name = sample.name + (f"{{{labels}}}" if labels else "")
-            if math.isfinite(sample.value):
-                found[name] = found.get(name, 0.0) + sample.value
-                if abs(found[name]) > _GREATEST:
-                    raise BadAnswerError(
-                        f"the metrics say {name}={found[name]:g}: implausibly large; is it {engine().TITLE}?"
-                    )
     return found
+
+
+def _samples(text: str) -> Iterator[Sample]:
+    """What Prometheus' own parser finds.
+
+    Raises:
+        ValueError: if it is another format.
+    """
+    try:
+        for family in text_string_to_metric_families(text):
+            yield from family.samples
+    except OverflowError as error:  # of a time with hundreds of digits
+        raise ValueError("a number is beyond the range of a double") from error
 
 
 def merge(earlier: Iterable[Scrape], later: Iterable[Scrape]) -> list[Scrape]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.reference import Centres, as_stored
 from kvtuner_search.calibration.candidates import TRANSFORMS, StorageClass, clips
+from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.stored import first_tokens
 from kvtuner_search.transforms import transform_of
@@ -81,8 +82,18 @@ class Sensitivity:
         return key, value
 
     def errors(self, layer: int) -> dict[tuple[TensorSpec, TensorSpec], PairError]:
-        """Errors of every measured pair of one layer."""
+        """Errors of every measured pair of one layer.
+
+        Raises:
+            DataError: if numbers are too large to be stored: a group's scale has 16 bits, and what is beyond comes back as no number.
+        """
         sums = self.sums[layer]
+        for name, squares in (("keys", sums.key), ("values", sums.value), ("attention", sums.output)):
+            if not squares.isfinite().all():
+                raise DataError(
+                    f"{name} of layer {layer} cannot be measured: its keys or values are too large to be stored, though they are finite:"
+                    " look for overflow in the weights, or give another checkpoint"
+                )
         found = {}
         for i, key in enumerate(self.keys[layer]):
             for j, value in enumerate(self.values[layer]):

@@ -141,7 +141,9 @@ def open_storage(where: str, resumed: bool = False) -> Store:
         return _of_file(where, JournalStorage(CheckedJournal(path)), path)
     except OSError as error:
         if error.errno in FULL:
-            raise DataError(f"cannot open the study {where}: {_reason(error, where)}: {_remedy(error, '')}") from error
+            raise DataError(
+                f"cannot open the study {hidden(where)}: {_reason(error, where)}: {_remedy(error, '')}"
+            ) from error
         raise UsageError(
             f"cannot open the study {hidden(where)}: {error.strerror or _one_line(error)}:"
             " choose a folder that can be written to"

@@ -15,7 +15,7 @@ from kvtuner_search.profile.checks import check_model, strict_remarks
 from kvtuner_search.profile.model_support import read_supported
 from kvtuner_search.profile.schema import ModelInfo
 from kvtuner_search.profile.text import one_line, printable
-from kvtuner_search.transforms import check_transforms, folder_of
+from kvtuner_search.transforms import folder_of, verify_transforms
 
 _GRAVEST_FIRST = (ExitCode.USAGE, ExitCode.DATA, ExitCode.NOT_COMPARABLE, ExitCode.GATE_FAILED, ExitCode.OK)
 
@@ -80,7 +80,7 @@ def _check(path: Path, model: ModelInfo | None, model_name: str, strict: bool, r
             "bytes_per_token": profile.storage.bytes_per_token,
             "effective_bits": profile.storage.effective_bits,
         }
-        check_transforms(profile, folder_of(path, profile))
+        verify_transforms(profile, folder_of(path, profile))
         if model is not None:
             check_model(profile, model, model_name)
         text = dumps(profile).encode()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import stat
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -82,6 +85,17 @@ def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) ->
     Raises:
         ProfileError: if there is no such file, or it is a folder, a device, a pipe or too large.
     """
+    with open_limited(path, what, limit) as stream:
+        data = stream.read(limit + 1)
+        if len(data) > limit:
+            raise ProfileError(_too_large(path, what, limit))
+    refuse_pointer(data, path)
+    return data
+
+
+@contextlib.contextmanager
+def open_limited(path: Path, what: str, limit: int) -> Iterator[BufferedReader]:
+    """The same, open for reading; failures to read it inside the block are named, too."""
     try:
         # O_NONBLOCK: opening a pipe that nobody writes to must not wait. fstat, not stat: the name may change its target.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -89,8 +103,9 @@ def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) ->
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ProfileError(f"{path} is not a regular file: give the path of {what}")
-            data = b"" if status.st_size > limit else stream.read(limit + 1)
-            size = max(status.st_size, len(data))
+            if status.st_size > limit:
+                raise ProfileError(_too_large(path, what, limit))
+            yield stream
     except FileNotFoundError as error:
         raise ProfileError(f"{path} does not exist: give the path of {what}") from error
     except IsADirectoryError as error:
@@ -98,10 +113,10 @@ def read_limited(path: Path, what: str = "a profile", limit: int = MAX_BYTES) ->
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ProfileError(f"cannot read {path}: {reason}: check the path and its permissions") from error
-    if size > limit:
-        raise ProfileError(f"{path} has more than {limit} bytes, too many for {what}; check the path")
-    refuse_pointer(data, path)
-    return data
+
+
+def _too_large(path: Path, what: str, limit: int) -> str:
+    return f"{path} has more than {limit} bytes, too many for {what}; check the path"
 
 
 def lfs_message(source: Path | str) -> str:

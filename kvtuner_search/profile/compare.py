@@ -12,6 +12,7 @@ from kvtuner_search.profile.compare_validation import validation_changes, valida
 from kvtuner_search.profile.model_config import MAX_NAMED, differences
 from kvtuner_search.profile.rules import RULES, Finding
 from kvtuner_search.profile.schema import Profile, Provenance
+from kvtuner_search.profile.text import percent
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _storage(comparison: ProfileComparison) -> Iterator[Finding]:
     before, after = old.storage.bytes_per_token, new.storage.bytes_per_token
     if before != after:
         rule = "bytes-per-token-increased" if after > before else "bytes-per-token-decreased"
-        message = f"a token takes {after} bytes, it took {before} ({(after - before) / before:+.1%})"
+        message = f"a token takes {after} bytes, it took {before} ({percent(before, after)})"
         yield make_finding(rule, new, "storage.bytes_per_token", message, before, after)
     limit = comparison.budgets.max_bytes_per_token
     if limit is not None and after > limit:

@@ -12,7 +12,10 @@ ConfigText = Annotated[str, Field(min_length=1, max_length=160)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 # Adding zero turns -0.0 into 0.0: equal numbers have one spelling, and so one digest.
-Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(lambda value: value + 0.0)]
+_PLUS_ZERO: Final = AfterValidator(lambda value: value + 0.0)
+Number = Annotated[float, Field(allow_inf_nan=False), _PLUS_ZERO]
+MAX_FIGURE: Final = 1e100  # nats or a fraction; differences, squares and axes of larger ones would be no numbers
+Figure = Annotated[float, Field(ge=-MAX_FIGURE, le=MAX_FIGURE, allow_inf_nan=False), _PLUS_ZERO]
 Text = Annotated[str, Field(max_length=4096)]  # what a reader must know, in a sentence or a few
 Versions = Annotated[
     dict[Annotated[str, Field(max_length=128)], Annotated[str, Field(max_length=256)]], Field(max_length=64)
@@ -42,13 +45,13 @@ class Measure(Strict):
     """Sequences (nll, kl) or prompts (accuracy) that were measured."""
     tokens: Positive
     """Tokens that were scored."""
-    baseline: Number
+    baseline: Figure
     """The 16-bit cache's value (0 for kl)."""
-    value: Number
+    value: Figure
     """This profile's value."""
-    ci_low: Number
+    ci_low: Figure
     """Lower end of the confidence interval of value - baseline, paired over samples."""
-    ci_high: Number
+    ci_high: Figure
     """Upper end of the same interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Confidence level of the interval."""

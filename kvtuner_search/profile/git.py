@@ -77,6 +77,7 @@ def ref_exists(place: GitPath) -> bool:
     Raises:
         ProfileError: if git cannot say, e.g. because the repository is someone else's, or if the name means two revisions.
     """
+    _refuse_embedded(place)
     done = _git(place, "rev-parse", "--verify", "--quiet", f"{place.ref}^{{}}")
     if done.returncode == 0:
         return _is_the_one(place)
@@ -86,6 +87,31 @@ def ref_exists(place: GitPath) -> bool:
     if "not a git repository" in reason or "Needed a single revision" in reason:
         return False
     raise _refused(place, reason)
+
+
+def _refuse_embedded(place: GitPath) -> None:
+    """Refuse a bare repository whose files are tracked in a working tree: whoever may commit files can commit one, and git reads its revisions there.
+
+    Raises:
+        ProfileError: if git takes the current folder, or one above it, for such a repository.
+    """
+    if "GIT_DIR" in os.environ:
+        return
+    current = Path.cwd()
+    folders = (current, *current.parents)
+    top = next((index for index, folder in enumerate(folders) if os.path.lexists(folder / ".git")), 0)
+    suspects = [folder for folder in folders[:top] if os.path.lexists(folder / "HEAD")]
+    if not suspects or ".git" in current.parts:  # what lies in a .git is not committed
+        return
+    found = _git(place, "rev-parse", "--absolute-git-dir").stdout.decode(errors="surrogateescape").rstrip("\n")
+    if not any(os.path.realpath(folder) == os.path.realpath(found) for folder in suspects):
+        return
+    tracked = _git(place, "-C", str(folders[top]), "ls-files", "-z", "--", found)
+    if tracked.returncode or tracked.stdout:
+        raise ProfileError(
+            f"git takes {found} for a repository of its own, but its files are tracked in {folders[top]}, so that whoever changes them"
+            f" decides what {place} is: ask for it in {folders[top]}"
+        )
 
 
 def _is_the_one(place: GitPath) -> bool:

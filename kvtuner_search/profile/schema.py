@@ -33,6 +33,7 @@ from kvtuner_search.profile.fields import (
     Count,
     DataInfo,
     Digest,
+    Figure,
     Measure,
     Name,
     Number,
@@ -205,7 +206,7 @@ class ParetoPoint(Strict):
 
     bytes_per_token: Count
     """Bytes that all layers store for one token."""
-    loss: Number
+    loss: Figure
     """KL divergence from the 16-bit model in nats a token on the search split, which every trial has seen."""
     origin: Name
     """Where the setting came from: fisher (bits allocated by the worth of bands), proxy, uniform, preset, refined, or the sampler."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvtuner_search.errors import ProfileError
 from kvtuner_search.profile import git
-from kvtuner_search.profile.canonical import MAX_BYTES, loads, read_limited, refuse_pointer
+from kvtuner_search.profile.canonical import LFS_POINTER, MAX_BYTES, loads, read_limited, refuse_pointer
 from kvtuner_search.profile.schema import Profile
 
 _WHAT = "a profile"
@@ -66,6 +66,11 @@ def place_in_git(text: str) -> git.GitPath | None:
 
 
 def _loads(data: bytes, text: str, any_layout: bool) -> Profile:
+    if data.startswith(LFS_POINTER):  # git lfs pull changes files, not what a revision holds
+        raise ProfileError(
+            f"{text} is a Git LFS pointer, and a revision holds nothing else of that file: write it with"
+            f" `git cat-file blob {text} | git lfs smudge > old.json`, after `git lfs pull`, and name old.json"
+        )
     refuse_pointer(data, text)
     return loads(data, text, any_layout=any_layout)
 

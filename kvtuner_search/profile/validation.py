@@ -119,7 +119,7 @@ class Greedy(Strict):
     """Upper end of the same interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Confidence level of the interval."""
-    first_divergence: Annotated[list[Count], Field(max_length=2**16)]
+    first_divergence: Annotated[list[Count], Field(min_length=1, max_length=2**16)]
     """Index of the first token that differs, prompt by prompt; `tokens` where none does."""
 
 
@@ -132,7 +132,7 @@ class Capacity(Strict):
     """The profile's server's."""
     ratio: Number
     """tokens / baseline_tokens."""
-    predicted: Number
+    predicted: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)]
     """What the layout predicts at equal memory: bytes per token of the 16-bit cache over those of the profile, on the heaviest rank."""
     comparable: bool
     """Whether both servers had the same memory to fill and no cap on tokens."""

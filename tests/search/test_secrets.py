@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kvtuner_search.servers.info import ServerInfo
 
 from kvtuner_search.bench import files
 from kvtuner_search.cli.main import run
@@ -44,6 +45,13 @@ SHOWN = [
     ("HF_TOKEN=hunter2-S3cret AWS_SECRET_ACCESS_KEY=hunter2-S3cret", "HF_TOKEN=*** AWS_SECRET_ACCESS_KEY=***"),
     ("sslpassword=hunter2-S3cret", "sslpassword=***"),
     ("key sk-abcdefgh12 and hf_abcdefghijklmnopqrst", "key *** and ***"),
+    ("nvapi-abcdefghijklmnop1, hf_oauth_abcdefghijklmnopq, dckr_pat_abcdefghijklmnop", "***, ***, ***"),
+    ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefgh-12 and AIza" + "b" * 35, "*** and ***"),
+    ("AccountName=x;AccountKey=hunter2-S3cret==;x=1", "AccountName=x;AccountKey=***;x=1"),
+    ("AZURE_STORAGE_ACCOUNT_KEY=hunter2-S3cret SharedAccessSignature=hunter2-S3cret", "AZURE_STORAGE_ACCOUNT_KEY=*** SharedAccessSignature=***"),
+    ("https://h/x?subscription-key=hunter2-S3cret&code=hunter2-S3cret", "https://h/x?subscription-key=***&code=***"),
+    ("azure://b/m?sv=1&sig=hunter2-S3cret&x-ms-session=hunter2-S3cret", "azure://b/m?sv=1&sig=***&x-ms-session=***"),
+    (r'{"url": "http:\/\/u:hunter2-S3cret@h\/p"}', r'{"url": "http:\/\/u:***@h\/p"}'),
 ]  # fmt: skip
 PLAIN = [
     "http://127.0.0.1:30000/server_info answered 404: Not Found; the first node answers",
@@ -55,6 +63,7 @@ PLAIN = [
     "it requires an API key: --api-key, or KVTUNER_API_KEY; give --api-key or the variable",
     "Basic authentication and Bearer tokens",
     "sha256:5ccfaac7b979 of profile qwen2.5-7b-kv4",
+    "https://h/docs?page=2&encoding=utf8 and eyJust.eyJust.words, pypi-packages, AIzawa",
     "",
 ]
 
@@ -119,6 +128,54 @@ def test_an_empty_value_and_a_comparison_are_none(text: str) -> None:
 def test_a_secret_in_any_form_of_an_argument_is_known_by_its_value() -> None:
     remember_all(["bench", "--", "--config-json", "{'api_key': ['first-S3cret', b'second-S3cret'], 'x': 1}"], {})
     assert mask("first-S3cret and second-S3cret") == "*** and ***"
+
+
+def test_a_key_in_the_query_of_an_address_is_known_by_its_value() -> None:
+    remember_all(["bench", "--url", "http://h:1/x?subscription-key=first-S3cret&auth=true"], {})
+    assert mask("first-S3cret is true") == "*** is true"
+
+
+@pytest.mark.parametrize(
+    "end", ["?k=hunter2-S3cret", "/x?a=1&b=hunter2-S3cret", "#hunter2-S3cret", "/?hunter2-S3cret\n"]
+)
+@pytest.mark.parametrize("command", ["bench", "validate"])
+def test_an_address_that_is_refused_for_its_query_is_said_without_it(
+    command: str, end: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    profile = tmp_path / "p.json"
+    save(validated(), profile)
+    more = {"bench": ["run"], "validate": ["--baseline-url", "http://h:2"]}[command]
+    folder = ["--folder", str(tmp_path / "f")]
+    arguments = [
+        command,
+        *more,
+        "--url",
+        f"http://h:1{end}",
+        "--model-path",
+        "reference",
+        "--profile",
+        str(profile),
+        *folder,
+    ]
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    assert "is not a URL of a server" in err
+    assert SECRET not in err
+
+
+@pytest.mark.parametrize("field", ["model_path", "revision", "dtype", "version", "load_format"])
+@pytest.mark.parametrize(
+    "text", ["s3://key:hunter2-S3cret@bucket/m", "azure://b/m?sig=hunter2-S3cret", "m --hf-token hunter2-S3cret"]
+)
+def test_what_a_server_says_of_itself_is_read_without_the_secrets_in_it(field: str, text: str) -> None:
+    """A server names the model as it was started with, and records, pages and messages repeat that."""
+    info = {
+        "version": "0.5.14", "model_path": "m", "dtype": "auto", "attention_backend": "triton", "tp_size": 1, "pp_size": 1,
+        "page_size": 1, "max_total_num_tokens": 1000,
+    }  # fmt: skip
+    read = ServerInfo.of(info | {field: text}, "http://h:1")
+    assert SECRET not in read.model_dump_json()
+    assert "***" in getattr(read, field)
 
 
 @pytest.mark.parametrize("text", PLAIN)

@@ -13,6 +13,7 @@ from pydantic_core import from_json
 
 from kvtuner_search.profile.fields import Digest, Positive
 from kvtuner_search.profile.text import printable
+from kvtuner_search.secrets import mask
 from kvtuner_search.servers.facts import Facts, ServerInfo
 from kvtuner_search.servers.transport import BadAnswerError, cut
 
@@ -37,7 +38,7 @@ def _object(text: str) -> str:
     return text
 
 
-Word = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_harmless)]
+Word = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_harmless), AfterValidator(mask)]
 Size = Annotated[int, Field(ge=1, le=2**20)]  # ranks, nodes, tokens of a page
 Steps = Annotated[int, Field(ge=0, le=2**16)]
 Gib = Annotated[float, Field(ge=0, le=2**30, allow_inf_nan=False)]

@@ -14,6 +14,7 @@ from kvtuner_search.bench.record import Hardware, Scrape
 from kvtuner_search.bench.served import first_device, public_arguments
 from kvtuner_search.bench.watch import merge, parse_metrics
 from kvtuner_search.models.reference_model import reference_model_path
+from kvtuner_search.servers.client import ServerError
 
 
 def test_device_memory_is_that_of_the_servers_first_gpu(
@@ -73,6 +74,19 @@ def test_metrics_are_read_by_rank_without_folders() -> None:
         'sglang:token_usage{tp_rank="1"}': 0.25,
         "sglang:prompt_tokens_total": 7.0,
     }
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+@pytest.mark.parametrize("digits", [19, 310, 4000])
+def test_a_figure_of_any_length_is_implausible(sign: str, digits: int) -> None:
+    with pytest.raises(ServerError, match=f"/metrics says sglang:token_usage={sign}[0-9.]+e.18: implausibly large"):
+        parse_metrics([f"sglang:token_usage {sign}{'9' * digits}"])
+
+
+@pytest.mark.parametrize("tail", [" 1 " + "9" * 400, "{", '{a="', " x"])
+def test_what_prometheus_cannot_read_are_no_metrics(tail: str) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_metrics([f"sglang:token_usage{tail}"])
 
 
 def test_arguments_name_no_folders_and_devices_are_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ class Runner:
         self.folder, self.temp = folder, folder / "runner temp"
         self.temp.mkdir()
         shim(self.temp / "kvtuner-search" / "bin" / "kvtuner-search", command_line())
+        shim(self.temp / "kvtuner-search" / "bin" / "python", f'exec {shlex.quote(sys.executable)} "$@"')
 
     def compare(self, base_ref: str = "", **inputs: str) -> tuple[int, str, dict[str, str], str]:
         """Run the step Compare: (exit code, stdout, outputs, step summary); ``base_ref`` is where a pull request goes to."""
@@ -135,6 +137,19 @@ def test_comparing_imports_nothing_from_the_workspace(runner: Runner) -> None:
     code, out, result, _ = runner.compare(base="old.json", head="new.json")
     assert (code, result["verdict"]) == (0, "pass"), out
     assert not list(runner.folder.rglob("imported-*"))
+
+
+def test_comparing_asks_no_version_manager_of_the_workspace(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shims of pyenv, asdf and mise read .python-version, .tool-versions or mise.toml of the current folder, and mise runs what that says."""
+    for name in ("python", "python3", "pip"):
+        shim(
+            runner.folder.parent / "shims" / name,
+            f"touch asked-{name}; echo 'version 9 is not installed' >&2; exit 127",
+        )
+    monkeypatch.setenv("PATH", f"{runner.folder.parent / 'shims'}{os.pathsep}{os.environ['PATH']}")
+    code, out, result, _ = runner.compare(base="old.json", head="new.json")
+    assert (code, result["verdict"], bool(result["json"])) == (0, "pass", True), out
+    assert not list(runner.folder.glob("asked-*"))
 
 
 class Repository:
@@ -246,6 +261,7 @@ def test_every_interpreter_of_the_action_is_isolated() -> None:
     text = "\n".join(step["run"] for step in STEPS.values())
     calls = re.findall(r'(?:\bpython3|"\$python") +(\S+)', text)
     assert calls == ["-I"] * 4
+    assert "python3" not in re.sub("#.*", "", STEPS["Compare"]["run"]), "it runs in the workspace"
 
 
 def test_the_action_needs_no_token() -> None:

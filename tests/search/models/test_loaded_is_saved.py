@@ -339,3 +339,18 @@ def test_a_layer_that_does_nothing_is_measured(tiny_model: Path, tmp_path: Path,
     )
     given = ["--data", "list", "--samples", "2", "--length", "170", "--quiet", "--output", str(tmp_path / "out")]
     assert run(["sensitivity", "--model", str(folder), *given]) == 0
+
+
+@pytest.mark.parametrize("command", ["calibrate", "sensitivity"])
+def test_keys_that_are_finite_and_too_large_to_be_stored(
+    command: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights and logits are finite, so that only storing shows it: a group's scale is a 16-bit number."""
+    model = edited(tiny_model, tmp_path / "m", put(1e30))
+    more = ["--trials", "1", "--no-random-baseline"] if command == "calibrate" else []
+    assert (
+        run([command, "--model", str(model), *SMALL, "--length", "256", *more, "--output", str(tmp_path / "out")]) == 3
+    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "too large to be stored" in last
+    assert "layer 1" in last

@@ -5,17 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import tracemalloc
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import deserialize
 
+from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.errors import NotComparableError, ProfileError
 from kvtuner_search.profile.canonical import dumps, load
 from kvtuner_search.profile.checks import check_model, strict_remarks
-from kvtuner_search.profile.schema import Profile
-from kvtuner_search.transforms import MAX_HEADER, check_transforms
-from tests.search.profile_factory import digest, measure, profile, safetensors
+from kvtuner_search.profile.schema import Profile, storage_of
+from kvtuner_search.transforms import MAX_HEADER, check_transforms, read_header, verify_transforms
+from tests.search.profile_factory import digest, fitted, measure, profile, safetensors, transforms
 
 LAYERS = ["4-g64-asym-c/4-g64-asym", "4-g64-asym/4-g64-asym", "4-g64-asym-c/4-g64-asym-c", "16/16"]
 REFERENCE = Path(__file__).resolve().parents[3] / "profiles" / "reference"
@@ -82,11 +88,62 @@ def raw(header: object, payload: int = 0) -> bytes:
         (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 5), "is not a safetensors file: "),
         (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4), "is not a safetensors file: "),
         (struct.pack("<Q", 9) + b'{"a":NaN}', "is not a safetensors file: "),
+        (struct.pack("<Q", 9) + b' {"a": 1}', "is not a safetensors file: "),
+        (struct.pack("<Q", 9) + b'{"a":[\xff]}', "is not a safetensors file: "),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "is not a safetensors file: "),
+        (struct.pack("<Q", 18) + b'{"a":{},"a":{}}   ', "is not a safetensors file: "),
+        (raw({"__metadata__": {"a": 1}}), "is not a safetensors file: "),
+        (raw({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}), "is not a safetensors file: "),
+        (raw({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, 4), "is not a safetensors file: "),
+        (
+            raw({"a": {"dtype": "F32", "shape": [2**62] * 40000, "data_offsets": [0, 4]}}, 4),
+            "is not a safetensors file: ",
+        ),
+        (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "x": 1}}, 4), "is not a safetensors file: "),
+        (
+            raw({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"}, 4),
+            "is not a safetensors file: ",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
-    with pytest.raises(ProfileError, match=message):
-        check_transforms(with_file(tmp_path, data), tmp_path)
+    for look in (check_transforms, verify_transforms):
+        with pytest.raises(ProfileError, match=message):
+            look(with_file(tmp_path, data), tmp_path)
+
+
+@given(st.data())
+def test_what_is_accepted_is_what_the_library_reads(data: st.DataObject) -> None:
+    """The reader of headers is not the library's, which serving uses: whatever it lets through, the library takes for the same tensors."""
+    good = bytearray(safetensors(TENSORS))
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, 260))
+        good[at : at + data.draw(st.integers(0, 3))] = data.draw(
+            st.binary(max_size=3) | st.sampled_from([b"0", b"1", b" ", b",", b"]", b'"', b"4", b"F16", b"{}"])
+        )
+    try:
+        found = read_header(BytesIO(good))
+    except ValueError:
+        return
+    theirs = dict(deserialize(bytes(good)))
+    assert {name: (entry["dtype"], entry["shape"]) for name, entry in theirs.items()} == found
+
+
+def test_a_large_file_is_checked_a_head_at_a_time(tmp_path: Path) -> None:
+    """A model of 80 layers with 64 KV heads takes 681 MB of bases; 300 MB must do for any."""
+    shapes = transforms(["b65443322/b44333222"] * 4, 64, 128)
+    data = safetensors(shapes)
+    assert len(data) > 2**25
+    storage = storage_of([LayerSpec.parse("b65443322/b44333222")] * 4, 64, 128).model_dump()
+    model = {"model__num_attention_heads": 64, "model__num_kv_heads": 64, "model__head_dim": 128}
+    made = fitted(["b65443322/b44333222"] * 4, data, storage=storage, **model)
+    (tmp_path / "t.safetensors").write_bytes(data)
+    tracemalloc.start()
+    verify_transforms(made, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21
+    assert check_transforms(made, tmp_path) == data
 
 
 def test_the_model_must_be_the_profiles_own() -> None:

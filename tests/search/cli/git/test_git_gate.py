@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,73 @@ def test_a_table_of_the_base_that_means_nothing_ends_it(strict: Run) -> None:
     code, _, err = strict("diff", "main:profiles/a.json", "profiles/a.json", "--config-from", "main")
     assert code == 2
     assert "main:pyproject.toml" in err
+
+
+# a repository within the repository
+
+
+def embedded(folder: str, bare: str = "true", **links: str) -> None:
+    """A bare repository at ``folder`` in which ``main`` and ``origin/main`` have the profile K4V4 and no configuration."""
+    git("init", "-q", "--bare", "../theirs.git")
+    git("init", "-q", "../theirs")
+    (Path("../theirs") / "profiles").mkdir()
+    write(Path("../theirs/profiles/a.json"), K4V4)
+    git("add", "-A", folder="../theirs")
+    git("commit", "-qm", "x", folder="../theirs")
+    git("push", "-q", "../theirs.git", "HEAD:refs/heads/main", "HEAD:refs/remotes/origin/main", folder="../theirs")
+    shutil.copytree("../theirs.git", folder, dirs_exist_ok=True)
+    git("config", "--file", f"{folder}/config", "core.bare", bare)
+    for name, value in links.items():
+        git("config", "--file", f"{folder}/config", f"core.{name}", value)
+
+
+@pytest.mark.parametrize(("bare", "links"), [("true", {}), ("false", {"worktree": "."}), ("false", {"worktree": ".."})])
+@pytest.mark.parametrize("below", ["", "objects"])
+def test_a_repository_that_a_pull_request_commits_is_not_asked(
+    command: Run, bare: str, links: dict[str, str], below: str
+) -> None:
+    """git takes a folder with HEAD, objects and refs for a repository; the pull request's would be its own base."""
+    Path("pyproject.toml").write_text('[tool.kvtuner-search.diff]\nfail-on = "warning"\n')
+    commit()
+    git("update-ref", "refs/remotes/origin/main", "HEAD")
+    embedded("profiles", bare, **links)
+    write(Path("profiles/a.json"), K4V4)
+    commit("pull request")
+    os.chdir(Path("profiles") / below)
+    asked = ["--config-from", "refs/remotes/origin/main"]
+    for arguments in (
+        ["diff", "origin/main:profiles/a.json", "a.json"],
+        ["diff", *asked, "a.json", "a.json"],
+        ["show", "origin/main:profiles/a.json"],
+    ):
+        code, out, err = command(*arguments)
+        assert (code, out) == (3, ""), arguments
+        assert "for a repository of its own" in err
+    os.chdir(".." if not below else "../..")
+    code, out, _ = command("diff", *asked, "origin/main:profiles/a.json", "profiles/a.json")
+    assert code == 1
+    assert "layer-bits-lowered" in out
+
+
+def test_a_bare_repository_that_is_nobody_elses_is_asked(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror that happens to lie in a working tree, one outside of any, the repository's own folder, and one that is named."""
+    embedded("mirror")
+    Path(".git/info/exclude").write_text("mirror\n")
+    for folder in ("mirror", "../theirs.git"):
+        os.chdir(folder)
+        assert command("show", "main:profiles/a.json")[0] == 0
+        os.chdir("../repository" if folder.startswith("..") else "..")
+    os.chdir(".git")
+    assert command("show", "HEAD:profiles/a.json")[0] == 0
+    os.chdir("..")
+    git("add", "-Af", "mirror")
+    os.chdir("mirror")
+    monkeypatch.setenv("GIT_DIR", ".")
+    assert command("show", "main:profiles/a.json")[0] == 0
+
+
+def test_a_file_that_is_called_head_makes_no_repository(command: Run) -> None:
+    Path("profiles/HEAD").write_text("ref: refs/heads/main\n")
+    commit()
+    os.chdir("profiles")
+    assert command("show", "HEAD:profiles/a.json")[0] == 0

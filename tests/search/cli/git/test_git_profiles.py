@@ -233,3 +233,13 @@ def test_a_link_that_was_checked_out_as_text_is_named(command: Run) -> None:
     assert "core.symlinks" in err
     Path("a.json").write_text("nonsense")
     assert "not valid JSON" in command("check", "a.json")[2]
+
+
+def test_a_pointer_in_a_revision_has_another_remedy_than_one_in_a_folder(command: Run) -> None:
+    good = Path("profiles/a.json").read_bytes()
+    Path("profiles/a.json").write_text(POINTER)
+    commit()
+    Path("profiles/a.json").write_bytes(good)
+    code, _, err = command("diff", "HEAD:profiles/a.json", "profiles/a.json")
+    assert code == 3
+    assert "`git cat-file blob HEAD:profiles/a.json | git lfs smudge > old.json`" in err
