@@ -247,7 +247,11 @@ class OptionsRecord(Strict):
     trials: Positive
     """Distinct settings to score."""
     sampler: Name
-    """Optuna's."""
+    """What made proposals."""
+    patience: Count = 0
+    """Trials in a row without a gain that end a search; 0: never, as before there was such an end."""
+    robust: bool = False
+    """Whether a choice had to be better for certain, and worse on no source; the first records know no such rule."""
     stages: Positive = 1
     """Pipeline stages."""
     grouping: Name

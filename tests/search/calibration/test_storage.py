@@ -15,7 +15,8 @@ from test_space import make_space
 
 from kvtuner_search.calibration import storage
 from kvtuner_search.calibration.storage import hidden, open_storage
-from kvtuner_search.calibration.study import Anchor, Study
+from kvtuner_search.calibration.study import Study
+from kvtuner_search.calibration.trials import Anchor
 from kvtuner_search.errors import DataError, KVTunerError, UsageError
 
 

@@ -10,11 +10,12 @@ from study_worker import main as work
 from test_space import make_space
 
 from kvtuner_search.calibration.objective import TrialOutcome
-from kvtuner_search.calibration.study import Anchor, FinishedTrial, Study, hypervolume, open_storage, pareto
+from kvtuner_search.calibration.study import Study, open_storage
+from kvtuner_search.calibration.trials import Anchor, FinishedTrial, hypervolume, pareto
 from kvtuner_search.errors import DataError, UsageError
 
 WORKER = Path(__file__).with_name("study_worker.py")
-TRIALS = 120
+TRIALS = 60
 
 
 def finished(storage: Path) -> list[FinishedTrial]:
@@ -32,35 +33,36 @@ def start(storage: Path, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_ten_kills_lose_at_most_the_running_trial_and_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["cmaes", "tpe", "nsga2", "pairs"])
+def test_ten_kills_lose_at_most_the_running_trial_and_change_nothing(sampler: str, tmp_path: Path) -> None:
     killed = tmp_path / "killed.journal"
-    output, _ = start(killed, TRIALS, 0.03, 10).communicate(timeout=300)
+    output, _ = start(killed, sampler, TRIALS, 0.08, 10).communicate(timeout=300)
     counts = [int(line) for line in output.split()]
     assert len(counts) == 10
     assert counts == sorted(counts)  # nothing that was finished is lost
     assert 5 < counts[-1] < TRIALS  # the kills fell into the middle of the work
     seen = finished(killed)
-    work(str(killed), TRIALS, 0.0)
+    work(str(killed), sampler, TRIALS, 0.0)
     ended = finished(killed)
     assert ended[: len(seen)] == seen
     distinct = [t.choices for t in ended if not t.duplicate]
     assert len(distinct) == len(set(distinct)) == TRIALS
-    work(str(tmp_path / "whole.journal"), TRIALS, 0.0)
+    work(str(tmp_path / "whole.journal"), sampler, TRIALS, 0.0)
     assert strip(ended) == strip(finished(tmp_path / "whole.journal"))
 
 
 def test_a_finished_study_is_left_alone(tmp_path: Path) -> None:
     storage = tmp_path / "study.journal"
-    work(str(storage), 12, 0.0)
+    work(str(storage), "tpe", 12, 0.0)
     before = storage.read_bytes()
-    work(str(storage), 12, 0.0)
+    work(str(storage), "tpe", 12, 0.0)
     assert [t.number for t in finished(storage)] == list(range(12))
     assert storage.read_bytes()[: len(before)] == before
 
 
 def test_two_workers_share_the_trials(tmp_path: Path) -> None:
     storage = tmp_path / "study.journal"
-    processes = [start(storage, TRIALS, 0.02) for _ in range(2)]
+    processes = [start(storage, "tpe", TRIALS, 0.02) for _ in range(2)]
     assert [p.wait(300) for p in processes] == [0, 0]
     trials = finished(storage)
     distinct = [t.choices for t in trials if not t.duplicate]
@@ -70,7 +72,7 @@ def test_two_workers_share_the_trials(tmp_path: Path) -> None:
 
 def test_a_torn_line_is_dropped_and_damage_is_reported(tmp_path: Path) -> None:
     storage = tmp_path / "study.journal"
-    work(str(storage), 5, 0.0)
+    work(str(storage), "tpe", 5, 0.0)
     whole = storage.read_bytes()
     storage.write_bytes(whole + b'{"op_code": 5, "trial')
     assert len(finished(storage)) == 5
