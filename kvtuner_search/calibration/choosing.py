@@ -29,6 +29,7 @@ class TargetResult:
     bits: float | None  # None if the loss was bounded instead
     chosen: HeldOutResult  # on the test split
     rivals: list[HeldOutResult]
+    resolution: float | None = None  # see resolution()
 
 
 def choose(
@@ -54,8 +55,10 @@ def choose(
     test = _judge(run, plan, "test")
     with run.reporter.stage("test", _distinct([winners, *rivals])) as advance:
         targets = [
-            TargetResult(label, bits, test(winner, advance), [test(c, advance) for c in others])
-            for (label, bits), winner, others in zip(goals, winners, rivals, strict=True)
+            TargetResult(
+                label, bits, test(winner, advance), [test(c, advance) for c in others], resolution(results, winner)
+            )
+            for (label, bits), winner, others, results in zip(goals, winners, rivals, judged, strict=True)
         ]
     return targets, test.scorer
 
@@ -125,6 +128,21 @@ def preferred(judged: Sequence[HeldOutResult], robust: bool = True) -> HeldOutRe
     if not robust or not safe:
         return min(judged, key=worth)
     return min([safe[0], *(r for r in judged if _surely_better(r.scores, safe[0].scores))], key=worth)
+
+
+def resolution(judged: Sequence[HeldOutResult], winner: Candidate) -> float | None:
+    """The relative difference of losses that the selection split tells apart at 95 %: half the width of the paired interval between the optimum that
+    needs no trial and the choice, or the best other finalist if that is the choice. None if there is no such pair."""
+    safe = next((r for origin in UNTRIED for r in judged if r.candidate.origin == origin), None)
+    if safe is None or safe.scores.loss <= 0:
+        return None
+    others = [r for r in judged if r.candidate.setting != safe.candidate.setting]
+    chosen = [r for r in others if r.candidate.setting == winner.setting]
+    other = min(chosen or others, key=_evidence, default=None)
+    if other is None:
+        return None
+    interval = paired_loss(other.scores, safe.scores)
+    return (interval.high - interval.low) / 2 / safe.scores.loss
 
 
 def _surely_better(ours: Scores, theirs: Scores) -> bool:

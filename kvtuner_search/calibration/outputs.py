@@ -187,6 +187,7 @@ def record(
                 target_bits=t.bits,
                 chosen=row(t.chosen, t.chosen, test.baseline_all(), heads, head_dim),
                 rivals=[row(r, t.chosen, test.baseline_all(), heads, head_dim) for r in t.rivals],
+                resolution=t.resolution,
             )
             for t in targets
         ],

@@ -198,6 +198,8 @@ class TargetRecord(Strict):
     """The setting of the profile."""
     rivals: list[Compared]
     """What it is compared with."""
+    resolution: Amount | None = None
+    """Relative difference of losses that the selection split tells apart at 95 %; None if not recorded, or if there was nothing to tell apart."""
 
 
 class ModelRecord(Strict):

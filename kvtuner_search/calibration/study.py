@@ -214,14 +214,14 @@ class Study:
                 trial = self._tell(trial, attributes, excess, 10 ** comparable(outcome, distinct))
             advance(FinishedTrial(trial.number, origin, choices, outcome, seconds, known is not None))
 
-    def _tell(self, trial: optuna.Trial, attributes: Mapping[str, Any], excess: float, value: float) -> optuna.Trial:
+    def _tell(self, trial: optuna.Trial, attributes: Mapping[str, Any], excess: float, loss: float) -> optuna.Trial:
         """Finish a trial; if somebody failed it meanwhile, another in its place, as what was found counts all the same."""
         while True:
             try:
                 for name, value in attributes.items():
                     trial.set_user_attr(name, value)
                 trial.set_constraint("budget", excess)
-                self.study.tell(trial, value)
+                self.study.tell(trial, loss)
                 return trial
             except (UpdateFinishedTrialError, ValueError):
                 if not self.store.backend.get_trial(trial._trial_id).state.is_finished():

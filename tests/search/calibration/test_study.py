@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from study_worker import main as work
 from test_space import make_space
 
@@ -122,3 +125,38 @@ def test_front_and_hypervolume() -> None:
     early = [TrialOutcome(10, (0.05,), False)]
     assert hypervolume(early, 2.0, (40, 1.0)) == pytest.approx(30)
     assert hypervolume([TrialOutcome(50, (0.1,), True)], 1.0, (40, 1.0)) == 0
+
+
+def test_optuna_alone_reads_the_study_with_names_for_people(tmp_path: Path) -> None:
+    """As optuna-dashboard does, which is given the journal's path."""
+    storage = tmp_path / "study.journal"
+    work(str(storage), "tpe", 34, 0.0)
+    alone = optuna.load_study(
+        study_name="test", storage=optuna.storages.JournalStorage(JournalFileBackend(str(storage)))
+    )
+    assert len(alone.directions) == 1
+    proposed = [t for t in alone.get_trials(states=(TrialState.COMPLETE,)) if t.user_attrs["origin"] == "tpe"]
+    assert proposed
+    for trial in proposed:
+        assert {"keys over values", "contrast"} <= set(trial.params)
+        assert all(-1 <= value <= 1 for value in trial.params.values())
+        assert trial.user_attrs["goal"] >= trial.user_attrs["outcome"][0]
+    found = finished(storage)
+    assert [t.value for t in alone.get_trials(states=(TrialState.COMPLETE,))] == pytest.approx(
+        [t.outcome.loss for t in found]
+    )
+    budget = max(t.goal or 0 for t in found)
+    assert alone.best_value == pytest.approx(min(t.outcome.loss for t in found if t.outcome.cost <= budget))
+
+
+def test_a_study_of_an_earlier_layout_is_refused_in_one_line(tmp_path: Path) -> None:
+    """It had two objectives and a category for each layer."""
+    storage = tmp_path / "study.journal"
+    old = optuna.create_study(
+        study_name="test", storage=open_storage(str(storage)).backend, directions=["minimize"] * 2
+    )
+    old.set_user_attr("kvtuner", "2, 2")
+    old.enqueue_trial({"layer 0": "4-g64-asym/2-g64-asym"})
+    with pytest.raises(DataError, match="another version of this one: choose another --study-name") as raised:
+        finished(storage)
+    assert "\n" not in str(raised.value)
