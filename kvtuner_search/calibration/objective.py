@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from kvtuner_kernels.reference import Centres
 from kvtuner_search.calibration.space import Choices, Space
 from kvtuner_search.evaluation.scorer import Scorer, Scores
 from kvtuner_search.evaluation.statistics import paired_log_ratio
+
+STOP: Final = 0.68  # confidence of the interval that ends a trial: about one standard error
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def _worse(scores: Scores, rival: TrialOutcome) -> bool:
     """Whether a setting is worse than another on the samples so far, sources weighed as in the loss."""
     shares, names = scores.weights, list(scores.sources)
     weight = np.array([shares[name] / names.count(name) for name in names])
-    return paired_log_ratio(scores.kl, np.array(rival.kl[: len(names)]), weight).low > 0
+    return paired_log_ratio(scores.kl, np.array(rival.kl[: len(names)]), weight, STOP).low > 0
 
 
 def _outcome(cost: int, rungs: list[float], scores: Scores, complete: bool) -> TrialOutcome:

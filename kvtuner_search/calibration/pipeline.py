@@ -203,7 +203,10 @@ def search(
         each.enqueue(space, first)
         done = [t for t in each.finished() if not t.duplicate]
         ended: list[Standstill] = []
-        with run.reporter.stage(label, run.options.trials) as advance:
+        # The random search gets as many trials as the search has made, which may have ended early.
+        made = len([t for t in study.finished() if not t.duplicate])
+        trials = run.options.trials if each is study else min(run.options.trials, made)
+        with run.reporter.stage(label, trials) as advance:
             advance(len(done))
 
             def tell(trial: FinishedTrial, advance: Callable[..., None] = advance) -> None:
@@ -227,7 +230,7 @@ def search(
             ) -> TrialOutcome:
                 return objective(choices, [*others, *outcomes], screen)
 
-            each.run(space, score, run.options.trials, goals, tell, enough)
+            each.run(space, score, trials, goals, tell, enough)
         if ended:
             run.reporter.say(f"{label} {ended[0]}")
         if each is study and (found := progress([t for t in study.finished() if not t.duplicate], min(goals))):

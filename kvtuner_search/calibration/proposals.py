@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from random import Random
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -17,8 +18,6 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 
 from kvtuner_search.calibration.samplers import make
-
-STRIDE: Final = 1_000_003  # between the seeds of two searches
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ class Proposals:
             count: finished trials; with the same ones and the same count the same is proposed.
             attempt: how often another worker was found to try the same.
         """
-        parameters, state = self._ask((self._seed * STRIDE + count + attempt * STRIDE**2) % 2**32)
+        drawn = Random(f"{self._name} {self._seed} {count} {attempt}")  # two samplers' first draws are not the same
+        parameters, state = self._ask(drawn.getrandbits(32))
         return parameters, {key: value for key, value in state.items() if type(value) is int}
 
     def _ask(self, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -25,9 +25,9 @@ Parameters = Mapping[str, Any]  # values of a trial's variables, by name; floats
 
 MEASURED: Final = "measured"  # 0: losses as gradients predict them; 1: as measured for each layer alone
 COARSE: Final = "coarse"  # logarithm of the weight of a distortion's square, which is large where bits are few
-MEASURED_RANGE: Final = (-0.25, 1.5)
-COARSE_RANGE: Final = (-1.0, 1.5)
-LAYER_RANGE: Final = 0.5  # logarithm of the weight of one side of one layer, either way
+MEASURED_RANGE: Final = (-0.5, 1.5)
+COARSE_RANGE: Final = (-1.5, 1.5)
+LAYER_RANGE: Final = 1.0  # logarithm of the weight of one side of one layer, either way
 LEAST: Final = 1e-12  # nats
 
 
@@ -80,14 +80,14 @@ def directions(space: Space) -> list[Direction]:
         return np.stack((keys, values), 1)
 
     return [
-        Direction("keys over values", 0.5, shape(one / 2, -one / 2)),
-        Direction("keys by depth", 0.4, shape(along, zero)),
-        Direction("values by depth", 0.4, shape(zero, along)),
-        Direction("keys at both ends", 0.4, shape(bent, zero)),
-        Direction("values at both ends", 0.4, shape(zero, bent)),
-        Direction("first layer", 0.5, shape(first, first)),
-        Direction("last layer", 0.5, shape(last, last)),
-        Direction("contrast", 0.2, _contrast(space)),
+        Direction("keys over values", 1.0, shape(one / 2, -one / 2)),
+        Direction("keys by depth", 0.75, shape(along, zero)),
+        Direction("values by depth", 0.75, shape(zero, along)),
+        Direction("keys at both ends", 0.75, shape(bent, zero)),
+        Direction("values at both ends", 0.75, shape(zero, bent)),
+        Direction("first layer", 1.0, shape(first, first)),
+        Direction("last layer", 1.0, shape(last, last)),
+        Direction("contrast", 0.4, _contrast(space)),
     ]
 
 

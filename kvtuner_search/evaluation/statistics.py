@@ -59,7 +59,10 @@ def paired_loss(ours: Scores, theirs: Scores, seed: int = 0) -> Interval:
 
 
 def paired_log_ratio(
-    ours: NDArray[np.float64], theirs: NDArray[np.float64], weight: NDArray[np.float64] | None = None
+    ours: NDArray[np.float64],
+    theirs: NDArray[np.float64],
+    weight: NDArray[np.float64] | None = None,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Interval of the logarithm of ``ours`` over ``theirs``, the mean over samples; positive means that ours is worse.
 
@@ -69,6 +72,7 @@ def paired_log_ratio(
     Args:
         ours, theirs: fp64 [n] KL sums of two settings on the same samples.
         weight: fp64 [n] of the samples in the mean, with the sum 1; all alike if not given.
+        confidence: of the interval.
 
     Example:
         >>> paired_log_ratio(np.array([1.1, 2.2, 3.3]), np.array([1.0, 2.0, 3.0])).low > 0.09
@@ -79,7 +83,7 @@ def paired_log_ratio(
     estimate = float(weight @ ratio)
     if count < 2:
         return Interval(estimate, -math.inf, math.inf)
-    half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(ratio.std(ddof=1) * np.sqrt(weight @ weight))
+    half = float(student.ppf((1 + confidence) / 2, count - 1)) * float(ratio.std(ddof=1) * np.sqrt(weight @ weight))
     return Interval(estimate, estimate - half, estimate + half)
 
 

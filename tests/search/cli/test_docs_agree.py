@@ -10,7 +10,7 @@ import click
 import pytest
 
 from kvtuner_search import api
-from kvtuner_search.calibration import candidates, options, pipeline, sensitivity, space
+from kvtuner_search.calibration import candidates, objective, options, pipeline, sensitivity, space
 from kvtuner_search.calibration.banded import MEASURED
 from kvtuner_search.calibration.samplers import PATIENCE, SAMPLERS
 from kvtuner_search.cli.main import cli
@@ -199,6 +199,7 @@ def test_commands_in_the_documents_have_the_options(path: Path) -> None:
 
 
 STATED = [
+    ("calibration.md", f"on the same samples, by a {objective.STOP:.0%}".replace("%", " %")),
     ("calibration.md", f"After {PATIENCE} proposals in a row"),
     ("calibration.md", f"mean silhouette is at least {space.MIN_SILHOUETTE:g}"),
     ("calibration.md", f"e_o is under {pipeline.LEAST_ERROR:.0%}".replace("%", " %")),
