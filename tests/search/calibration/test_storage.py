@@ -15,7 +15,8 @@ from test_space import make_space
 
 from kvtuner_search.calibration import storage
 from kvtuner_search.calibration.storage import check_resumed, hidden, open_storage
-from kvtuner_search.calibration.study import Anchor, Study
+from kvtuner_search.calibration.study import Study
+from kvtuner_search.calibration.trials import Anchor
 from kvtuner_search.errors import DataError, KVTunerError, UsageError
 
 
@@ -194,7 +195,7 @@ def damaged(lines: list[bytes], how: str) -> list[bytes]:
 @pytest.mark.parametrize("how", ["digit", "lost", "twice", "checksum", "swapped"])
 def test_a_line_that_was_changed_is_noticed(how: str, tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    work(str(path), 3, 0.0)
+    work(str(path), "tpe", 3, 0.0)
     lines = path.read_bytes().splitlines(keepends=True)
     changed = damaged(lines, how)
     path.write_bytes(b"".join(changed))

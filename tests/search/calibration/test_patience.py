@@ -1,0 +1,173 @@
+"""Paired comparisons of trials: when a rung stops one, when a search ends, and which finalist is taken."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtuner_search.calibration.choosing import preferred, resolution
+from kvtuner_search.calibration.finals import Candidate, HeldOutResult
+from kvtuner_search.calibration.objective import TrialObjective, TrialOutcome
+from kvtuner_search.calibration.patience import compared, noise, progress, standstill
+from kvtuner_search.calibration.trials import FinishedTrial
+from kvtuner_search.evaluation.scorer import Scores
+from kvtuner_search.evaluation.statistics import paired_log_ratio
+from kvtuner_search.report.reading import told_apart
+
+RNG = np.random.default_rng(0)
+SAMPLES = RNG.lognormal(0, 1, 40)  # KL of the reference on each sample: very unlike
+JITTER = 0.02 * (-1.0) ** np.arange(40)  # of which nothing is left in the mean
+
+
+def outcome(factor: float, cost: int = 100, jitter: float = 1.0) -> TrialOutcome:
+    """A setting whose loss is ``factor`` times the reference's, on every sample about alike."""
+    kl = SAMPLES * factor * np.exp(jitter * JITTER)
+    return TrialOutcome(cost, (float(kl.mean()),), True, tuple(kl))
+
+
+def trials(*factors: float, origin: str = "gp") -> list[FinishedTrial]:
+    first = [FinishedTrial(0, "fisher", (0,), outcome(1, jitter=0), 0.0, False)]
+    rest = [FinishedTrial(i, origin, (i,), outcome(f), 0.0, False) for i, f in enumerate(factors, 1)]
+    return first + rest
+
+
+def test_a_ratio_is_paired_and_holds_for_few_samples() -> None:
+    exact = paired_log_ratio(1.1 * SAMPLES, SAMPLES)
+    assert exact.estimate == pytest.approx(np.log(1.1), rel=1e-3)
+    assert exact.high - exact.low < 1e-3  # however unlike the samples are
+    one = paired_log_ratio(np.array([2.0]), np.array([1.0]))
+    assert (one.low, one.high) == (-np.inf, np.inf)
+    two = paired_log_ratio(np.array([1.1, 1.3]), np.array([1.0, 1.0]))
+    assert two.low < 0 < two.high
+    weighted = paired_log_ratio(np.array([2.0, 1.0, 1.0]), np.ones(3), np.array([0.5, 0.25, 0.25]))
+    assert weighted.estimate == pytest.approx(np.log(2) / 2, rel=1e-3)
+    covered = 0
+    for _ in range(400):
+        drawn = RNG.normal(0.1, 0.2, 6)
+        found = paired_log_ratio(np.exp(drawn), np.ones(6))
+        covered += found.low <= 0.1 <= found.high
+    assert 360 <= covered <= 396  # 95 %
+
+
+class Tiers:
+    """A scorer of three tiers of five samples that counts what it is asked."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.tiers, self.asked = factor, [()] * 3, []
+
+    def score(self, setting: Any, centres: Any, tier: int) -> Scores:
+        self.asked.append(tier)
+        part = slice(5 * tier, 5 * tier + 5)
+        kl = SAMPLES[part] * self.factor * np.exp(JITTER[part])
+        ones = np.ones(5, dtype=np.int64)
+        return Scores(("text",) * 5, kl, kl, ones, ones > 1, ones > 1)
+
+
+class Free:
+    """A space in which everything costs its first choice."""
+
+    def cost(self, choices: tuple[int, ...]) -> int:
+        return choices[0]
+
+    def setting(self, choices: tuple[int, ...]) -> tuple[int, ...]:
+        return choices
+
+
+@pytest.mark.parametrize(
+    ("factor", "cost", "screen", "rungs"),
+    [
+        (1.2, 100, True, 1),
+        (1.0, 100, True, 3),
+        (1.2, 100, False, 3),
+        (1.2, 90, True, 3),
+        (0.9, 100, True, 3),
+        (0.5, 200, True, 1),
+    ],
+)
+def test_a_rung_stops_what_is_worse_on_the_same_samples(factor: float, cost: int, screen: bool, rungs: int) -> None:
+    """Not what is as good, cheaper or trusted; always what is over the budget."""
+    scorer = Tiers(factor)
+    score = TrialObjective(scorer, {}, Free(), 150)  # type: ignore[arg-type]
+    rival = TrialOutcome(100, (1.0, 1.0, float(SAMPLES[:15].mean())), True, tuple(SAMPLES[:15]))
+    stopped = TrialOutcome(100, (0.01,), False, tuple(SAMPLES[:5] / 100))  # better, as far as it went
+    found = score((cost,), [stopped, rival], screen)
+    assert len(found.rungs) == len(scorer.asked) == rungs
+    assert found.complete == (rungs == 3)
+    assert len(found.kl) == 5 * rungs
+    assert len(found.sources) == 1
+    assert found.sources[0] == pytest.approx(found.loss)
+
+
+def test_a_search_ends_when_its_last_trials_gain_less_than_the_samples_tell_apart() -> None:
+    better = trials(*[1.05] * 4, 0.9, *[0.95] * 6)
+    assert standstill(better[:7], [100], 4) is None  # a gain of 10 % among the last four
+    found = standstill(better, [100], 4)
+    assert found is not None
+    assert found.trials == 12
+    assert found.gain == 0
+    assert 0 < found.noise < 0.05
+    assert "ended after 12 trials" in str(found)
+    assert standstill(better, [100], 0) is None  # never
+    assert standstill(trials(*[1.1] * 3), [100], 4) is None  # fewer proposals than that
+    assert standstill(trials(*[1.1] * 9, origin="uniform"), [100], 4) is None  # none of them a proposal
+    assert standstill([], [100], 4) is None
+    assert standstill(better, [100, 50], 4) is None  # nothing fits one of the budgets yet
+
+
+def test_progress_tells_the_best_against_the_optimum_and_uniform() -> None:
+    found = trials(1.05, 0.9)
+    uniform = FinishedTrial(3, "uniform", (3,), outcome(2), 0.0, False)
+    text = progress([*found, uniform], 100)
+    assert text.startswith(f"best {found[2].outcome.loss:.4f} nats, -10 % [-")
+    assert text.index("to optimum") < text.index("-55 % [") < text.index("to uniform")
+    assert progress([], 100) == ""
+    assert "optimum" not in progress(found[:1], 100)
+    estimate, low, high = compared(found[2].outcome, found[0].outcome)
+    assert low < estimate < high < 0
+    assert noise(found, 100) == pytest.approx((high - low) / 2)
+    assert noise(found[:1], 100) == 0
+
+
+def judged(origin: str, factors: dict[str, float], search: float | None = None, spread: float = 0.02) -> HeldOutResult:
+    """A finalist whose loss on each source is a factor times the reference's."""
+    rng = np.random.default_rng(len(origin))
+    names = tuple(name for name in factors for _ in range(20))
+    base = np.tile(SAMPLES[:20], len(factors))
+    kl = base * np.repeat(list(factors.values()), 20) * np.exp(rng.normal(0, spread, len(base)))
+    ones = np.ones(len(base), dtype=np.int64)
+    return HeldOutResult(
+        Candidate(origin, origin, (origin,), 1, search),  # type: ignore[arg-type]
+        Scores(names, kl, kl, ones, ones > 1, ones > 1),
+    )
+
+
+BASE = judged("fisher", {"text": 1.0, "recall": 1.0}, spread=0.0)
+
+
+def test_a_finalist_has_to_be_better_for_certain_and_worse_on_no_source() -> None:
+    good = judged("gp", {"text": 0.9, "recall": 0.95})
+    lopsided = judged("cmaes", {"text": 0.7, "recall": 1.1})
+    unsure = judged("tpe", {"text": 0.97, "recall": 0.97}, spread=0.5)
+    assert preferred([good, BASE]) is good
+    assert preferred([lopsided, BASE]) is BASE
+    assert preferred([lopsided, BASE], robust=False) is lopsided
+    assert preferred([unsure, BASE]) is BASE
+    assert preferred([lopsided, good, unsure, BASE]) is good
+    proxy = judged("proxy", {"text": 0.8, "recall": 0.8})
+    assert preferred([BASE, proxy]) is proxy  # the gradients' optimum is the one to beat
+    assert preferred([proxy, good]) is proxy
+    assert preferred([good, lopsided]) is lopsided  # with neither, the least loss
+
+
+def test_the_report_says_whether_the_samples_are_enough() -> None:
+    good, unsure = judged("gp", {"text": 0.9}), judged("tpe", {"text": 1.0}, spread=0.5)
+    fine, coarse = resolution([BASE, good], good.candidate), resolution([BASE, unsure], BASE.candidate)
+    assert fine is not None
+    assert coarse is not None
+    assert 0 < fine < 0.05 < coarse
+    assert resolution([BASE], BASE.candidate) is None
+    assert resolution([good, unsure], good.candidate) is None
+    assert (
+        told_apart(0.03, 8) == "The selection split tells losses apart that differ by 3.0%: enough to see a gain of 5%."
+    )
+    assert "give about --samples 32 (8 here)" in told_apart(0.1, 8)
