@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kvtuner_search.calibration.agreement import agree, agreed, difference, open_study
@@ -25,12 +26,20 @@ from kvtuner_search.calibration.proxy import affordable_point, correct, proxy_fr
 from kvtuner_search.calibration.samplers import RANDOM, sampler
 from kvtuner_search.calibration.space import Choices, Space
 from kvtuner_search.calibration.storage import Store, open_storage
-from kvtuner_search.calibration.trials import Anchor, FinishedTrial, comparable, finished_trial, relative_loss
+from kvtuner_search.calibration.trials import (
+    Anchor,
+    FinishedTrial,
+    comparable,
+    finished_trial,
+    outcome_attributes,
+    relative_loss,
+)
 from kvtuner_search.calibration.variables import Variables, variables_of
 from kvtuner_search.errors import DataError, UsageError
 
 __all__ = ["Study", "open_storage"]
 
+OBJECTIVE: Final = "KL divergence, nats a token"
 DRAWS: Final = 8  # draws of which the first new setting is taken
 TRUSTED: Final = ("fisher", "proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
 PAUSE: Final = 0.1  # seconds before another proposal, for each one in a row that another worker was trying
@@ -56,8 +65,12 @@ class Study:
         self._variables: Variables | None = None
         self._proposals: Proposals | None = None
         with store.guard():
-            self.study = open_study(store, name, seed, 1)
-            self._agreed = open_study(store, f"{name}-agreed", seed, 1)
+            self.study = open_study(store, name, seed)
+            self._agreed = open_study(store, f"{name}-agreed", seed)
+            if self.study.metric_names is None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    self.study.set_metric_names([OBJECTIVE])  # which Optuna's dashboard shows
         self.members = Membership(store, self.study, name)
 
     def agree(self, key: str, content: Any) -> Any:
@@ -95,9 +108,10 @@ class Study:
             found: dict[str, Any] | None = agreed(self._agreed, "plan")
         return found
 
-    def settled(self, trials: int) -> list[FinishedTrial]:
-        """The finished trials that all workers with the same ``trials`` choose from: those of the first worker that was done."""
-        numbers = set(self.agree(f"finished {trials}", [trial.number for trial in self.finished()]))
+    def settled(self, trials: int, patience: int) -> list[FinishedTrial]:
+        """The finished trials that all workers with the same ``trials`` and ``patience`` choose from: those of the first worker that was done."""
+        key = f"finished {trials} with patience {patience}"
+        numbers = set(self.agree(key, [trial.number for trial in self.finished()]))
         return [trial for trial in self.finished() if trial.number in numbers]
 
     def fail_abandoned(self, everyone: bool = False) -> int:
@@ -200,17 +214,7 @@ class Study:
                     known = next((t.outcome for t in self.finished() if t.choices == choices and not t.duplicate), None)
                     outcome = outcome if known is None else known
                 excess = float(outcome.cost - max(budgets))
-                attributes = {
-                    "outcome": [
-                        outcome.cost,
-                        list(outcome.rungs),
-                        outcome.complete,
-                        list(outcome.kl),
-                        list(outcome.sources),
-                    ],
-                    "seconds": seconds,
-                    "duplicate": known is not None,
-                }
+                attributes = {**outcome_attributes(outcome), "seconds": seconds, "duplicate": known is not None}
                 trial = self._tell(trial, attributes, excess, 10 ** comparable(outcome, distinct))
             advance(FinishedTrial(trial.number, origin, choices, outcome, seconds, known is not None))
 
@@ -320,11 +324,12 @@ class Study:
                 Lesson(
                     t.number,
                     t.parameters,
-                    (float(t.outcome.cost), comparable(t.outcome, done)),
+                    # By the trials before it alone: so the same after a kill, when all are learnt at once.
+                    (float(t.outcome.cost), comparable(t.outcome, done[:index])),
                     t.state,
                     float(t.outcome.cost - most),
                 )
-                for t in done
+                for index, t in enumerate(done)
                 if t.parameters
             ]
         firsts: dict[int | None, TrialOutcome] = {}  # what trials of the same goal are compared with

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from optuna.trial import FrozenTrial
 
@@ -84,15 +84,26 @@ def relative_loss(outcome: TrialOutcome, reference: TrialOutcome) -> float:
     return math.log(max(outcome.loss, LEAST_LOSS) / max(reference.rungs[rung], LEAST_LOSS))
 
 
+def outcome_attributes(outcome: TrialOutcome) -> dict[str, Any]:
+    """An outcome as user attributes of a trial, each of its own, so that Optuna's dashboard shows and sorts them."""
+    return {
+        "bytes": outcome.cost,
+        "rungs": list(outcome.rungs),
+        "complete": outcome.complete,
+        "kl": list(outcome.kl),
+        "sources": list(outcome.sources),
+    }
+
+
 def finished_trial(trial: FrozenTrial) -> FinishedTrial:
     """A finished trial of a study, read from its storage."""
     attributes = trial.user_attrs
-    cost, rungs, complete, kl, sources = attributes["outcome"]
+    rungs, kl, sources = (tuple(attributes[name]) for name in ("rungs", "kl", "sources"))
     return FinishedTrial(
         trial.number,
         attributes["origin"],
         tuple(attributes["choices"]),
-        TrialOutcome(int(cost), tuple(rungs), bool(complete), tuple(kl), tuple(sources)),
+        TrialOutcome(int(attributes["bytes"]), rungs, bool(attributes["complete"]), kl, sources),
         float(attributes["seconds"]),
         bool(attributes["duplicate"]),
         attributes["goal"],

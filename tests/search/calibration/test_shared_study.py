@@ -318,8 +318,8 @@ def test_workers_choose_from_the_same_trials(tmp_path: Path) -> None:
     first, second = (join(storages(tmp_path)[0]) for _ in range(2))
     first.enqueue(SPACE, [Anchor(a.origin, a.choices) for a in ANCHORS])
     first.run(SPACE, score, 4, [BUDGET])
-    settled = first.settled(4)
+    settled = first.settled(4, 0)
     second.run(SPACE, score, 5, [BUDGET])  # it was in the middle of one more
     assert len(second.finished()) == 5
-    assert second.settled(4) == settled == first.settled(4)
-    assert len(second.settled(5)) == 5
+    assert second.settled(4, 0) == settled == first.settled(4, 0)
+    assert len(second.settled(5, 0)) == len(second.settled(4, 9)) == 5  # who searches longer chooses from more
