@@ -193,6 +193,7 @@ def search(
     """Run the study, and the random search that it is compared with, to the end."""
     goals = budgets(run, front)
     objective = TrialObjective(run.scorer, plan.centres, space, max(goals))
+    weights = run.scorer.baseline_all().sample_weights
     for label, each, first in (
         ("search", study, anchors(space, front, uniform_pairs(run.classes), presets(run), goals)),
         ("random search", rival, []),
@@ -218,8 +219,8 @@ def search(
                 ended: list[Standstill] = ended,
                 patience: int = run.options.patience if each is study else 0,
             ) -> bool:
-                advance(0, progress(distinct, min(goals)))
-                found = standstill(distinct, goals, patience)
+                advance(0, progress(distinct, min(goals), weights))
+                found = standstill(distinct, goals, patience, weights)
                 ended += [found] if found is not None else []
                 return found is not None
 
@@ -231,10 +232,14 @@ def search(
                 return objective(choices, [*others, *outcomes], screen)
 
             each.run(space, score, trials, goals, tell, enough)
+        distinct = [t for t in each.finished() if not t.duplicate]
         if ended:
             run.reporter.say(f"{label} {ended[0]}")
-        if each is study and (found := progress([t for t in study.finished() if not t.duplicate], min(goals))):
-            run.reporter.say(f"{label}: {found}")
+        elif len(distinct) < trials:
+            run.reporter.say(f"{label} ended after {len(distinct)} trials: further proposals repeated earlier settings")
+        for goal in goals if each is study else ():
+            if found := progress(distinct, goal, weights):
+                run.reporter.say(f"{label}{f', {goal:,} bytes a token' if len(goals) > 1 else ''}: {found}")
     return study.finished(), rival.finished() if rival is not None else []
 
 

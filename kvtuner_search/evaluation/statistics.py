@@ -87,6 +87,34 @@ def paired_log_ratio(
     return Interval(estimate, estimate - half, estimate + half)
 
 
+def paired_change(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Interval:
+    """Interval of ``ours.sum() / theirs.sum() - 1``; negative means that ours is less.
+
+    Student's t, of what is left of each sample's difference once the ratio is taken out: quick, and good enough to watch a search by. One sample
+    alone says nothing.
+
+    Args:
+        ours, theirs: fp64 [n] what each sample contributes to two losses; the sum of ``theirs`` is not 0.
+
+    Example:
+        >>> round(paired_change(np.array([1.1, 2.2, 3.2]), np.array([1.0, 2.0, 3.0])).estimate, 3)
+        0.083
+
+    Source: W. Cochran, Sampling Techniques, 1977, section 6.3 (the ratio estimator).
+    """
+    count, total = len(ours), float(theirs.sum())
+    estimate = float(ours.sum()) / total - 1
+    if count < 2:
+        return Interval(estimate, -math.inf, math.inf)
+    left = ours - (1 + estimate) * theirs
+    half = (
+        float(student.ppf((1 + CONFIDENCE) / 2, count - 1))
+        * math.sqrt(count / (count - 1) * float(left @ left))
+        / total
+    )
+    return Interval(estimate, estimate - half, estimate + half)
+
+
 def paired_proportions(lost: int, gained: int, count: int) -> Interval:
     """Interval of the difference of two proportions of the same ``count`` prompts.
 

@@ -11,11 +11,12 @@ from kvtuner_search.calibration.objective import TrialObjective, TrialOutcome
 from kvtuner_search.calibration.patience import compared, noise, progress, standstill
 from kvtuner_search.calibration.trials import FinishedTrial
 from kvtuner_search.evaluation.scorer import Scores
-from kvtuner_search.evaluation.statistics import paired_log_ratio
+from kvtuner_search.evaluation.statistics import paired_change, paired_log_ratio
 from kvtuner_search.report.reading import told_apart
 
 RNG = np.random.default_rng(0)
 SAMPLES = RNG.lognormal(0, 1, 40)  # KL of the reference on each sample: very unlike
+WEIGHTS = np.full(40, 1 / 40)
 JITTER = 0.02 * (-1.0) ** np.arange(40)  # of which nothing is left in the mean
 
 
@@ -47,6 +48,30 @@ def test_a_ratio_is_paired_and_holds_for_few_samples() -> None:
         found = paired_log_ratio(np.exp(drawn), np.ones(6))
         covered += found.low <= 0.1 <= found.high
     assert 360 <= covered <= 396  # 95 %
+
+
+def test_a_change_is_that_of_the_losses_and_its_interval_covers() -> None:
+    """A mean of log ratios may say the opposite: most samples are worse, and the one that counts is better."""
+    theirs = np.array([0.1, 0.1, 0.1, 10.0])
+    ours = np.array([0.15, 0.15, 0.15, 9.0])
+    assert paired_change(ours, theirs).estimate == pytest.approx(ours.sum() / theirs.sum() - 1)
+    assert paired_change(ours, theirs).estimate < 0 < paired_log_ratio(ours, theirs).estimate
+    exact = paired_change(0.9 * SAMPLES, SAMPLES)
+    assert list(exact) == pytest.approx([-0.1] * 3)
+    covered = 0
+    for _ in range(400):
+        base = RNG.lognormal(0, 0.5, 20)
+        found = paired_change(base * (0.9 + RNG.normal(0, 0.1, 20)), base)
+        covered += found.low <= -0.1 <= found.high
+    assert 360 <= covered <= 396  # 95 %
+
+
+def test_weights_of_samples_make_the_loss() -> None:
+    task = np.array([False, False, True, True, True])
+    scores = Scores(
+        ("text", "text", "qa", "list", "list"), np.arange(1.0, 6.0), np.ones(5), np.array([9, 4, 2, 3, 5]), task, task
+    )
+    assert scores.sample_weights @ scores.kl == pytest.approx(scores.loss)
 
 
 class Tiers:
@@ -100,32 +125,45 @@ def test_a_rung_stops_what_is_worse_on_the_same_samples(factor: float, cost: int
 
 def test_a_search_ends_when_its_last_trials_gain_less_than_the_samples_tell_apart() -> None:
     better = trials(*[1.05] * 4, 0.9, *[0.95] * 6)
-    assert standstill(better[:7], [100], 4) is None  # a gain of 10 % among the last four
-    found = standstill(better, [100], 4)
+    assert standstill(better[:7], [100], 4, WEIGHTS) is None  # a gain of 10 % among the last four
+    found = standstill(better, [100], 4, WEIGHTS)
     assert found is not None
     assert found.trials == 12
     assert found.gain == 0
     assert 0 < found.noise < 0.05
     assert "ended after 12 trials" in str(found)
-    assert standstill(better, [100], 0) is None  # never
-    assert standstill(trials(*[1.1] * 3), [100], 4) is None  # fewer proposals than that
-    assert standstill(trials(*[1.1] * 9, origin="uniform"), [100], 4) is None  # none of them a proposal
-    assert standstill([], [100], 4) is None
-    assert standstill(better, [100, 50], 4) is None  # nothing fits one of the budgets yet
+    assert standstill(better, [100], 0, WEIGHTS) is None  # never
+    assert standstill(trials(*[1.1] * 3), [100], 4, WEIGHTS) is None  # fewer proposals than that
+    assert standstill(trials(*[1.1] * 9, origin="uniform"), [100], 4, WEIGHTS) is None  # none of them a proposal
+    assert standstill([], [100], 4, WEIGHTS) is None
+    assert standstill(better, [100, 50], 4, WEIGHTS) is None  # nothing fits one of the budgets yet
 
 
 def test_progress_tells_the_best_against_the_optimum_and_uniform() -> None:
     found = trials(1.05, 0.9)
     uniform = FinishedTrial(3, "uniform", (3,), outcome(2), 0.0, False)
-    text = progress([*found, uniform], 100)
-    assert text.startswith(f"best {found[2].outcome.loss:.4f} nats, -10 % [-")
-    assert text.index("to optimum") < text.index("-55 % [") < text.index("to uniform")
-    assert progress([], 100) == ""
-    assert "optimum" not in progress(found[:1], 100)
-    estimate, low, high = compared(found[2].outcome, found[0].outcome)
+    text = progress([*found, uniform], 100, WEIGHTS)
+    ours, fisher, theirs = (t.outcome.loss for t in (found[2], found[0], uniform))
+    assert text.startswith(f"best {ours:.4f} nats (gp); fisher {fisher:.4f}: -10 % [-")
+    assert f"; uniform {theirs:.4f}: -55 % [-" in text
+    assert progress([], 100, WEIGHTS) == ""
+    assert progress(found[:1], 100, WEIGHTS) == f"best {fisher:.4f} nats (fisher)"
+    estimate, low, high = compared(found[2].outcome, found[0].outcome, WEIGHTS)
     assert low < estimate < high < 0
-    assert noise(found, 100) == pytest.approx((high - low) / 2)
-    assert noise(found[:1], 100) == 0
+    assert noise(found, 100, WEIGHTS) == pytest.approx((high - low) / 2)
+    assert noise(found[:1], 100, WEIGHTS) == 0
+
+
+def test_one_sample_tells_nothing_apart_and_says_so() -> None:
+    one = [TrialOutcome(100, (loss,), True, (loss,)) for loss in (1.0, 0.5)]
+    first, other = (
+        FinishedTrial(i, origin, (i,), o, 0.0, False)
+        for i, (origin, o) in enumerate(zip(("fisher", "gp"), one, strict=True))
+    )
+    assert progress([first, other], 100, np.ones(1)) == "best 0.5000 nats (gp); fisher 1.0000: -50 %"
+    found = standstill([first, other], [100], 1, np.ones(1))
+    assert found is not None
+    assert "gained 50.0%, and these samples tell no differences apart" in str(found)
 
 
 def judged(origin: str, factors: dict[str, float], search: float | None = None, spread: float = 0.02) -> HeldOutResult:
