@@ -117,23 +117,28 @@ def preferred(judged: Sequence[HeldOutResult], robust: bool = True) -> HeldOutRe
 
     Args:
         judged: finalists on the selection split.
-        robust: take another one than the optimum that needs no trial (fisher's, or else the proxy's) only if it is better by a paired interval that
-            excludes zero, and worse by such an interval on no source.
+        robust: take another one than the optimum that needs no trial (the better one of fisher's and the proxy's) only if it is better by a paired
+            interval that excludes zero, and worse by such an interval on no source.
     """
+    safe = _untried(judged)
+    if not robust or safe is None:
+        return min(judged, key=_worth)
+    return min([safe, *(r for r in judged if _surely_better(r.scores, safe.scores))], key=_worth)
 
-    def worth(result: HeldOutResult) -> tuple[float, int]:
-        return _evidence(result), result.candidate.cost
 
-    safe = [r for origin in UNTRIED for r in judged if r.candidate.origin == origin]
-    if not robust or not safe:
-        return min(judged, key=worth)
-    return min([safe[0], *(r for r in judged if _surely_better(r.scores, safe[0].scores))], key=worth)
+def _worth(result: HeldOutResult) -> tuple[float, int]:
+    return _evidence(result), result.candidate.cost
+
+
+def _untried(judged: Sequence[HeldOutResult]) -> HeldOutResult | None:
+    """The best of the few optima that need no trial: too few for luck to choose."""
+    return min((r for r in judged if r.candidate.origin in UNTRIED), key=_worth, default=None)
 
 
 def resolution(judged: Sequence[HeldOutResult], winner: Candidate) -> float | None:
     """The relative difference of losses that the selection split tells apart at 95 %: half the width of the paired interval between the optimum that
     needs no trial and the choice, or the best other finalist if that is the choice. None if there is no such pair."""
-    safe = next((r for origin in UNTRIED for r in judged if r.candidate.origin == origin), None)
+    safe = _untried(judged)
     if safe is None or safe.scores.loss <= 0:
         return None
     others = [r for r in judged if r.candidate.setting != safe.candidate.setting]

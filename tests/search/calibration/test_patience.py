@@ -192,8 +192,10 @@ def test_a_finalist_has_to_be_better_for_certain_and_worse_on_no_source() -> Non
     assert preferred([unsure, BASE]) is BASE
     assert preferred([lopsided, good, unsure, BASE]) is good
     proxy = judged("proxy", {"text": 0.8, "recall": 0.8})
-    assert preferred([BASE, proxy]) is proxy  # the gradients' optimum is the one to beat
-    assert preferred([proxy, good]) is proxy
+    assert preferred([BASE, proxy]) is proxy
+    assert preferred([proxy, BASE, good]) is proxy  # the better one of the two optima is the one to beat
+    slightly = judged("proxy", {"text": 0.999, "recall": 0.999}, spread=0.0)
+    assert preferred([BASE, slightly]) is slightly  # of two, without proof
     assert preferred([good, lopsided]) is lopsided  # with neither, the least loss
 
 
