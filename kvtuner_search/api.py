@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import PrivateAttr
 
 from kvtuner_kernels.layout import BITS, GROUP_SIZES, LayerSpec, LayoutError
-from kvtuner_search.calibration.samplers import DEFAULT, SAMPLERS
+from kvtuner_search.calibration.samplers import DEFAULT, PATIENCE, SAMPLERS
 from kvtuner_search.errors import KVTunerError, UsageError
 from kvtuner_search.profile import canonical, schema
 from kvtuner_search.profile.fields import Measure
@@ -82,6 +82,8 @@ def calibrate(
     seed: int = 0,
     trials: int = 32,
     sampler: str = DEFAULT,
+    patience: int = PATIENCE,
+    robust: bool = True,
     bits: Sequence[int] = BITS,
     group_sizes: Sequence[int] = (0,),
     symmetric: bool = True,
@@ -115,6 +117,8 @@ def calibrate(
         seed: of data, splits and search.
         trials: distinct settings to score.
         sampler: a name that ``--sampler`` takes.
+        patience: trials in a row that gain less than the samples tell apart, after which the search ends; 0 never ends it.
+        robust: choose another setting than the optimum that needs no trial only if it is better for certain, and worse on no source.
         bits: bit-widths to choose from.
         group_sizes: channels that share a scale; 0 is the whole head.
         symmetric: also allow storing no minimum.
@@ -155,7 +159,7 @@ def calibrate(
         raise UsageError("resume and overwrite exclude each other: one keeps the study, the other deletes it")
     _at_least(1, samples=samples, trials=trials, batch_tokens=batch_tokens)
     _at_least(8, length=length)
-    _at_least(0, seed=seed)
+    _at_least(0, seed=seed, patience=patience)
     for budget in given:
         if not isinstance(budget, int | float) or not 1 <= budget <= 16:
             raise UsageError(f"target_bits={budget!r} is not a budget: give effective bits from 1 to 16")
@@ -182,6 +186,8 @@ def calibrate(
         max_loss=max_loss,
         trials=trials,
         sampler=sampler,
+        patience=patience,
+        robust=robust,
         stages=pipeline_stages,
         grouping=grouping,
         random_baseline=random_baseline,

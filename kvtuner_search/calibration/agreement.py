@@ -19,16 +19,16 @@ from kvtuner_search.calibration.storage import Store
 from kvtuner_search.errors import DataError
 
 CHUNK: Final = 60_000  # characters of one attribute, which some databases limit to 64 KiB
-MARK: Final = ("kvtuner", 2)  # attribute that marks this program's studies, and the version of their layout
+MARK: Final = ("kvtuner", 3)  # attribute that marks this program's studies, and the version of their layout
 
 
-def open_study(store: Store, name: str, seed: int, objectives: int) -> optuna.Study:
+def open_study(store: Store, name: str, seed: int) -> optuna.Study:
     """The study with this name; it is created if it does not exist.
 
     Raises:
         DataError: if it belongs to another program or layout; it is left unchanged.
     """
-    directions = [StudyDirection.MINIMIZE] * objectives
+    directions = [StudyDirection.MINIMIZE]
     sampler = RandomSampler(seed)
     try:
         study = optuna.load_study(study_name=name, storage=store.backend, sampler=sampler)
@@ -40,14 +40,13 @@ def open_study(store: Store, name: str, seed: int, objectives: int) -> optuna.St
             directions=directions,
             load_if_exists=True,  # another worker may have made it just now
         )
-    key, mark, attributes = MARK[0], f"{MARK[1]}, {objectives}", study.user_attrs
+    (key, mark), attributes = MARK, study.user_attrs
     if study.directions == directions:
         if attributes.get(key) == mark:
             return study
         if not attributes and not study.get_trials(deepcopy=False):
-            study.set_user_attr(
-                key, mark
-            )  # before anything else, so a study without it that holds something is not ours
+            # Before anything else, so a study without it that holds something is not ours.
+            study.set_user_attr(key, mark)
             return study
     raise DataError(
         f"the study {name!r} in {store.name} belongs to another program, or to another version of this one:"

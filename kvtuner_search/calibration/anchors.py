@@ -10,7 +10,7 @@ from kvtuner_kernels.places import BANDS
 from kvtuner_search.calibration.candidates import Pair, StorageClass
 from kvtuner_search.calibration.proxy import ProxyPoint, affordable_point, predicted_front
 from kvtuner_search.calibration.space import Space
-from kvtuner_search.calibration.study import Anchor
+from kvtuner_search.calibration.trials import Anchor
 
 UNIFORM_BANDS: Final = (4, 3, 2)  # bits a channel of uniform banded settings
 NEARBY: Final = (0.97, 1.0)  # the proxy's optimum is tried at these fractions of each budget
@@ -50,22 +50,26 @@ def anchors(
 ) -> list[Anchor]:
     """All first trials, each setting once: optima of what gradients predict, optima of the proxy's ``front`` at and just below the
     budgets, uniform settings, presets."""
-    found: dict[tuple[int, ...], str] = {}
+    found: dict[tuple[int, ...], Anchor] = {}
+
+    def add(origin: str, choices: tuple[int, ...], goal: int | None = None) -> None:
+        found.setdefault(choices, Anchor(origin, choices, goal))
+
     predicted = predicted_front(space)
     for budget in budgets:
         point = affordable_point(space, predicted, budget)
         if point is not None:
-            found.setdefault(point.choices, "fisher")
+            add("fisher", point.choices, budget)
     for budget in budgets:
         for fraction in NEARBY:
             point = affordable_point(space, front, budget * fraction)
             if point is not None:
-                found.setdefault(point.choices, "proxy")
+                add("proxy", point.choices, budget if fraction == 1 else None)
     layers, banded = len(space.options), bool(space.options[0].banded)
     for origin, rows in (("uniform", [[pair] * layers for pair in uniform]), ("preset", presets)):
         for row in rows:
             choices = space.choices_of(row)
             # With bands there are more uniform settings, so only those that may be chosen are tried.
             if choices is not None and not (banded and space.cost(choices) > max(budgets)):
-                found.setdefault(choices, origin)
-    return [Anchor(origin, choices) for choices, origin in found.items()]
+                add(origin, choices)
+    return list(found.values())

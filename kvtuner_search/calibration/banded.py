@@ -24,6 +24,7 @@ from kvtuner_search.calibration.candidates import GRAIN, Pair, StorageClass, ban
 DISTORTION: Final = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.000304, 0.0000875)
 # A code for x is off by -D x on average, plus noise. Noise of different tokens cancels, the share D of x does not: information in a dropped
 # channel is missing from many tokens of a text at once. So that part counts double.
+SQUARE: Final = tuple(d * d for d in DISTORTION)
 COST: Final = tuple(d + d * d for d in DISTORTION)
 # Totals whose layer-alone losses are measured; between them the ratio of measured to predicted loss is interpolated.
 MEASURED: Final = (12, 20, 32)
@@ -38,6 +39,8 @@ class BandedPair:
     key_loss: float  # nats a token: predicted by the gradients, times the ratio of measured to predicted losses
     value_loss: float
     predicted: float  # by the gradients alone, both sides
+    # The same of keys and of values: the part in proportion to the distortion, and that to its square.
+    expected: tuple[tuple[float, float], tuple[float, float]]
 
 
 @functools.cache
@@ -103,8 +106,15 @@ def banded_pairs(
             k[1] * interpolated(key_ratio, key.total),
             v[1] * interpolated(value_ratio, value.total),
             k[1] + v[1],
+            (_parts(k[0], sides[0]), _parts(v[0], sides[1])),
         )
     return found
+
+
+def _parts(bands: Sequence[int], worth: Sequence[float]) -> tuple[float, float]:
+    """The two summands of :func:`predicted_loss`: in proportion to the distortion, and to its square."""
+    linear, square = (sum(table[b] * w for b, w in zip(bands, worth, strict=True)) for table in (DISTORTION, SQUARE))
+    return linear, square
 
 
 Pattern = tuple[tuple[int, ...], float]

@@ -9,12 +9,14 @@ from typing import Final
 from kvtuner_kernels.layout import UNIFORM_BITS, LayerSpec
 from kvtuner_search.calibration.candidates import StorageClass, pair_name
 from kvtuner_search.calibration.finals import Candidate, HeldOutResult, HeldOutScorer, finalists
+from kvtuner_search.calibration.patience import UNTRIED
 from kvtuner_search.calibration.pipeline import CalibrationRun
 from kvtuner_search.calibration.plan import SearchPlan
 from kvtuner_search.calibration.space import Space
-from kvtuner_search.calibration.study import FinishedTrial, pareto
+from kvtuner_search.calibration.trials import FinishedTrial, pareto
 from kvtuner_search.errors import DataError
-from kvtuner_search.evaluation.scorer import Scorer
+from kvtuner_search.evaluation.scorer import Scorer, Scores
+from kvtuner_search.evaluation.statistics import paired_loss
 
 RIVALS: Final = ("fisher", "uniform", "proxy", "preset", "random")
 
@@ -27,6 +29,7 @@ class TargetResult:
     bits: float | None  # None if the loss was bounded instead
     chosen: HeldOutResult  # on the test split
     rivals: list[HeldOutResult]
+    resolution: float | None = None  # see resolution()
 
 
 def choose(
@@ -52,8 +55,10 @@ def choose(
     test = _judge(run, plan, "test")
     with run.reporter.stage("test", _distinct([winners, *rivals])) as advance:
         targets = [
-            TargetResult(label, bits, test(winner, advance), [test(c, advance) for c in others])
-            for (label, bits), winner, others in zip(goals, winners, rivals, strict=True)
+            TargetResult(
+                label, bits, test(winner, advance), [test(c, advance) for c in others], resolution(results, winner)
+            )
+            for (label, bits), winner, others, results in zip(goals, winners, rivals, judged, strict=True)
         ]
     return targets, test.scorer
 
@@ -96,7 +101,7 @@ def _finalists(
 def _winner(run: CalibrationRun, judged: Sequence[HeldOutResult]) -> Candidate:
     bound = run.options.max_loss
     if bound is None:
-        return min(judged, key=lambda r: (_evidence(r), r.candidate.cost)).candidate
+        return preferred(judged, run.options.robust).candidate
     fitting = [r for r in judged if r.scores.loss <= bound]
     if not fitting:
         least = min((r.scores.loss for r in judged), default=float("inf"))
@@ -105,6 +110,51 @@ def _winner(run: CalibrationRun, judged: Sequence[HeldOutResult]) -> Candidate:
             " raise --trials or --max-loss"
         )
     return min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
+
+
+def preferred(judged: Sequence[HeldOutResult], robust: bool = True) -> HeldOutResult:
+    """The finalist to take, by its scores on the selection split.
+
+    Args:
+        judged: finalists on the selection split.
+        robust: take another one than the optimum that needs no trial (the better one of fisher's and the proxy's) only if it is better by a paired
+            interval that excludes zero, and worse by such an interval on no source.
+    """
+    safe = _untried(judged)
+    if not robust or safe is None:
+        return min(judged, key=_worth)
+    return min([safe, *(r for r in judged if _surely_better(r.scores, safe.scores))], key=_worth)
+
+
+def _worth(result: HeldOutResult) -> tuple[float, int]:
+    return _evidence(result), result.candidate.cost
+
+
+def _untried(judged: Sequence[HeldOutResult]) -> HeldOutResult | None:
+    """The best of the few optima that need no trial: too few for luck to choose."""
+    return min((r for r in judged if r.candidate.origin in UNTRIED), key=_worth, default=None)
+
+
+def resolution(judged: Sequence[HeldOutResult], winner: Candidate) -> float | None:
+    """The relative difference of losses that the selection split tells apart at 95 %: half the width of the paired interval between the optimum that
+    needs no trial and the choice, or the best other finalist if that is the choice. None if there is no such pair."""
+    safe = _untried(judged)
+    if safe is None or safe.scores.loss <= 0:
+        return None
+    others = [r for r in judged if r.candidate.setting != safe.candidate.setting]
+    chosen = [r for r in others if r.candidate.setting == winner.setting]
+    other = min(chosen or others, key=_evidence, default=None)
+    if other is None:
+        return None
+    interval = paired_loss(other.scores, safe.scores)
+    return (interval.high - interval.low) / 2 / safe.scores.loss
+
+
+def _surely_better(ours: Scores, theirs: Scores) -> bool:
+    """By a paired interval over all sources, and worse on none by one of its own."""
+    if paired_loss(ours, theirs).high >= 0:
+        return False
+    return all(paired_loss(ours.of(name), theirs.of(name)).low <= 0 for name in ours.names)
 
 
 def _evidence(result: HeldOutResult) -> float:

@@ -10,7 +10,7 @@ from kvtuner_kernels.layout import bytes_per_token, effective_bits
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.calibration.record import Compared, Difference
 from kvtuner_search.calibration.space import Space
-from kvtuner_search.calibration.study import FinishedTrial
+from kvtuner_search.calibration.trials import FinishedTrial
 from kvtuner_search.evaluation.scorer import Scorer, Scores
 from kvtuner_search.evaluation.statistics import Interval, measures, paired_loss
 from kvtuner_search.evaluation.stored import Setting

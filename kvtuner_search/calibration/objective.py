@@ -1,4 +1,4 @@
-"""Score a setting on the search split, rung by rung: hopeless settings stop after the first tier."""
+"""Score a setting on the search split, rung by rung: hopeless settings stop before the last one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from kvtuner_kernels.reference import Centres
 from kvtuner_search.calibration.space import Choices, Space
-from kvtuner_search.evaluation.scorer import Scorer
+from kvtuner_search.evaluation.scorer import Scorer, Scores
+from kvtuner_search.evaluation.statistics import paired_log_ratio
 
-MARGIN: Final = (
-    1.1  # a setting stops early if another one of no more bytes has a first-rung loss this many times smaller
-)
+STOP: Final = 0.68  # confidence of the interval that ends a trial: about one standard error
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class TrialOutcome:
     cost: int  # bytes per token (see Space.cost)
     rungs: tuple[float, ...]  # loss on tier 0, then on tiers 0 and 1 together, and so on; shorter if stopped early
     complete: bool  # all rungs were run
+    kl: tuple[float, ...] = ()  # nats of each sample that was run, so that trials are compared on the same samples
+    sources: tuple[float, ...] = ()  # loss of each source at the highest rung that was run
 
     @property
     def loss(self) -> float:
@@ -36,14 +39,28 @@ class TrialObjective:
         self.scorer, self.centres, self.space, self.budget = scorer, centres, space, budget
 
     def __call__(self, choices: Choices, finished: Iterable[TrialOutcome], screen: bool) -> TrialOutcome:
-        """Score one setting. It stops after the first rung if it exceeds the budget or, with ``screen``, looks poor there."""
+        """Score one setting. It stops after the first rung if it exceeds the budget; with ``screen`` also after any at which it is worse than the best
+        one of no more bytes, by an interval paired over the samples."""
         cost, setting = self.space.cost(choices), self.space.setting(choices)
+        rivals = (o for o in finished if o.complete and o.cost <= cost and o.kl)
+        best = min(rivals, key=lambda o: o.loss, default=None)
         scores = self.scorer.score(setting, self.centres, 0)
         rungs = [scores.loss]
-        best = min((o.rungs[0] for o in finished if o.complete and o.cost <= cost), default=float("inf"))
-        if cost > self.budget or (screen and rungs[0] > MARGIN * best):
-            return TrialOutcome(cost, tuple(rungs), complete=len(self.scorer.tiers) == 1)
         for tier in range(1, len(self.scorer.tiers)):
+            if cost > self.budget or (screen and best is not None and _worse(scores, best)):
+                return _outcome(cost, rungs, scores, complete=False)
             scores = scores + self.scorer.score(setting, self.centres, tier)
             rungs.append(scores.loss)
-        return TrialOutcome(cost, tuple(rungs), complete=True)
+        return _outcome(cost, rungs, scores, complete=True)
+
+
+def _worse(scores: Scores, rival: TrialOutcome) -> bool:
+    """Whether a setting is worse than another on the samples so far, sources weighed as in the loss."""
+    shares, names = scores.weights, list(scores.sources)
+    weight = np.array([shares[name] / names.count(name) for name in names])
+    return paired_log_ratio(scores.kl, np.array(rival.kl[: len(names)]), weight, STOP).low > 0
+
+
+def _outcome(cost: int, rungs: list[float], scores: Scores, complete: bool) -> TrialOutcome:
+    sources = tuple(scores.of(name).loss for name in scores.names)
+    return TrialOutcome(cost, tuple(rungs), complete, tuple(map(float, scores.kl)), sources)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from kvtuner_kernels.layout import BITS, LAYOUT_VERSION
 from kvtuner_search import __version__
 from kvtuner_search.calibration.candidates import StorageClass
-from kvtuner_search.calibration.samplers import DEFAULT
+from kvtuner_search.calibration.samplers import DEFAULT, PATIENCE
 from kvtuner_search.data import DEFAULT_SOURCES
 from kvtuner_search.data.types import Split
 from kvtuner_search.models.load import ModelOptions
@@ -36,6 +36,8 @@ class CalibrationOptions:
     max_loss: float | None = None  # instead of budgets: the cheapest setting whose loss is at most this
     trials: int = 32
     sampler: str = DEFAULT  # a key of SAMPLERS
+    patience: int = PATIENCE  # proposals in a row that gain less than the samples tell apart end a search; 0: never
+    robust: bool = True  # beyond the optimum without a trial, only what is better for certain and worse on no source
     stages: int = 1  # pipeline stages
     grouping: str = "auto"  # auto, on or off
     random_baseline: bool = True  # a random search of the same number of trials, for comparison

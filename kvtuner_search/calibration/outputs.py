@@ -33,7 +33,7 @@ from kvtuner_search.calibration.record import (
     Variable,
 )
 from kvtuner_search.calibration.space import Space
-from kvtuner_search.calibration.study import FinishedTrial, hypervolume, rung_ratio
+from kvtuner_search.calibration.trials import FinishedTrial, hypervolume, rung_ratio
 from kvtuner_search.data.types import Dataset, Split
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.evaluation.statistics import measures
@@ -187,6 +187,7 @@ def record(
                 target_bits=t.bits,
                 chosen=row(t.chosen, t.chosen, test.baseline_all(), heads, head_dim),
                 rivals=[row(r, t.chosen, test.baseline_all(), heads, head_dim) for r in t.rivals],
+                resolution=t.resolution,
             )
             for t in targets
         ],

@@ -14,10 +14,12 @@ from kvtuner_search.calibration.basis import fit_bases
 from kvtuner_search.calibration.candidates import StorageClass, storage_classes
 from kvtuner_search.calibration.objective import TrialObjective, TrialOutcome
 from kvtuner_search.calibration.options import TIERS, CalibrationOptions, fingerprint
+from kvtuner_search.calibration.patience import Standstill, progress, standstill
 from kvtuner_search.calibration.plan import SearchPlan, make_plan
 from kvtuner_search.calibration.proxy import ProxyPoint
 from kvtuner_search.calibration.space import Choices, Space, build_space
-from kvtuner_search.calibration.study import FinishedTrial, Study
+from kvtuner_search.calibration.study import Study
+from kvtuner_search.calibration.trials import FinishedTrial
 from kvtuner_search.data.load import load_dataset_for
 from kvtuner_search.data.types import Dataset, Sample, Split
 from kvtuner_search.errors import UsageError
@@ -191,6 +193,7 @@ def search(
     """Run the study, and the random search that it is compared with, to the end."""
     goals = budgets(run, front)
     objective = TrialObjective(run.scorer, plan.centres, space, max(goals))
+    weights = run.scorer.baseline_all().sample_weights
     for label, each, first in (
         ("search", study, anchors(space, front, uniform_pairs(run.classes), presets(run), goals)),
         ("random search", rival, []),
@@ -200,17 +203,26 @@ def search(
         each.fail_abandoned()
         each.enqueue(space, first)
         done = [t for t in each.finished() if not t.duplicate]
-        best = min(
-            (t.outcome.loss for t in done if t.outcome.complete and t.outcome.cost <= min(goals)), default=float("inf")
-        )
-        with run.reporter.stage(label, run.options.trials) as advance:
+        ended: list[Standstill] = []
+        # The random search gets as many trials as the search has made, which may have ended early.
+        made = len([t for t in study.finished() if not t.duplicate])
+        trials = run.options.trials if each is study else min(run.options.trials, made)
+        with run.reporter.stage(label, trials) as advance:
             advance(len(done))
 
             def tell(trial: FinishedTrial, advance: Callable[..., None] = advance) -> None:
-                nonlocal best
-                if trial.outcome.complete and trial.outcome.cost <= min(goals):
-                    best = min(best, trial.outcome.loss)
-                advance(0 if trial.duplicate else 1, f"best {best:.4f} nats")
+                advance(0 if trial.duplicate else 1)
+
+            def enough(
+                distinct: Sequence[FinishedTrial],
+                advance: Callable[..., None] = advance,
+                ended: list[Standstill] = ended,
+                patience: int = run.options.patience if each is study else 0,
+            ) -> bool:
+                advance(0, progress(distinct, min(goals), weights))
+                found = standstill(distinct, goals, patience, weights)
+                ended += [found] if found is not None else []
+                return found is not None
 
             others = [t.outcome for t in study.finished()] if each is rival else []
 
@@ -219,7 +231,15 @@ def search(
             ) -> TrialOutcome:
                 return objective(choices, [*others, *outcomes], screen)
 
-            each.run(space, score, run.options.trials, goals, tell)
+            each.run(space, score, trials, goals, tell, enough)
+        distinct = [t for t in each.finished() if not t.duplicate]
+        if ended:
+            run.reporter.say(f"{label} {ended[0]}")
+        elif len(distinct) < trials:
+            run.reporter.say(f"{label} ended after {len(distinct)} trials: further proposals repeated earlier settings")
+        for goal in goals if each is study else ():
+            if found := progress(distinct, goal, weights):
+                run.reporter.say(f"{label}{f', {goal:,} bytes a token' if len(goals) > 1 else ''}: {found}")
     return study.finished(), rival.finished() if rival is not None else []
 
 

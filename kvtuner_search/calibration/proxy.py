@@ -69,6 +69,12 @@ def _front(space: Space, losses: Sequence[NDArray[np.float64]]) -> list[ProxyPoi
     return front
 
 
+def optimum(space: Space, losses: Sequence[NDArray[np.float64]], budget: float) -> Choices | None:
+    """The choices of least summed loss within the budget, exactly; None if nothing fits. ``losses`` are [pairs] of each variable."""
+    point = affordable_point(space, _front(space, losses), budget)
+    return None if point is None else point.choices
+
+
 def affordable_point(space: Space, front: Sequence[ProxyPoint], budget: float) -> ProxyPoint | None:
     """The dearest proxy optimum within the budget."""
     return next((p for p in reversed(front) if p.nbytes <= budget and space.cost(p.choices) <= budget), None)

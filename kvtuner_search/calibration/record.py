@@ -198,6 +198,8 @@ class TargetRecord(Strict):
     """The setting of the profile."""
     rivals: list[Compared]
     """What it is compared with."""
+    resolution: Amount | None = None
+    """Relative difference of losses that the selection split tells apart at 95 %; None if not recorded, or if there was nothing to tell apart."""
 
 
 class ModelRecord(Strict):
@@ -247,7 +249,11 @@ class OptionsRecord(Strict):
     trials: Positive
     """Distinct settings to score."""
     sampler: Name
-    """Optuna's."""
+    """What made proposals."""
+    patience: Count = 0
+    """Trials in a row without a gain that end a search; 0: never, as before there was such an end."""
+    robust: bool = False
+    """Whether a choice had to be better for certain, and worse on no source; the first records know no such rule."""
     stages: Positive = 1
     """Pipeline stages."""
     grouping: Name

@@ -107,13 +107,18 @@ def calibrate(
             if session.join:
                 return []
             wait()
-        found, random = study.settled(options.trials), rival.settled(options.trials) if rival is not None else []
+        ends = options.trials, options.patience
+        found, random = study.settled(*ends), rival.settled(*ends) if rival is not None else []
         targets, test = choose(run, plan, space, found, random)
         made = [
             [profile_content(run, space, t, test, found), [str(s) for s in t.chosen.candidate.setting]] for t in targets
         ]
         # The last digits may differ between machines: all workers write the first one's measurements.
-        key = f"profiles {options.trials} {'with' if rival is not None else 'without'} a random search"
+        # Not of workers that search longer, have other rivals, or choose by another rule.
+        key = (
+            f"profiles {options.trials} with patience {options.patience}"
+            f"{', a random search' * (rival is not None)}{', robust' * options.robust}"
+        )
         agreed = study.agree(key, made)
         with _keeping():
             paths = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,7 +17,8 @@ from kvtuner_search.calibration.candidates import RAW_CLASS, Pair, StorageClass
 from kvtuner_search.profile.stages import pipeline_cost
 
 MIN_SILHOUETTE: Final = 0.7  # below this, layers of a group differ too much to share a variable
-KEPT: Final = 3  # banded pairs of the same bytes that a layer keeps: keys and values may divide them differently
+# Of the banded pairs of the same bytes a layer keeps those that are best where keys count this many times as much as values.
+TILTS: Final = (0.25, 0.5, 1.0, 2.0, 4.0)
 Choices = tuple[int, ...]  # index into each variable's pairs
 
 
@@ -52,6 +54,13 @@ class LayerOptions:
         """Additive estimate of the pair's layer-alone loss."""
         return sum(self.losses(pair))
 
+    def expected(self, pair: Pair) -> tuple[tuple[float, float], tuple[float, float]]:
+        """What gradients alone predict for the pair's keys and for its values: the part in proportion to the distortion, and that to
+        its square. Infinite if they give no prediction."""
+        if pair in self.banded:
+            return self.banded[pair].expected
+        return ((0.0, 0.0),) * 2 if pair == (RAW_CLASS, RAW_CLASS) else ((float("inf"), 0.0),) * 2
+
     def predicted(self, pair: Pair) -> float:
         """The pair's loss predicted by gradients alone; infinite if they give no prediction."""
         if pair in self.banded:
@@ -69,6 +78,7 @@ class Variable:
     nbytes: NDArray[np.int64]  # [pairs] bytes per token of all its layers
     features: NDArray[np.float64]  # [pairs, 2] summed layer-alone loss of keys and of values
     predicted: NDArray[np.float64]  # [pairs] summed losses as gradients alone predict them (LayerOptions.predicted)
+    expected: NDArray[np.float64]  # [pairs, 2, 2] LayerOptions.expected, summed: of keys and values, in two parts each
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,8 @@ def prune(options: LayerOptions, kv_heads: int, head_dim: int, keep: Sequence[Pa
     """The pairs that may be optimal, and those in ``keep``; cheapest first.
 
     Pairs without bands are on the layer's front of (bytes, e_o), and no banded pair of no more bytes is expected to lose less. Banded pairs are on the
-    front of (bytes, loss): for the same bytes the KEPT with the smallest loss, and the one with the smallest loss predicted by gradients alone.
+    front of (bytes, loss): for the same bytes those that are best if keys count TILTS times as much as values, by the measured losses and by what
+    gradients alone predict.
     """
 
     @functools.cache
@@ -143,7 +154,7 @@ def prune(options: LayerOptions, kv_heads: int, head_dim: int, keep: Sequence[Pa
         pairs.sort(key=lambda pair: (options.loss(pair), pair))
         if not best or options.loss(pairs[0]) < best[-1][1]:
             best.append((nbytes, options.loss(pairs[0])))
-            front.update(pairs[:KEPT], [min(pairs, key=lambda pair: (options.predicted(pair), pair))])
+            front.update(_tilted(options, pairs))
     least = float("inf")
     for pair in sorted(options.pair_error, key=lambda p: (cost(p), options.pair_error[p], p)):
         if options.pair_error[pair] < least:
@@ -151,6 +162,14 @@ def prune(options: LayerOptions, kv_heads: int, head_dim: int, keep: Sequence[Pa
             if not any(nbytes <= cost(pair) and loss < options.loss(pair) for nbytes, loss in best):
                 front.add(pair)
     return tuple(sorted(front | set(keep), key=lambda p: (cost(p), p)))
+
+
+def _tilted(options: LayerOptions, pairs: Sequence[Pair]) -> Iterator[Pair]:
+    """The best of the pairs for each of TILTS, by measured losses and by predicted ones."""
+    measured = {pair: options.losses(pair) for pair in pairs}
+    predicted = {pair: (sum(keys), sum(values)) for pair in pairs for keys, values in [options.expected(pair)]}
+    for losses, tilt in itertools.product((measured, predicted), TILTS):
+        yield min(pairs, key=lambda pair: (tilt * losses[pair][0] + losses[pair][1], pair))
 
 
 def group_layers(options: Sequence[LayerOptions], pairs: Sequence[Pair]) -> tuple[list[list[int]], float]:
@@ -203,6 +222,7 @@ def build_space(
         pairs = tuple(sorted(union, key=lambda pair: (cost[pair], pair)))
         features = [np.sum([options[i].losses(pair) for i in members], axis=0) for pair in pairs]
         predicted = [sum(options[i].predicted(pair) for i in members) for pair in pairs]
+        expected = [np.sum([options[i].expected(pair) for i in members], axis=0) for pair in pairs]
         variables.append(
             Variable(
                 "layer " + ",".join(map(str, members)),
@@ -211,6 +231,7 @@ def build_space(
                 np.array([cost[pair] for pair in pairs]),
                 np.array(features),
                 np.array(predicted),
+                np.array(expected),
             )
         )
     return Space(tuple(options), tuple(variables), kv_heads, head_dim, quality, rejected, stages)

@@ -8,58 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kvtuner_search.calibration.agreement import agree, agreed, difference, open_study
-from kvtuner_search.calibration.candidates import pair_name
-from kvtuner_search.calibration.front import pareto_front
 from kvtuner_search.calibration.membership import Membership
 from kvtuner_search.calibration.objective import TrialOutcome
+from kvtuner_search.calibration.proposals import Lesson, Proposals
 from kvtuner_search.calibration.proxy import affordable_point, correct, proxy_front
-from kvtuner_search.calibration.samplers import RANDOM, make
+from kvtuner_search.calibration.samplers import RANDOM, sampler
 from kvtuner_search.calibration.space import Choices, Space
 from kvtuner_search.calibration.storage import Store, open_storage
+from kvtuner_search.calibration.trials import (
+    Anchor,
+    FinishedTrial,
+    comparable,
+    finished_trial,
+    outcome_attributes,
+    relative_loss,
+)
+from kvtuner_search.calibration.variables import Variables, variables_of
 from kvtuner_search.errors import DataError, UsageError
 
-__all__ = ["Anchor", "FinishedTrial", "Study", "hypervolume", "open_storage", "pareto", "rung_ratio"]
+__all__ = ["Study", "open_storage"]
 
-SAMPLER_EVERY: Final = 3  # every third proposal is Optuna's sampler's, the others are optima of the corrected proxy
-DRAWS: Final = 8  # weights drawn before a proposal is left to the sampler
+OBJECTIVE: Final = "KL divergence, nats a token"
+DRAWS: Final = 8  # draws of which the first new setting is taken
 TRUSTED: Final = ("fisher", "proxy", "refined", "uniform", "preset")  # origins whose affordable trials run all rungs
 PAUSE: Final = 0.1  # seconds before another proposal, for each one in a row that another worker was trying
-LEAST_LOSS: Final = 1e-9  # nats; the 16-bit cache itself has none
 DUPLICATES: Final = 3  # finished trials, repeated proposals included, are at most this many times the requested trials
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A setting that is tried first."""
-
-    origin: str  # fisher, uniform, proxy, preset
-    choices: Choices
-
-
-@dataclass(frozen=True)
-class FinishedTrial:
-    """A finished trial."""
-
-    number: int
-    origin: str  # fisher, uniform, proxy, preset, refined, random, or the sampler
-    choices: Choices
-    outcome: TrialOutcome
-    seconds: float
-    duplicate: bool  # the proposal had been scored before; its outcome is that trial's
 
 
 class Study:
@@ -78,9 +62,15 @@ class Study:
     def __init__(self, store: Store, name: str, sampler: str, seed: int) -> None:
         self.store, self.name, self.sampler, self.seed = store, name, sampler, seed
         self._anchors: tuple[Anchor, ...] = ()
+        self._variables: Variables | None = None
+        self._proposals: Proposals | None = None
         with store.guard():
-            self.study = open_study(store, name, seed, 2)
-            self._agreed = open_study(store, f"{name}-agreed", seed, 1)
+            self.study = open_study(store, name, seed)
+            self._agreed = open_study(store, f"{name}-agreed", seed)
+            if self.study.metric_names is None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    self.study.set_metric_names([OBJECTIVE])  # which Optuna's dashboard shows
         self.members = Membership(store, self.study, name)
 
     def agree(self, key: str, content: Any) -> Any:
@@ -118,9 +108,10 @@ class Study:
             found: dict[str, Any] | None = agreed(self._agreed, "plan")
         return found
 
-    def settled(self, trials: int) -> list[FinishedTrial]:
-        """The finished trials that all workers with the same ``trials`` choose from: those of the first worker that was done."""
-        numbers = set(self.agree(f"finished {trials}", [trial.number for trial in self.finished()]))
+    def settled(self, trials: int, patience: int) -> list[FinishedTrial]:
+        """The finished trials that all workers with the same ``trials`` and ``patience`` choose from: those of the first worker that was done."""
+        key = f"finished {trials} with patience {patience}"
+        numbers = set(self.agree(key, [trial.number for trial in self.finished()]))
         return [trial for trial in self.finished() if trial.number in numbers]
 
     def fail_abandoned(self, everyone: bool = False) -> int:
@@ -153,10 +144,10 @@ class Study:
         for anchor in anchors:
             if anchor.choices not in known:
                 known.add(anchor.choices)
-                self.study.enqueue_trial(
-                    _parameters(space, anchor.choices),
-                    user_attrs={"origin": anchor.origin, "choices": list(anchor.choices)},
-                )
+                parameters = self._variables_of(space).encode(anchor.choices, anchor.origin)
+                if anchor.goal is None and sampler(self.sampler).over != "pairs":
+                    parameters = None  # weights say nothing without a budget
+                self.study.enqueue_trial(dict(parameters or {}), user_attrs=_attributes(anchor))
 
     def _known(self) -> set[Choices]:
         """Choices that are queued, running or finished."""
@@ -167,7 +158,9 @@ class Study:
     def finished(self) -> list[FinishedTrial]:
         """Finished trials, in order of their numbers."""
         with self.members.guard():
-            return [_finished(trial) for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+            return [
+                finished_trial(trial) for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            ]
 
     def run(
         self,
@@ -176,6 +169,7 @@ class Study:
         trials: int,
         budgets: Sequence[int],
         advance: Callable[[FinishedTrial], None] = lambda _: None,
+        enough: Callable[[Sequence[FinishedTrial]], bool] = lambda _: False,
     ) -> None:
         """Work until the study has ``trials`` distinct finished trials.
 
@@ -185,12 +179,13 @@ class Study:
             trials: distinct finished trials of all workers together.
             budgets: bytes per token of the requested profiles; dearer trials violate the constraint.
             advance: called with every trial that this worker finishes.
+            enough: given the distinct finished trials, whether no more are wanted.
         """
         attempt = 0
         while True:
             done = self.finished()
             distinct = [trial for trial in done if not trial.duplicate]
-            if len(distinct) >= trials or len(done) >= DUPLICATES * trials:
+            if len(distinct) >= trials or len(done) >= DUPLICATES * trials or enough(distinct):
                 return
             with self.members.guard():
                 proposal = self._propose(space, done, budgets, attempt)
@@ -219,24 +214,18 @@ class Study:
                     known = next((t.outcome for t in self.finished() if t.choices == choices and not t.duplicate), None)
                     outcome = outcome if known is None else known
                 excess = float(outcome.cost - max(budgets))
-                attributes = {
-                    "outcome": [outcome.cost, list(outcome.rungs), outcome.complete],
-                    "seconds": seconds,
-                    "duplicate": known is not None,
-                }
-                trial = self._tell(trial, attributes, excess, [outcome.cost, _comparable(outcome, distinct)])
+                attributes = {**outcome_attributes(outcome), "seconds": seconds, "duplicate": known is not None}
+                trial = self._tell(trial, attributes, excess, 10 ** comparable(outcome, distinct))
             advance(FinishedTrial(trial.number, origin, choices, outcome, seconds, known is not None))
 
-    def _tell(
-        self, trial: optuna.Trial, attributes: Mapping[str, Any], excess: float, values: Sequence[float]
-    ) -> optuna.Trial:
+    def _tell(self, trial: optuna.Trial, attributes: Mapping[str, Any], excess: float, loss: float) -> optuna.Trial:
         """Finish a trial; if somebody failed it meanwhile, another in its place, as what was found counts all the same."""
         while True:
             try:
                 for name, value in attributes.items():
                     trial.set_user_attr(name, value)
                 trial.set_constraint("budget", excess)
-                self.study.tell(trial, values)
+                self.study.tell(trial, loss)
                 return trial
             except (UpdateFinishedTrialError, ValueError):
                 if not self.store.backend.get_trial(trial._trial_id).state.is_finished():
@@ -246,12 +235,12 @@ class Study:
     def _again(self, trial: optuna.Trial) -> optuna.Trial:
         """A new running trial of the same choices."""
         old = self.store.backend.get_trial(trial._trial_id)
-        attributes = {name: old.user_attrs[name] for name in ("worker", "origin", "choices")}
-        copy = create_trial(
-            state=TrialState.RUNNING, params=old.params, distributions=old.distributions, user_attrs=attributes
+        attributes = {name: old.user_attrs[name] for name in ("worker", "origin", "choices", "goal", "state")}
+        return self._running(
+            create_trial(
+                state=TrialState.RUNNING, params=old.params, distributions=old.distributions, user_attrs=attributes
+            )
         )
-        study_id = self.store.backend.get_study_id_from_name(self.name)
-        return optuna.Trial(self.study, self.store.backend.create_new_trial(study_id, copy))
 
     def _propose(
         self, space: Space, done: Sequence[FinishedTrial], budgets: Sequence[int], attempt: int
@@ -260,31 +249,13 @@ class Study:
 
         None if another worker is trying the same; ``attempt`` counts how often in a row that happened.
         """
-        count = len(done)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and self.members.fail_abandoned():
             self._enqueue(space, self._anchors)  # a worker ended while it tried one
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and (self.sampler == RANDOM or attempt):
-            known, budget = self._known(), budgets[count % len(budgets)]
-            drawn = (self._random(space, count, budget, attempt + draw) for draw in range(DRAWS))
-            choices = next((choices for choices in drawn if choices not in known), None)
-            if choices is not None:
-                self._enqueue(space, [Anchor("random", choices)])
-        elif not waiting and count % SAMPLER_EVERY and (refined := self._refined(space, done, budgets)) is not None:
-            self._enqueue(space, [Anchor("refined", refined)])
-        self.study.sampler = make(self.sampler, (self.seed * 1_000_003 + count) % 2**32)
-        trial = self.study.ask(
-            {v.name: CategoricalDistribution([pair_name(pair) for pair in v.pairs]) for v in space.variables}
-        )
-        trial.set_user_attr("worker", self.members.worker.id)
-        if "choices" not in trial.user_attrs:
-            names = [[pair_name(pair) for pair in v.pairs] for v in space.variables]
-            trial.set_user_attr("origin", self.sampler)
-            trial.set_user_attr(
-                "choices",
-                [options.index(trial.params[v.name]) for v, options in zip(space.variables, names, strict=True)],
-            )
+        trial = self._take(space) if waiting else self._begin(self._next(space, done, budgets, attempt))
+        if trial is None:
+            return None
         origin, choices = trial.user_attrs["origin"], tuple(trial.user_attrs["choices"])
         for other in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if other.number < trial.number and tuple(other.user_attrs.get("choices", ())) == choices:
@@ -292,74 +263,110 @@ class Study:
                 return None
         return trial, origin, choices
 
-    def _refined(self, space: Space, done: Sequence[FinishedTrial], budgets: Sequence[int]) -> Choices | None:
+    def _take(self, space: Space) -> optuna.Trial | None:
+        """The next queued trial; None if another worker was faster and the queue is empty."""
+        trial = self.study.ask()
+        if "choices" not in trial.user_attrs:
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        fixed = self.store.backend.get_trial(trial._trial_id).system_attrs.get("fixed_params", {})
+        for name, distribution in self._variables_of(space).distributions.items():
+            if name in fixed:
+                trial._suggest(name, distribution)
+        trial.set_user_attr("worker", self.members.worker.id)
+        return trial
+
+    def _begin(self, anchor: Anchor) -> optuna.Trial:
+        """A running trial of a new proposal, signed from the beginning."""
+        assert self._variables is not None, "whoever proposed knows the variables"
+        parameters = dict(anchor.parameters or {})
+        return self._running(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=parameters,
+                distributions={name: d for name, d in self._variables.distributions.items() if name in parameters},
+                user_attrs={**_attributes(anchor), "worker": self.members.worker.id},
+            )
+        )
+
+    def _running(self, template: FrozenTrial) -> optuna.Trial:
+        """A new running trial like the template."""
+        study_id = self.store.backend.get_study_id_from_name(self.name)
+        return optuna.Trial(self.study, self.store.backend.create_new_trial(study_id, template))
+
+    def _next(self, space: Space, done: Sequence[FinishedTrial], budgets: Sequence[int], attempt: int) -> Anchor:
+        """The next proposal: the corrected proxy's optimum, or the sampler's."""
+        row, variables = sampler(self.sampler), self._variables_of(space)
+        count, goal = len(done), budgets[len(done) % len(budgets)]
+        if row.optuna is None or (count % row.every and not attempt):
+            refined = self._refined(space, done, goal, attempt)
+            if refined is not None:
+                return Anchor("refined", refined, goal, variables.encode(refined, "refined"))
+        if self._proposals is None:
+            name = self.sampler if row.optuna is not None else RANDOM
+            self._proposals = Proposals(name, self.seed, variables.distributions, 2 if row.over == "pairs" else 1)
+        self._proposals.learn(self._lessons(done, max(budgets)))
+        tried = {trial.choices for trial in done}
+        # Other draws where the allocation was tried; a repetition costs nothing, and tells the sampler of a plateau.
+        for draw in range(DRAWS):
+            parameters, state = self._proposals.propose(count, attempt * DRAWS + draw)
+            choices = variables.decode(parameters, goal)
+            if choices is None:
+                break
+            if choices not in tried or draw == DRAWS - 1:
+                return Anchor(self.sampler if row.optuna is not None else RANDOM, choices, goal, parameters, state)
+        raise DataError(f"no setting of this model fits {goal:,} bytes a token: raise the budget")
+
+    def _lessons(self, done: Sequence[FinishedTrial], most: int) -> list[Lesson]:
+        """What the sampler is told of finished trials."""
+        if sampler(self.sampler).over == "pairs":
+            return [
+                Lesson(
+                    t.number,
+                    t.parameters,
+                    # By the trials before it alone: so the same after a kill, when all are learnt at once.
+                    (float(t.outcome.cost), comparable(t.outcome, done[:index])),
+                    t.state,
+                    float(t.outcome.cost - most),
+                )
+                for index, t in enumerate(done)
+                if t.parameters
+            ]
+        firsts: dict[int | None, TrialOutcome] = {}  # what trials of the same goal are compared with
+        for trial in done:
+            if trial.outcome.complete and trial.outcome.loss > 0:
+                firsts.setdefault(trial.goal, trial.outcome)
+        return [
+            Lesson(t.number, t.parameters, (relative_loss(t.outcome, firsts[t.goal]),), t.state)
+            for t in done
+            if t.parameters and t.goal in firsts
+        ]
+
+    def _variables_of(self, space: Space) -> Variables:
+        """The variables of this study, for the space that it is first asked with."""
+        if self._variables is None:
+            self._variables = variables_of(space, sampler(self.sampler).over)
+        return self._variables
+
+    def _refined(self, space: Space, done: Sequence[FinishedTrial], goal: int, attempt: int) -> Choices | None:
         """The corrected proxy's optimum at one budget for weights drawn from their posterior; None if all draws were tried."""
         tried = {trial.choices for trial in done}
         correction = correct(
             space, [(t.choices, t.outcome.loss) for t in done if t.outcome.complete and not t.duplicate]
         )
-        rng = np.random.default_rng([self.seed, len(done)])
+        rng = np.random.default_rng([self.seed, len(done), attempt] if attempt else [self.seed, len(done)])
         for _ in range(DRAWS):
-            front = proxy_front(space, correction.draw(rng))
-            budget = budgets[len(done) % len(budgets)]
-            best = affordable_point(space, front, budget)
+            best = affordable_point(space, proxy_front(space, correction.draw(rng)), goal)
             if best is not None and best.choices not in tried:
                 return best.choices
         return None
 
-    def _random(self, space: Space, count: int, budget: int, draw: int) -> Choices:
-        """Uniformly random choices, then random variables made one step cheaper until the budget holds."""
-        rng = np.random.default_rng([self.seed, count, draw] if draw else [self.seed, count])
-        choices = [int(rng.integers(len(v.pairs))) for v in space.variables]
-        while space.cost(choices) > budget and any(choices):
-            picked = int(rng.choice([i for i, choice in enumerate(choices) if choice]))
-            choices[picked] -= 1
-        return tuple(choices)
 
-
-def hypervolume(outcomes: Sequence[TrialOutcome], scale: float, corner: tuple[float, float]) -> float:
-    """Area that outcomes dominate below ``corner`` (cost, loss), in units of cost times decades of loss.
-
-    Args:
-        outcomes: outcomes of trials; the loss of an early stop is multiplied by ``scale`` (see rung_ratio).
-    """
-    area, edge = 0.0, math.log10(corner[1])
-    points = [(o.cost, math.log10(max(o.loss * (1 if o.complete else scale), LEAST_LOSS))) for o in outcomes]
-    inside = (point for point in points if point[0] < corner[0] and point[1] < edge)
-    for cost, loss in pareto_front(inside, lambda point: point[0], lambda point: point[1]):
-        area += (corner[0] - cost) * (edge - loss)
-        edge = loss
-    return area
-
-
-def rung_ratio(trials: Sequence[FinishedTrial]) -> float:
-    """Ratio of the loss on all rungs to that on the first: the median over complete trials."""
-    ratios = [t.outcome.loss / t.outcome.rungs[0] for t in trials if t.outcome.complete and t.outcome.rungs[0] > 0]
-    return statistics.median(ratios) if ratios else 1.0
-
-
-def pareto(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """Complete trials that no other complete trial beats on both cost and loss, cheapest first."""
-    whole = sorted((t for t in trials if t.outcome.complete and not t.duplicate), key=lambda t: t.number)
-    return pareto_front(whole, lambda t: t.outcome.cost, lambda t: t.outcome.loss)
-
-
-def _comparable(outcome: TrialOutcome, others: Sequence[FinishedTrial]) -> float:
-    """log10 of the estimated loss on all rungs."""
-    return math.log10(max(outcome.loss * (1 if outcome.complete else rung_ratio(others)), LEAST_LOSS))
-
-
-def _parameters(space: Space, choices: Choices) -> dict[str, str]:
-    return {v.name: pair_name(v.pairs[c]) for v, c in zip(space.variables, choices, strict=True)}
-
-
-def _finished(trial: FrozenTrial) -> FinishedTrial:
-    cost, rungs, complete = trial.user_attrs["outcome"]
-    return FinishedTrial(
-        trial.number,
-        trial.user_attrs["origin"],
-        tuple(trial.user_attrs["choices"]),
-        TrialOutcome(int(cost), tuple(rungs), bool(complete)),
-        float(trial.user_attrs["seconds"]),
-        bool(trial.user_attrs["duplicate"]),
-    )
+def _attributes(anchor: Anchor) -> dict[str, Any]:
+    """What a trial's user attributes say of it before it is scored."""
+    return {
+        "origin": anchor.origin,
+        "choices": list(anchor.choices),
+        "goal": anchor.goal,
+        "state": dict(anchor.state),
+    }

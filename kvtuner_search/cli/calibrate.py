@@ -47,6 +47,17 @@ if TYPE_CHECKING:
     help=f"What proposes settings beside the proxy. {samplers.described()}.",
 )
 @click.option(
+    "--patience",
+    type=click.IntRange(0),
+    default=samplers.PATIENCE,
+    help="End the search after this many trials in a row that gain less than the samples tell apart; 0: never.",
+)
+@click.option(
+    "--robust/--no-robust",
+    default=True,
+    help="Choose another setting than the optimum that needs no trial only if it is better for certain, and worse on no source.",
+)
+@click.option(
     "--pp",
     "stages",
     type=click.IntRange(1),

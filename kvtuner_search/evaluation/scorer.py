@@ -71,6 +71,12 @@ class Scores:
         return {name: 1 / kinds / list(tasks.values()).count(kind) for name, kind in tasks.items()}
 
     @property
+    def sample_weights(self) -> Floats:
+        """[samples] By how much each sample's KL counts in the loss, which is the sum of both, multiplied."""
+        weight = {name: share / self.of(name).tokens.sum() for name, share in self.weights.items()}
+        return np.array([weight[name] for name in self.sources])
+
+    @property
     def loss(self) -> float:
         """What the search minimises: KL in nats a scored token of each source, averaged with ``weights``."""
         parts = ((self.of(name), weight) for name, weight in self.weights.items())

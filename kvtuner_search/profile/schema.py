@@ -218,7 +218,7 @@ class SearchInfo(Strict):
     """How the profile was found."""
 
     sampler: Name
-    """Name of the sampler, as `calibrate --sampler` takes it, e.g. tpe."""
+    """Name of the sampler, as `calibrate --sampler` takes it, e.g. gp."""
     seed: Count
     """Seed of the sampler, the data and the splits."""
     trials: Count

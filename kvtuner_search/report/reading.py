@@ -26,6 +26,7 @@ RIVALS: Final = {  # origin -> its name in a sentence; anything else was found b
     "preset": "published preset",
     "plain": "plain uniform setting",
 }
+GAIN: Final = 0.05  # of the loss: about what trials gain on real models (docs/log.md)
 EQUAL_BITS: Final = 0.005  # relative difference of effective bits below which two settings count as equally large
 
 
@@ -184,7 +185,18 @@ def findings(record: CalibrationRecord, target: TargetRecord) -> list[str]:
         elif rival is not None:
             compare = _by_loss if target.target_bits is not None else _by_size
             said.append(compare(chosen, rival, f"{RIVALS[origin]} ({rival.name})"))
+    if target.resolution is not None:
+        said.append(told_apart(target.resolution, record.options.samples))
     return said
+
+
+def told_apart(resolution: float, samples: int) -> str:
+    """Whether the samples that the choice was made on are enough for the gains that trials may find."""
+    said = f"The selection split tells losses apart that differ by {resolution:.1%}"
+    if resolution <= GAIN:
+        return f"{said}: enough to see a gain of {GAIN:.0%}."
+    # The width of an interval falls with the square root of the samples.
+    return f"{said}; to see a gain of {GAIN:.0%}, give about --samples {math.ceil(samples * (resolution / GAIN) ** 2)} ({samples} here)."
 
 
 def uniform(row: Compared) -> bool:

@@ -14,7 +14,7 @@ from kvtuner_search.bench.record import Hardware, Scrape
 from kvtuner_search.bench.served import first_device, public_arguments
 from kvtuner_search.bench.watch import merge, parse_metrics
 from kvtuner_search.models.reference_model import reference_model_path
-from kvtuner_search.servers.client import ServerError
+from kvtuner_search.servers.transport import ServerError
 
 
 def test_device_memory_is_that_of_the_servers_first_gpu(

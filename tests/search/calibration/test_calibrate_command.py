@@ -140,7 +140,7 @@ def test_a_killed_run_resumes_to_the_same_profile(finished: Path, tiny_model: Pa
     process = subprocess.Popen([sys.executable, "-m", "kvtuner_search", *arguments], env=environment)
     deadline = time.monotonic() + 120
     journal = output / "study.journal"
-    while b'"outcome"' not in (journal.read_bytes() if journal.exists() else b""):  # a trial has finished
+    while b'"rungs"' not in (journal.read_bytes() if journal.exists() else b""):  # a trial has finished
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from kvtuner_search.calibration import session
+from kvtuner_search.calibration import choosing, session
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.cli.main import run
+from kvtuner_search.profile.canonical import load
 
 SMALL = ("--data", "list", "--samples", "1", "--length", "170", "--no-random-baseline", "--no-bands", "--quiet")
 
@@ -147,6 +149,27 @@ def test_every_machine_writes_what_the_first_one_measured(
     named = (tmp_path / "two" / "mine-4.00bit.json").read_text()
     assert '"another"' not in named
     assert run(["check", str(tmp_path / "two" / "mine-4.00bit.json")]) == 0
+
+
+def test_resuming_with_more_patience_or_another_rule_searches_on_and_chooses_anew(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "preferred", lambda judged, robust: judged[0 if robust else -1])
+
+    def result(*more: str) -> tuple[int, list[str]]:
+        given = arguments(tiny_model, tmp_path, "--trials", "30", "--target-bits", "6", *more)
+        assert run(given) == 0
+        record = json.loads((tmp_path / "record.json").read_text())
+        layers = load(tmp_path / "tiny-qwen2-6.00bit.json").layer_specs()
+        assert [str(spec) for spec in layers] == record["targets"][0]["chosen"]["layers"]
+        return len([t for t in record["trials"] if not t["duplicate"]]), list(map(str, layers))
+
+    first, _ = result("--patience", "1")
+    more, robust = result("--patience", "0", "--resume")
+    assert first < more
+    same, free = result("--patience", "0", "--no-robust", "--resume")
+    assert same == more
+    assert free != robust
 
 
 def test_what_cannot_be_written_in_the_end_says_how_to_go_on(

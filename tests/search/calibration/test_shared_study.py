@@ -21,13 +21,14 @@ from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.options import CalibrationOptions, fingerprint
 from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Choices
-from kvtuner_search.calibration.study import Anchor, Study, open_storage
+from kvtuner_search.calibration.study import Study, open_storage
+from kvtuner_search.calibration.trials import Anchor
 from kvtuner_search.data.types import Sample, Split
 from kvtuner_search.errors import UsageError
 from kvtuner_search.models.load import ModelOptions
 
 WORKER = Path(__file__).with_name("study_worker.py")
-SPACE = make_space(4)
+SPACE = make_space(12)
 BUDGET = SPACE.nbytes([len(v.pairs) // 2 for v in SPACE.variables])
 ANCHORS = anchors(SPACE, proxy_front(SPACE), uniform_pairs(CLASSES), [], [BUDGET])
 
@@ -162,7 +163,8 @@ def test_two_random_searches_draw_different_settings(tmp_path: Path) -> None:
     trials = first.finished()
     assert {trial.origin for trial in trials} == {"random"}
     # None was proposed by a sampler that learns, which would be no random search.
-    assert all("choices" in trial.user_attrs and "fixed_params" in trial.system_attrs for trial in first.study.trials)
+    assert all("choices" in trial.user_attrs and not trial.user_attrs["state"] for trial in first.study.trials)
+    assert len({repr(trial.parameters) for trial in trials}) == len(trials)
 
 
 @pytest.mark.parametrize("kind", [0, 1])
@@ -172,7 +174,7 @@ def test_a_live_trial_is_left_alone_and_a_dead_one_is_done_again(
 ) -> None:
     storage = storages(tmp_path)[kind]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, str(WORKER), storage, "30", "300"], env=environment)
+    process = subprocess.Popen([sys.executable, str(WORKER), storage, "tpe", "30", "300"], env=environment)
     try:
         me = Study(open_storage(storage), "test", "tpe", 7)
 
@@ -316,8 +318,8 @@ def test_workers_choose_from_the_same_trials(tmp_path: Path) -> None:
     first, second = (join(storages(tmp_path)[0]) for _ in range(2))
     first.enqueue(SPACE, [Anchor(a.origin, a.choices) for a in ANCHORS])
     first.run(SPACE, score, 4, [BUDGET])
-    settled = first.settled(4)
+    settled = first.settled(4, 0)
     second.run(SPACE, score, 5, [BUDGET])  # it was in the middle of one more
     assert len(second.finished()) == 5
-    assert second.settled(4) == settled == first.settled(4)
-    assert len(second.settled(5)) == 5
+    assert second.settled(4, 0) == settled == first.settled(4, 0)
+    assert len(second.settled(5, 0)) == len(second.settled(4, 9)) == 5  # who searches longer chooses from more

@@ -13,7 +13,7 @@ from kvtuner_search.calibration.banded import banded_pairs
 from kvtuner_search.calibration.basis import LayerWorth, SideWorth
 from kvtuner_search.calibration.candidates import RAW_CLASS, Pair, StorageClass, banded_classes, storage_classes
 from kvtuner_search.calibration.proxy import correct, predicted_front, proxy_front
-from kvtuner_search.calibration.space import KEPT, LayerOptions, Space, build_space, prune
+from kvtuner_search.calibration.space import TILTS, LayerOptions, Space, build_space, prune
 from kvtuner_search.errors import UsageError
 from kvtuner_search.profile.presets import per_token
 from kvtuner_search.profile.stages import balanced_partition, pipeline_cost
@@ -105,8 +105,12 @@ def test_pruning_keeps_the_best_banded_pairs_of_each_size_and_drops_what_they_be
             assert all(layer.loss(p) >= layer.loss(pair) for p in cheaper)
             continue
         same = [p for p in cheaper if cost(p) == cost(pair)]
-        rank = sorted(layer.loss(p) for p in same).index(layer.loss(pair))
-        assert rank < KEPT or layer.predicted(pair) == min(layer.predicted(p) for p in same)
+        predicted = {p: tuple(map(sum, layer.expected(p))) for p in same}
+        assert any(
+            tilt * losses[pair][0] + losses[pair][1] == min(tilt * keys + values for keys, values in losses.values())
+            for losses in ({p: layer.losses(p) for p in same}, predicted)
+            for tilt in TILTS
+        )
     for nbytes in {cost(pair) for pair in layer.banded}:
         same = [pair for pair in layer.banded if cost(pair) == nbytes]
         assert min(same, key=layer.loss) in kept

@@ -15,7 +15,8 @@ from test_space import make_space
 
 from kvtuner_search.calibration import storage
 from kvtuner_search.calibration.storage import check_resumed, hidden, open_storage
-from kvtuner_search.calibration.study import Anchor, Study
+from kvtuner_search.calibration.study import Study
+from kvtuner_search.calibration.trials import Anchor
 from kvtuner_search.errors import DataError, KVTunerError, UsageError
 
 
@@ -175,9 +176,9 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_line(tmp_path: Path, monkeyp
 
 
 def damaged(lines: list[bytes], how: str) -> list[bytes]:
-    at = next(i for i, line in enumerate(lines) if b'"outcome"' in line)
+    at = next(i for i, line in enumerate(lines) if b'"rungs"' in line)
     if how == "digit":
-        start = lines[at].index(b'"outcome"')
+        start = lines[at].index(b'"rungs"')
         place = next(i for i in range(start, len(lines[at])) if chr(lines[at][i]).isdigit())
         digit = b"%d" % ((lines[at][place] - ord("0") + 1) % 10)
         return [*lines[:at], lines[at][:place] + digit + lines[at][place + 1 :], *lines[at + 1 :]]
@@ -194,7 +195,7 @@ def damaged(lines: list[bytes], how: str) -> list[bytes]:
 @pytest.mark.parametrize("how", ["digit", "lost", "twice", "checksum", "swapped"])
 def test_a_line_that_was_changed_is_noticed(how: str, tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    work(str(path), 3, 0.0)
+    work(str(path), "tpe", 3, 0.0)
     lines = path.read_bytes().splitlines(keepends=True)
     changed = damaged(lines, how)
     path.write_bytes(b"".join(changed))
@@ -228,7 +229,7 @@ def test_a_journal_without_checksums_is_refused(tmp_path: Path) -> None:
 def test_a_study_of_that_name_by_another_program_is_left_alone(kind: str, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/shared.db"
     theirs = optuna.create_study(
-        storage=url, study_name="test", directions=["minimize"] * (1 if kind == "objectives" else 2)
+        storage=url, study_name="test", directions=["minimize"] * (2 if kind == "objectives" else 1)
     )
     if kind == "trials":
         theirs.ask()
@@ -243,7 +244,7 @@ def test_a_study_of_that_name_by_another_program_is_left_alone(kind: str, tmp_pa
 
 def test_an_empty_study_that_was_made_beforehand_is_used(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/shared.db"
-    optuna.create_study(storage=url, study_name="test", directions=["minimize", "minimize"])
+    optuna.create_study(storage=url, study_name="test")
     assert open_study(url).finished() == []
 
 

@@ -5,16 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from study_worker import main as work
 from test_space import make_space
 
 from kvtuner_search.calibration.objective import TrialOutcome
-from kvtuner_search.calibration.study import Anchor, FinishedTrial, Study, hypervolume, open_storage, pareto
+from kvtuner_search.calibration.samplers import SAMPLERS
+from kvtuner_search.calibration.study import Study, open_storage
+from kvtuner_search.calibration.trials import Anchor, FinishedTrial, hypervolume, pareto
 from kvtuner_search.errors import DataError, UsageError
 
 WORKER = Path(__file__).with_name("study_worker.py")
-TRIALS = 120
+TRIALS = 44
 
 
 def finished(storage: Path) -> list[FinishedTrial]:
@@ -23,7 +28,7 @@ def finished(storage: Path) -> list[FinishedTrial]:
 
 def strip(trials: list[FinishedTrial]) -> list[tuple[object, ...]]:
     """What must not depend on kills: everything but numbers and times."""
-    return [(t.origin, t.choices, t.outcome, t.duplicate) for t in trials]
+    return [(t.origin, t.choices, t.outcome, t.duplicate, t.goal, dict(t.parameters), dict(t.state)) for t in trials]
 
 
 def start(storage: Path, *arguments: object) -> subprocess.Popen[str]:
@@ -32,35 +37,37 @@ def start(storage: Path, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_ten_kills_lose_at_most_the_running_trial_and_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_ten_kills_lose_at_most_the_running_trial_and_change_nothing(sampler: str, tmp_path: Path) -> None:
     killed = tmp_path / "killed.journal"
-    output, _ = start(killed, TRIALS, 0.03, 10).communicate(timeout=300)
+    output, _ = start(killed, sampler, TRIALS, 0.1, 10).communicate(timeout=300)
     counts = [int(line) for line in output.split()]
     assert len(counts) == 10
     assert counts == sorted(counts)  # nothing that was finished is lost
     assert 5 < counts[-1] < TRIALS  # the kills fell into the middle of the work
     seen = finished(killed)
-    work(str(killed), TRIALS, 0.0)
+    work(str(killed), sampler, TRIALS, 0.0)
     ended = finished(killed)
     assert ended[: len(seen)] == seen
     distinct = [t.choices for t in ended if not t.duplicate]
     assert len(distinct) == len(set(distinct)) == TRIALS
-    work(str(tmp_path / "whole.journal"), TRIALS, 0.0)
+    work(str(tmp_path / "whole.journal"), sampler, TRIALS, 0.0)
     assert strip(ended) == strip(finished(tmp_path / "whole.journal"))
 
 
 def test_a_finished_study_is_left_alone(tmp_path: Path) -> None:
     storage = tmp_path / "study.journal"
-    work(str(storage), 12, 0.0)
+    work(str(storage), "tpe", 12, 0.0)
     before = storage.read_bytes()
-    work(str(storage), 12, 0.0)
+    work(str(storage), "tpe", 12, 0.0)
     assert [t.number for t in finished(storage)] == list(range(12))
     assert storage.read_bytes()[: len(before)] == before
 
 
-def test_two_workers_share_the_trials(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["sepcma", "pairs"])  # whose proposals seldom repeat in so small a space
+def test_two_workers_share_the_trials(sampler: str, tmp_path: Path) -> None:
     storage = tmp_path / "study.journal"
-    processes = [start(storage, TRIALS, 0.02) for _ in range(2)]
+    processes = [start(storage, sampler, TRIALS, 0.02) for _ in range(2)]
     assert [p.wait(300) for p in processes] == [0, 0]
     trials = finished(storage)
     distinct = [t.choices for t in trials if not t.duplicate]
@@ -70,7 +77,7 @@ def test_two_workers_share_the_trials(tmp_path: Path) -> None:
 
 def test_a_torn_line_is_dropped_and_damage_is_reported(tmp_path: Path) -> None:
     storage = tmp_path / "study.journal"
-    work(str(storage), 5, 0.0)
+    work(str(storage), "tpe", 5, 0.0)
     whole = storage.read_bytes()
     storage.write_bytes(whole + b'{"op_code": 5, "trial')
     assert len(finished(storage)) == 5
@@ -120,3 +127,38 @@ def test_front_and_hypervolume() -> None:
     early = [TrialOutcome(10, (0.05,), False)]
     assert hypervolume(early, 2.0, (40, 1.0)) == pytest.approx(30)
     assert hypervolume([TrialOutcome(50, (0.1,), True)], 1.0, (40, 1.0)) == 0
+
+
+def test_optuna_alone_reads_the_study_with_names_for_people(tmp_path: Path) -> None:
+    """As optuna-dashboard does, which is given the journal's path."""
+    storage = tmp_path / "study.journal"
+    work(str(storage), "tpe", 34, 0.0)
+    alone = optuna.load_study(
+        study_name="test", storage=optuna.storages.JournalStorage(JournalFileBackend(str(storage)))
+    )
+    assert alone.metric_names == ["KL divergence, nats a token"]
+    proposed = [t for t in alone.get_trials(states=(TrialState.COMPLETE,)) if t.user_attrs["origin"] == "tpe"]
+    assert proposed
+    for trial in proposed:
+        assert {"keys over values", "contrast"} <= set(trial.params)
+        assert all(-1 <= value <= 1 for value in trial.params.values())
+        assert trial.user_attrs["goal"] >= trial.user_attrs["bytes"]
+    assert any(not trial.user_attrs["complete"] for trial in proposed)
+    found = [t for t in finished(storage) if t.outcome.complete]
+    shown = [t for t in alone.get_trials(states=(TrialState.COMPLETE,)) if t.user_attrs["complete"]]
+    assert [t.value for t in shown] == pytest.approx([t.outcome.loss for t in found])
+    budget = max(t.goal or 0 for t in found)
+    assert alone.best_value == pytest.approx(min(t.outcome.loss for t in found if t.outcome.cost <= budget))
+
+
+def test_a_study_of_an_earlier_layout_is_refused_in_one_line(tmp_path: Path) -> None:
+    """It had two objectives and a category for each layer."""
+    storage = tmp_path / "study.journal"
+    old = optuna.create_study(
+        study_name="test", storage=open_storage(str(storage)).backend, directions=["minimize"] * 2
+    )
+    old.set_user_attr("kvtuner", "2, 2")
+    old.enqueue_trial({"layer 0": "4-g64-asym/2-g64-asym"})
+    with pytest.raises(DataError, match="another version of this one: choose another --study-name") as raised:
+        finished(storage)
+    assert "\n" not in str(raised.value)

@@ -27,7 +27,9 @@ from kvtuner_search.calibration.storage import open_storage
 from kvtuner_search.calibration.study import Study
 from kvtuner_search.errors import DataError
 
-SPACE = make_space(2)
+SPACE = make_space(8)
+MIDDLE = SPACE.nbytes([len(v.pairs) // 2 for v in SPACE.variables])
+BUDGETS = [MIDDLE * tenths // 10 for tenths in (10, 9, 8, 7, 6, 5)]  # each trial has one of its own
 NAMES = ("study.journal", "study.db")
 
 
@@ -49,7 +51,7 @@ def run(study: Study, trials: int, meanwhile: Callable[[], None] = lambda: None)
             meanwhile()
         return TrialOutcome(SPACE.cost(choices), (0.1 + sum(choices),), True)
 
-    study.run(SPACE, score, trials, [10**9])
+    study.run(SPACE, score, trials, BUDGETS)
 
 
 def other_study(folder: Path, name: str) -> Path:
@@ -179,7 +181,7 @@ def test_a_line_is_written_whole_where_the_system_takes_a_part_at_a_time(
             yield Slow(stream)
 
     monkeypatch.setattr(journal.CheckedJournal, "_writing", slow)
-    work(str(tmp_path / "study.journal"), 3, 0.0)
+    work(str(tmp_path / "study.journal"), "tpe", 3, 0.0)
     monkeypatch.undo()
     assert len(join(tmp_path / "study.journal").finished()) == 3
 
@@ -260,7 +262,7 @@ def test_a_killed_worker_leaves_a_study_that_others_go_on_with_at_once(tmp_path:
         space = []
     path, worker = tmp_path / "study.db", Path(__file__).with_name("study_worker.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [*space, sys.executable, str(worker), address(path), "40", "300"]
+    command = [*space, sys.executable, str(worker), address(path), "tpe", "40", "300"]
     others = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(2)]
     try:
         me = Study(open_storage(address(path)), "test", "tpe", 7)

@@ -10,8 +10,9 @@ import click
 import pytest
 
 from kvtuner_search import api
-from kvtuner_search.calibration import candidates, objective, options, pipeline, sensitivity, space, study
+from kvtuner_search.calibration import candidates, objective, options, pipeline, sensitivity, space
 from kvtuner_search.calibration.banded import MEASURED
+from kvtuner_search.calibration.samplers import PATIENCE, SAMPLERS
 from kvtuner_search.cli.main import cli
 from kvtuner_search.data import DEFAULT_SOURCES, sources
 from kvtuner_search.data.rows import READERS
@@ -198,7 +199,8 @@ def test_commands_in_the_documents_have_the_options(path: Path) -> None:
 
 
 STATED = [
-    ("calibration.md", f"first rung is {objective.MARGIN:g} times worse"),
+    ("calibration.md", f"on the same samples, by a {objective.STOP:.0%}".replace("%", " %")),
+    ("calibration.md", f"After {PATIENCE} proposals in a row"),
     ("calibration.md", f"mean silhouette is at least {space.MIN_SILHOUETTE:g}"),
     ("calibration.md", f"e_o is under {pipeline.LEAST_ERROR:.0%}".replace("%", " %")),
     ("calibration.md", f"{sensitivity.CLIP_TOKENS:,} tokens favour"),
@@ -210,8 +212,8 @@ STATED = [
     ),
     ("calibration.md", f"Classes are {candidates.GRAIN} bits apart"),
     ("calibration.md", f"({', '.join(f'`{candidates.StorageClass(0, total=total)}`' for total in MEASURED)})"),
-    ("calibration.md", "the three of least loss" if space.KEPT == 3 else "another number"),
-    ("calibration.md", "Every third proposal is the sampler's" if study.SAMPLER_EVERY == 3 else "another share"),
+    ("calibration.md", "{:g}, {:g}, {:g}, {:g} or {:g} times as much as values".format(*space.TILTS)),
+    ("calibration.md", "of whose proposals two of three are" if SAMPLERS["pairs"].every == 3 else "another share"),
     ("calibration.md", f"{100 * statistics.CONFIDENCE:g} % intervals"),
     ("data.md", "the default is `{}`, `{}`, `{}` and `{}`".format(*DEFAULT_SOURCES)),
 ]
