@@ -79,7 +79,7 @@ def test_metrics_are_read_by_rank_without_folders() -> None:
 @pytest.mark.parametrize("sign", ["", "-"])
 @pytest.mark.parametrize("digits", [19, 310, 4000])
 def test_a_figure_of_any_length_is_implausible(sign: str, digits: int) -> None:
-    with pytest.raises(ServerError, match=f"/metrics says sglang:token_usage={sign}[0-9.]+e.18: implausibly large"):
+    with pytest.raises(ServerError, match=f"the metrics say sglang:token_usage={sign}[0-9.]+e.18: implausibly large"):
         parse_metrics([f"sglang:token_usage {sign}{'9' * digits}"])
 
 
