@@ -125,7 +125,7 @@ def calibrate(
         bands: also allow storing in a fitted basis, in bands.
         pipeline_stages: of the server; a budget counts each stage as the largest.
         grouping: ``auto``, ``on`` or ``off``: whether layers with similar sensitivity share a variable.
-        random_baseline: also run a random search of as many trials, to compare with.
+        random_baseline: also run a random search of as many proposals, to compare with.
         name: start of the profiles' names; the model's unless given.
         revision: commit, branch or tag on the hub.
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.

@@ -14,7 +14,7 @@ from kvtuner_search.calibration.basis import fit_bases
 from kvtuner_search.calibration.candidates import StorageClass, storage_classes
 from kvtuner_search.calibration.objective import TrialObjective, TrialOutcome
 from kvtuner_search.calibration.options import TIERS, CalibrationOptions, fingerprint
-from kvtuner_search.calibration.patience import Standstill, progress, standstill
+from kvtuner_search.calibration.patience import FIRST, Standstill, progress, standstill
 from kvtuner_search.calibration.plan import SearchPlan, make_plan
 from kvtuner_search.calibration.proxy import ProxyPoint
 from kvtuner_search.calibration.space import Choices, Space, build_space
@@ -204,9 +204,9 @@ def search(
         each.enqueue(space, first)
         done = [t for t in each.finished() if not t.duplicate]
         ended: list[Standstill] = []
-        # The random search gets as many trials as the search has made, which may have ended early.
-        made = len([t for t in study.finished() if not t.duplicate])
-        trials = run.options.trials if each is study else min(run.options.trials, made)
+        # The random search makes as many proposals as the sampler, which may have ended early; it tries no optimum or uniform setting first.
+        made = len([t for t in study.finished() if not t.duplicate and t.origin not in FIRST])
+        trials = run.options.trials if each is study else max(1, min(run.options.trials, made))
         with run.reporter.stage(label, trials) as advance:
             advance(len(done))
 

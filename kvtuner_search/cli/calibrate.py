@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 @click.option(
     "--random-baseline/--no-random-baseline",
     default=True,
-    help="Also run a random search with as many trials, for comparison.",
+    help="Also run a random search with as many proposals, for comparison.",
 )
 @click.option(
     "--output",
