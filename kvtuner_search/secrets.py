@@ -42,7 +42,7 @@ _OPTION: Final = re.compile(
     rf"(?<![\w-])--{_NAME}\s+(?!(?:or|and|if|where|when|is|was|that|in|for|to)\s)", re.IGNORECASE
 )
 _QUERY: Final = re.compile(
-    r"([?&#](?:[\w.%-]{0,40}(?:key|token|secret|sig|auth|passw|pwd|credential|session|jwt)[\w.%-]{0,40}|code|sas|x-amz-[\w-]+)=)"
+    r"([?&#](?:[\w.%-]{0,40}(?:key|token(?!s=)|secret|sig|auth|passw|pwd|credential|session|jwt)[\w.%-]{0,40}|code|sas|x-amz-[\w-]+)=)"
     r"(?P<value>[^\s&#\"')]+)",
     re.IGNORECASE,
 )

@@ -78,7 +78,7 @@ def sampler(name: str) -> Sampler:
         UsageError: if there is none.
     """
     if name not in SAMPLERS:
-        raise UsageError(f"{name!r} is no sampler: choose from {', '.join(SAMPLERS)}")
+        raise UsageError(f"{name!r} is not a sampler: choose from {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 

@@ -202,7 +202,7 @@ def test_nothing_is_cut_off_what_is_no_line_of_ours(tmp_path: Path) -> None:
     me = join(path)
     before = path.read_bytes() + b"somebody's notes"
     path.write_bytes(before)
-    with pytest.raises(DataError, match="no study"):
+    with pytest.raises(DataError, match="is not a study"):
         run(me, 1)
     assert path.read_bytes() == before
 
