@@ -12,7 +12,6 @@ from kvtuner_kernels.layout import BITS, LAYOUT_VERSION
 from kvtuner_search import __version__
 from kvtuner_search.calibration.candidates import StorageClass
 from kvtuner_search.calibration.samplers import DEFAULT, PATIENCE
-from kvtuner_search.data import DEFAULT_SOURCES
 from kvtuner_search.data.types import Split
 from kvtuner_search.models.load import ModelOptions
 
@@ -24,7 +23,7 @@ class CalibrationOptions:
     """A calibration run; the defaults suit the embedded reference model on two CPU cores."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
-    sources: tuple[str, ...] = DEFAULT_SOURCES
+    sources: tuple[str, ...] = ()  # none: default_sources
     samples: int = 5  # sequences of each source in the search split; selection and test have as many each
     length: int = 448  # most tokens of a sequence
     seed: int = 0
