@@ -39,7 +39,7 @@ class CalibrationOptions:
     robust: bool = True  # beyond the optimum without a trial, only what is better for certain and worse on no source
     stages: int = 1  # pipeline stages
     grouping: str = "auto"  # auto, on or off
-    random_baseline: bool = True  # a random search of the same number of trials, for comparison
+    random_baseline: bool = True  # a random search of as many proposals, for comparison
     batch_tokens: int = 4096  # padded tokens of one forward pass
 
     def facts(self, model: dict[str, Any], dtype: str, device: str, splits: Iterable[Split]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     "--sampler",
     type=click.Choice(list(samplers.SAMPLERS)),
     default=samplers.DEFAULT,
-    help=f"What proposes settings beside the proxy. {samplers.described()}.",
+    help=f"What proposes settings. {samplers.described()}.",
 )
 @click.option(
     "--patience",
