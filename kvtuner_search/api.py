@@ -112,6 +112,7 @@ def calibrate(
         target_bits: one budget or several, in effective bits from 1 to 16; 4.0 unless ``max_loss`` is given.
         max_loss: instead of budgets, the most KL divergence from the 16-bit cache, in nats a token.
         data: sources of text and tasks, as ``--data`` takes them (docs/data.md); none: recall, arithmetic, list and text.
+            A model with a chat template is calibrated on chat too.
         samples: sequences of each source in each split.
         length: most tokens of a sequence, at least 8.
         seed: of data, splits and search.
@@ -170,11 +171,10 @@ def calibrate(
 
     from kvtuner_search.calibration import session
     from kvtuner_search.calibration.options import CalibrationOptions
-    from kvtuner_search.data import DEFAULT_SOURCES
 
     options = CalibrationOptions(
         model=_model(model, revision, dtype, device, device_map, trust_remote_code),
-        sources=_sources(data) or DEFAULT_SOURCES,
+        sources=_sources(data),
         samples=samples,
         length=length,
         seed=seed,

@@ -96,3 +96,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}: choose a folder that can be written to"
         ) from error
+
+
+def current_folder() -> Path:
+    """The current folder.
+
+    Raises:
+        DataError: if it was deleted.
+    """
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise DataError(f"the current folder cannot be used ({error.strerror}): change to another one") from error

@@ -182,7 +182,9 @@ def _found_in(text: str) -> Iterable[str]:
     for match in _URL.finditer(text):
         yield _credentials(match["scheme"], match["rest"]).partition(":")[2]
     for match in _QUERY.finditer(text):
-        if not _EMPTY.fullmatch(match["value"]):
+        if (
+            len(match["value"]) >= _LONG
+        ):  # a shorter value of such a name may be a word: target_session_attrs=read-write
             yield match["value"]
     for start, end, _ in _values(text, _FIELD):
         value = text[start:end]

@@ -19,7 +19,7 @@ from kvtuner_search.calibration.storage import Store
 from kvtuner_search.errors import DataError
 
 CHUNK: Final = 60_000  # characters of one attribute, which some databases limit to 64 KiB
-MARK: Final = ("kvtuner", 3)  # attribute that marks this program's studies, and the version of their layout
+MARK: Final = ("kvtuner", 4)  # attribute that marks this program's studies, and the version of their layout
 
 
 def open_study(store: Store, name: str, seed: int) -> optuna.Study:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from kvtuner_kernels.layout import UNIFORM_BITS, LayerSpec
@@ -53,7 +54,9 @@ def anchors(
     found: dict[tuple[int, ...], Anchor] = {}
 
     def add(origin: str, choices: tuple[int, ...], goal: int | None = None) -> None:
-        found.setdefault(choices, Anchor(origin, choices, goal))
+        known = found.setdefault(choices, Anchor(origin, choices, goal))
+        if known.goal is None and goal is not None:  # the optimum a little below a budget may be the budget's own
+            found[choices] = replace(known, goal=goal)
 
     predicted = predicted_front(space)
     for budget in budgets:

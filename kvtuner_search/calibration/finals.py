@@ -65,10 +65,11 @@ def finalists(
         return sorted(fitting, key=lambda t: (t.outcome.loss, t.outcome.cost, t.number))[:count]
 
     picked = [candidate(t, t.origin) for t in best(found, FINALISTS)]
-    uniform = [t for t in found if space.uniform_pair(t.choices)]
-    picked += [candidate(t, "uniform") for t in best(uniform, 2)]
+    # Before uniform settings: where an optimum is one of those, it stays the optimum that trials have to beat.
     for origin in ("fisher", "proxy", "preset"):
         picked += [candidate(t, origin) for t in best([t for t in found if t.origin == origin], 1)]
+    uniform = [t for t in found if space.uniform_pair(t.choices)]
+    picked += [candidate(t, "uniform") for t in best(uniform, 2)]
     picked += [
         candidate(t, "random")
         for t in sorted(filter(affordable, random), key=lambda t: (not t.outcome.complete, t.outcome.loss))[:1]

@@ -12,7 +12,6 @@ from kvtuner_kernels.layout import BITS, LAYOUT_VERSION
 from kvtuner_search import __version__
 from kvtuner_search.calibration.candidates import StorageClass
 from kvtuner_search.calibration.samplers import DEFAULT, PATIENCE
-from kvtuner_search.data import DEFAULT_SOURCES
 from kvtuner_search.data.types import Split
 from kvtuner_search.models.load import ModelOptions
 
@@ -24,7 +23,7 @@ class CalibrationOptions:
     """A calibration run; the defaults suit the embedded reference model on two CPU cores."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
-    sources: tuple[str, ...] = DEFAULT_SOURCES
+    sources: tuple[str, ...] = ()  # none: default_sources
     samples: int = 5  # sequences of each source in the search split; selection and test have as many each
     length: int = 448  # most tokens of a sequence
     seed: int = 0
@@ -40,7 +39,7 @@ class CalibrationOptions:
     robust: bool = True  # beyond the optimum without a trial, only what is better for certain and worse on no source
     stages: int = 1  # pipeline stages
     grouping: str = "auto"  # auto, on or off
-    random_baseline: bool = True  # a random search of the same number of trials, for comparison
+    random_baseline: bool = True  # a random search of as many proposals, for comparison
     batch_tokens: int = 4096  # padded tokens of one forward pass
 
     def facts(self, model: dict[str, Any], dtype: str, device: str, splits: Iterable[Split]) -> dict[str, Any]:

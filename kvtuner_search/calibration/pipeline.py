@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -20,12 +20,13 @@ from kvtuner_search.calibration.proxy import ProxyPoint
 from kvtuner_search.calibration.space import Choices, Space, build_space
 from kvtuner_search.calibration.study import Study
 from kvtuner_search.calibration.trials import FinishedTrial
-from kvtuner_search.data.load import load_dataset_for
+from kvtuner_search.data.load import default_sources, load_dataset_for
 from kvtuner_search.data.types import Dataset, Sample, Split
 from kvtuner_search.errors import UsageError
 from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.scorer import Scorer
 from kvtuner_search.models.load import LoadedModel, load_model
+from kvtuner_search.models.reference_model import REFERENCE_NAME
 from kvtuner_search.models.runner import Runner
 from kvtuner_search.profile.presets import published
 from kvtuner_search.progress import Reporter
@@ -76,6 +77,11 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> CalibrationRun:
     info = loaded.info
     classes = storage_classes(options.bits, options.group_sizes, info.head_dim, options.symmetric, options.bands)
     _check_targets(options, classes, info.num_kv_heads, info.head_dim, info.num_layers)
+    if not options.sources:
+        trained = (
+            loaded.info.id != REFERENCE_NAME
+        )  # it has a chat template, and was not trained on chats (its model card)
+        options = replace(options, sources=default_sources(loaded.tokenizer, options.length, chats=trained))
     with reporter.stage("read the data"):
         data = load_data(options, loaded, reporter.say)
     runner = Runner(loaded)

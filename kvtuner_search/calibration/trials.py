@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.space import Choices
 from kvtuner_search.calibration.variables import Parameters
 
+PIECE: Final = 2500  # numbers of one attribute: some databases limit it to 64 KiB
 LEAST_LOSS: Final = 1e-9  # nats; the 16-bit cache itself has none
 
 
@@ -90,7 +92,7 @@ def outcome_attributes(outcome: TrialOutcome) -> dict[str, Any]:
         "bytes": outcome.cost,
         "rungs": list(outcome.rungs),
         "complete": outcome.complete,
-        "kl": list(outcome.kl),
+        **{f"kl {i // PIECE}": list(outcome.kl[i : i + PIECE]) for i in range(0, len(outcome.kl), PIECE)},
         "sources": list(outcome.sources),
     }
 
@@ -98,7 +100,9 @@ def outcome_attributes(outcome: TrialOutcome) -> dict[str, Any]:
 def finished_trial(trial: FrozenTrial) -> FinishedTrial:
     """A finished trial of a study, read from its storage."""
     attributes = trial.user_attrs
-    rungs, kl, sources = (tuple(attributes[name]) for name in ("rungs", "kl", "sources"))
+    rungs, sources = (tuple(attributes[name]) for name in ("rungs", "sources"))
+    names = itertools.takewhile(attributes.__contains__, (f"kl {piece}" for piece in itertools.count()))
+    kl = tuple(itertools.chain.from_iterable(attributes[name] for name in names))
     return FinishedTrial(
         trial.number,
         attributes["origin"],

@@ -93,8 +93,16 @@ def directions(space: Space) -> list[Direction]:
 
 def _contrast(space: Space) -> NDArray[np.float64]:
     """[variables, 2]: logarithm of each side's usual loss, about the mean; a unit more squares how layers differ."""
-    usual = np.array([np.log(_sides(v.features, v.expected) + LEAST).mean(0) for v in space.variables])
+    usual = np.array([usual_losses(_sides(v.features, v.expected)) for v in space.variables])
     found: NDArray[np.float64] = usual - usual.mean()
+    return found
+
+
+def usual_losses(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[2]: mean logarithm of each side's losses [pairs, 2]; a side in 16 bits loses nothing, and does not count."""
+    lossy = losses > 0
+    logs = np.where(lossy, np.log(np.where(lossy, losses, 1.0)), 0.0)
+    found: NDArray[np.float64] = np.where(lossy.any(0), logs.sum(0) / np.maximum(lossy.sum(0), 1), np.log(LEAST))
     return found
 
 

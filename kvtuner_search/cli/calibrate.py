@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     "--sampler",
     type=click.Choice(list(samplers.SAMPLERS)),
     default=samplers.DEFAULT,
-    help=f"What proposes settings beside the proxy. {samplers.described()}.",
+    help=f"What proposes settings. {samplers.described()}.",
 )
 @click.option(
     "--patience",
@@ -112,7 +112,6 @@ def command(**options: Any) -> None:
     threads.limit_threads()
     from kvtuner_search.calibration.options import CalibrationOptions
     from kvtuner_search.calibration.session import CalibrationSession, calibrate
-    from kvtuner_search.data import DEFAULT_SOURCES
 
     if options["resume"] and options["overwrite"]:
         raise UsageError("--resume and --overwrite exclude each other: one keeps the study, the other deletes it")
@@ -130,7 +129,6 @@ def command(**options: Any) -> None:
         quiet=options.pop("quiet"),
         arguments=tuple(sys.argv[1:]),
     )
-    options["sources"] = options["sources"] or DEFAULT_SOURCES
     options["target_bits"] = options["target_bits"] or (() if options["max_loss"] is not None else (4.0,))
     with kill_as_interrupt():
         calibrate(CalibrationOptions(model=loading(options), **options), session, _publish)

@@ -11,6 +11,7 @@ import click
 
 from kvtuner_search.cli.options import json_option, memory_option
 from kvtuner_search.errors import UsageError
+from kvtuner_search.files import current_folder
 from kvtuner_search.output import write_commands
 from kvtuner_search.profile.canonical import canonical_json
 from kvtuner_search.profile.changes import make_finding
@@ -80,9 +81,9 @@ def command(
         raise UsageError("--config and --config-from name two configurations: give one of them")
     change = None
     if config_from is None:
-        settings = load_settings(config, Path.cwd())
+        settings = load_settings(config, current_folder())
     else:
-        settings, change = settings_of(config_from, Path.cwd())
+        settings, change = settings_of(config_from, current_folder())
     given: dict[str, Any] = {
         "fail_on": fail_on,
         "max_bytes_per_token": max_bytes_per_token,

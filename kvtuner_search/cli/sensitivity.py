@@ -42,12 +42,10 @@ def command(pair_loss: bool, output: Path | None, quiet: bool, **options: Any) -
     from kvtuner_search.calibration.candidates import pair_name
     from kvtuner_search.calibration.options import CalibrationOptions
     from kvtuner_search.calibration.pipeline import analyse, prepare
-    from kvtuner_search.data import DEFAULT_SOURCES
     from kvtuner_search.files import check_writable, write_atomic
     from kvtuner_search.progress import Reporter
 
     check_writable(output)
-    options["sources"] = options["sources"] or DEFAULT_SOURCES
     reporter = Reporter(quiet)
     run = prepare(CalibrationOptions(model=loading(options), target_bits=(), **options), reporter)
     plan = analyse(run, None, least_error=0.0)

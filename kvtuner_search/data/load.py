@@ -13,15 +13,16 @@ from functools import cached_property
 from random import Random
 from typing import Any, Final
 
-from kvtuner_search.data.sources import Rows, Source, Task, Text, distinct, parse_source
-from kvtuner_search.data.tasks import SEARCH_QUESTIONS, Document, stream
+from kvtuner_search.data.sources import DEFAULT_SOURCES, Rows, Source, Task, Text, distinct, parse_source
+from kvtuner_search.data.tasks import SEARCH_QUESTIONS, Conversation, Document, chat, stream
 from kvtuner_search.data.types import SPLITS, Dataset, Sample, Split, SplitName
-from kvtuner_search.errors import DataError, UsageError
+from kvtuner_search.errors import DataError, UsageError, first_line
 
 # transformers' call: tokenizer(text, add_special_tokens=..., verbose=...)["input_ids"] -> list of ids
 Tokenizer = Callable[..., Any]
 
 _BLOCK_CHARACTERS: Final = 1 << 20  # long texts are tokenized in blocks, so that reading can stop early
+_SPARE: Final = 0.8  # of the length that one conversation may take, as others are longer
 _POOL: Final = 4  # windows are drawn from the first 4 times as many tokens as are needed
 
 
@@ -136,8 +137,39 @@ class Encoder:
         Raises:
             DataError: if no answer has a token that can be predicted.
         """
+        return self._scored(source, document, self.start)
+
+    def conversation(self, source: str, talk: Conversation) -> Sample:
+        """A sample of a conversation in the tokenizer's chat template, whose own text begins a sequence. The assistant's answers are scored.
+
+        Raises:
+            UsageError: if there is no template, or it does not take a conversation of user and assistant as it is.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UsageError(f"source {source!r}: this tokenizer has no chat template: leave {source} out")
+        pairs = [
+            ({"role": "user", "content": said}, {"role": "assistant", "content": reply}) for said, reply in talk.turns
+        ]
+        try:
+            text = str(self.tokenizer.apply_chat_template(list(itertools.chain(*pairs)), tokenize=False))  # type: ignore[attr-defined]
+        except Exception as error:  # a template is a program of the model's own
+            raise UsageError(
+                f"source {source!r}: the chat template refuses a plain conversation ({first_line(error)}): leave {source} out"
+            ) from error
+        answers, at = [], 0
+        for said, reply in talk.turns:
+            asked = text.find(said, at)
+            start = text.find(reply, asked + len(said))
+            if asked < 0 or start < 0:
+                raise UsageError(f"source {source!r}: the chat template changes what was said: leave {source} out")
+            at = start + len(reply)
+            answers.append((start, at))
+        return self._scored(source, Document(text, tuple(answers)), [])
+
+    def _scored(self, source: str, document: Document, begin: list[int]) -> Sample:
+        """The sample of a document after the ids that begin a sequence."""
         body = self.ids(document.text)
-        shift = len(self.start)
+        shift = len(begin)
         spans: list[tuple[int, int]] = []
         for first, last in document.answers:
             start = shift + _common(self.ids(document.text[:first].rstrip(" ")), body)
@@ -152,7 +184,25 @@ class Encoder:
                 f"source {source!r}: the answer in {document.text[:40]!r} is the first token, so nothing predicts it:"
                 " put a prompt before it"
             )
-        return Sample(source, (*self.start, *body), tuple(spans), is_task=document.exact)
+        return Sample(source, (*begin, *body), tuple(spans), is_task=document.exact)
+
+
+def default_sources(tokenizer: Tokenizer, length: int, *, chats: bool) -> tuple[str, ...]:
+    """What calibration reads if no source is named: DEFAULT_SOURCES, and conversations if the model was trained on them.
+
+    Args:
+        length: most tokens of a sample; conversations that are longer are left out.
+        chats: False for a model that has a chat template, but was not trained on conversations.
+
+    Example:
+        >>> default_sources(lambda text, **_: {"input_ids": []}, 448, chats=True)
+        ('recall', 'arithmetic', 'list', 'text')
+    """
+    try:
+        fits = chats and len(Encoder(tokenizer, length).conversation("chat", chat(Random(0))).tokens) <= length * _SPARE
+    except UsageError:
+        fits = False
+    return (*DEFAULT_SOURCES, "chat") if fits else DEFAULT_SOURCES
 
 
 def _parse(sources: Sequence[str], questions: int = 1) -> list[Source]:
@@ -173,7 +223,11 @@ def _left_out(source: Rows | Text) -> str:
 
 def _generate(task: Task, encoder: Encoder, *, stream_name: str, seed: int, count: int) -> list[Sample]:
     rng = stream(task.name, stream_name, seed)
-    samples = [encoder.document(task.name, task.make(rng)) for _ in range(count)]
+    made = [task.make(rng) for _ in range(count)]
+    samples = [
+        encoder.conversation(task.name, each) if isinstance(each, Conversation) else encoder.document(task.name, each)
+        for each in made
+    ]
     longest = max((len(sample.tokens) for sample in samples), default=0)
     if longest > encoder.length:
         raise DataError(

@@ -3,6 +3,7 @@
 ==============================  ==========================================================================
 ``recall`` ``arithmetic``       generated tasks; ``recall#pairs=40#questions=2`` sets the number of codes (20) and of questions
 ``list``                        (4 in calibration, 1 in evaluation)
+``chat``                        conversations in the model's chat template, with codes to remember and sums
 ``text``                        the prose of Python's own language reference
 ``gsm8k`` ``wikitext``          hub datasets, with the prompts below
 ``hub:NAME[:CONFIG][:SPLIT]``   any hub dataset or local folder that ``datasets`` reads; SPLIT is train if not given
@@ -31,7 +32,7 @@ from random import Random
 from typing import Final
 
 from kvtuner_search.data.rows import CHATS, READERS, Row, Skipped, check_characters, locate, read_text, text_of
-from kvtuner_search.data.tasks import DEFAULT_PAIRS, TASKS, Document, recall
+from kvtuner_search.data.tasks import DEFAULT_PAIRS, TASKS, Conversation, Document, chat, recall
 from kvtuner_search.data.topics import python_reference
 from kvtuner_search.errors import DataError, UsageError
 
@@ -49,7 +50,7 @@ class Task:
     """A task that is generated without end."""
 
     name: str
-    make: Callable[[Random], Document]
+    make: Callable[[Random], Document | Conversation]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def parse_source(spec: str, questions: int = 1) -> Source:
             }
             make = partial(recall, pairs=numbers["pairs"], questions=numbers["questions"])
         return Task(spec, make)
+    if location == "chat":
+        _allow(spec, options, set())
+        return Task("chat", chat)
     if location == "text":
         _allow(spec, options, set())
         return Text("text", lambda: iter([python_reference()]))

@@ -35,6 +35,13 @@ class Document:
     exact: bool = False  # whether the answers are short enough for exact match to be a meaningful accuracy
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """Pairs of what the user says and what the assistant answers, in order; the answers are scored, in the model's own chat format."""
+
+    turns: tuple[tuple[str, str], ...]
+
+
 class _Writer:
     """Collects a text and the places of its answers."""
 
@@ -100,6 +107,22 @@ def repeat_list(rng: Random) -> Document:
     listed = ", ".join(words)
     writer = _Writer().say(f"List: {listed}\nAgain: ").answer(listed).say("\nItem number one is ").answer(words[0])
     return writer.say(" and the last one is ").answer(words[-1]).say(".").done()
+
+
+def chat(rng: Random) -> Conversation:
+    """7 turns: the user gives codes to 3 names, asks for 2 sums, and asks for 2 of the codes."""
+    codes = {name: rng.randint(10000, 99999) for name in rng.sample(NAMES, 3)}
+    told = [
+        (f"Please note: the code of the {n} is {c}.", f"Noted: the code of the {n} is {c}.") for n, c in codes.items()
+    ]
+    sums = [(rng.randint(0, 999), rng.randint(0, 999)) for _ in range(2)]
+    added = [(f"What is {x} + {y}?", f"{x} + {y} = {x + y}") for x, y in sums]
+    early = [*told, *added]
+    rng.shuffle(early)
+    asked = [
+        (f"What is the code of the {n}?", f"The code of the {n} is {codes[n]}.") for n in rng.sample(list(codes), 2)
+    ]
+    return Conversation((*early, *asked))
 
 
 TASKS: Final[dict[str, Callable[[Random], Document]]] = {

@@ -97,14 +97,18 @@ def _refuse_embedded(place: GitPath) -> None:
     """
     if "GIT_DIR" in os.environ:
         return
-    current = Path.cwd()
+    try:
+        current = Path.cwd()
+    except OSError:  # a folder that is deleted: git says so
+        return
     folders = (current, *current.parents)
     top = next((index for index, folder in enumerate(folders) if os.path.lexists(folder / ".git")), 0)
     suspects = [folder for folder in folders[:top] if os.path.lexists(folder / "HEAD")]
     if not suspects or ".git" in current.parts:  # what lies in a .git is not committed
         return
-    found = _git(place, "rev-parse", "--absolute-git-dir").stdout.decode(errors="surrogateescape").rstrip("\n")
-    if not any(os.path.realpath(folder) == os.path.realpath(found) for folder in suspects):
+    asked = _git(place, "rev-parse", "--absolute-git-dir")
+    found = asked.stdout.decode(errors="surrogateescape").rstrip("\n")
+    if asked.returncode or not any(os.path.realpath(folder) == os.path.realpath(found) for folder in suspects):
         return
     tracked = _git(place, "-C", str(folders[top]), "ls-files", "-z", "--", found)
     if tracked.returncode or tracked.stdout:

@@ -155,7 +155,8 @@ def _task(spec: str, tokenizer: Any, count: int, seed: int) -> list[TaskPrompt]:
     documents: list[Document]
     if isinstance(source, Task):
         rng = stream(source.name, "evaluation", seed)
-        documents = [source.make(rng) for _ in range(count)]
+        made = (source.make(rng) for _ in range(count))
+        documents = [each for each in made if isinstance(each, Document)]
     elif isinstance(source, Rows):
         documents = [row for row in itertools.islice(source.read(), count) if row.answers and row.exact]
     else:

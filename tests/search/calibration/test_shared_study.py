@@ -23,9 +23,11 @@ from kvtuner_search.calibration.proxy import proxy_front
 from kvtuner_search.calibration.space import Choices
 from kvtuner_search.calibration.study import Study, open_storage
 from kvtuner_search.calibration.trials import Anchor
+from kvtuner_search.data import DEFAULT_SOURCES
 from kvtuner_search.data.types import Sample, Split
 from kvtuner_search.errors import UsageError
 from kvtuner_search.models.load import ModelOptions
+from kvtuner_search.models.reference_model import REFERENCE_NAME
 
 WORKER = Path(__file__).with_name("study_worker.py")
 SPACE = make_space(12)
@@ -123,6 +125,18 @@ def test_dtype_auto_is_what_it_comes_to(tiny_model: Path) -> None:
         facts.append(prepare(replace(options, samples=1, length=200), Reporter(quiet=True)).facts)
     assert facts[0] == facts[1]
     assert facts[2] == facts[1] | {"dtype": "bfloat16"}
+
+
+def test_conversations_are_read_by_default_unless_the_model_was_not_trained_on_them(tiny_model: Path) -> None:
+    """Both have a chat template, with the same tokenizer; the embedded reference model has seen no chats."""
+    from kvtuner_search.calibration.pipeline import prepare
+    from kvtuner_search.progress import Reporter
+
+    for source, expected in ((str(tiny_model), (*DEFAULT_SOURCES, "chat")), (REFERENCE_NAME, DEFAULT_SOURCES)):
+        options = replace(OPTIONS, model=ModelOptions(source, device="cpu"), samples=1)
+        run = prepare(options, Reporter(quiet=True))
+        assert run.options.sources == expected
+        assert tuple(run.data.search.by_source()) == expected
 
 
 @pytest.mark.parametrize("kind", [0, 1])

@@ -1,21 +1,34 @@
 """The study survives kills, loses nothing, repeats nothing, and ends the same."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from study_worker import main as work
 from test_space import make_space
 
+from kvtuner_search.calibration.finals import Candidate, finalists
 from kvtuner_search.calibration.objective import TrialOutcome
 from kvtuner_search.calibration.samplers import SAMPLERS
+from kvtuner_search.calibration.space import Space
 from kvtuner_search.calibration.study import Study, open_storage
-from kvtuner_search.calibration.trials import Anchor, FinishedTrial, hypervolume, pareto
+from kvtuner_search.calibration.trials import (
+    Anchor,
+    FinishedTrial,
+    finished_trial,
+    hypervolume,
+    outcome_attributes,
+    pareto,
+)
 from kvtuner_search.errors import DataError, UsageError
 
 WORKER = Path(__file__).with_name("study_worker.py")
@@ -111,6 +124,32 @@ def test_anchors_are_queued_once(tmp_path: Path) -> None:
 
 def make_trial(number: int, cost: int, loss: float, complete: bool = True, duplicate: bool = False) -> FinishedTrial:
     return FinishedTrial(number, "tpe", (number,), TrialOutcome(cost, (loss,), complete), 0.0, duplicate)
+
+
+def test_an_optimum_that_is_uniform_stays_the_one_to_beat() -> None:
+    """Not among the four best, and among the two best uniform settings."""
+    trials = [
+        FinishedTrial(at, origin, (at,), TrialOutcome(100, (loss,), True), 0.0, False)
+        for at, (origin, loss) in enumerate([("fisher", 0.9), *(("gp", 0.1 * i) for i in range(1, 6))])
+    ]
+    space = SimpleNamespace(uniform_pair=lambda choices: choices == (0,))
+    found = finalists(
+        cast(Space, space), trials, [], lambda t, origin: Candidate(str(t.number), origin, cast(Any, t.choices), 100), lambda _: True
+    )  # fmt: skip
+    assert [c.origin for c in found if c.name == "0"] == ["fisher"]
+
+
+def test_losses_of_many_samples_fit_the_columns_of_any_database() -> None:
+    """MySQL's text column ends at 65,535 bytes."""
+    outcome = TrialOutcome(100, (0.1, 0.2), True, tuple(np.random.default_rng(0).random(7001) * 1e-5), (0.1, 0.3))
+    attributes = outcome_attributes(outcome) | {
+        "origin": "gp", "choices": [1], "seconds": 1.0, "duplicate": False, "goal": None, "state": {},
+    }  # fmt: skip
+    assert max(len(json.dumps(value)) for value in attributes.values()) < 60_000
+    kept = {name: json.loads(json.dumps(value)) for name, value in attributes.items()}
+    assert finished_trial(create_trial(value=0.2, user_attrs=kept)).outcome == outcome
+    few = outcome_attributes(TrialOutcome(100, (0.1,), False, (), ()))
+    assert not [name for name in few if name.startswith("kl")]
 
 
 def test_front_and_hypervolume() -> None:

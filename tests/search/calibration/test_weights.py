@@ -16,6 +16,7 @@ from kvtuner_search.calibration.variables import (
     WeightVariables,
     directions,
     single_layers,
+    usual_losses,
     variables_of,
 )
 
@@ -87,6 +88,11 @@ def test_directions_are_what_their_names_say() -> None:
     assert not shapes["keys by depth"][:, 1].any()
     usual = shapes["contrast"].mean(1)  # make_layer hurts 1, 10, 100 and so on again
     assert usual[2] > usual[1] > usual[0]
+
+
+def test_a_side_in_16_bits_does_not_count_as_one_that_hardly_hurts() -> None:
+    assert np.exp(usual_losses(np.array([[0.1, 0.0], [0.4, 0.3], [0.0, 0.3]]))) == pytest.approx([0.2, 0.3])
+    assert np.isfinite(usual_losses(np.zeros((2, 2)))).all()
 
 
 def test_pairs_are_named_as_in_the_space() -> None:

@@ -252,7 +252,7 @@ def test_the_task_option_names_the_tasks() -> None:
 
 
 def test_documents_and_docstrings_name_the_sources() -> None:
-    names = [*TASKS, "text", *HUB]
+    names = [*TASKS, "chat", "text", *HUB]
     text = (ROOT / "docs" / "data.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", text.split("### Prompts")[0], re.MULTILINE) == names
     assert {*PLAIN, *READERS} <= set(re.findall(r"`FILE(\.\w+)`", text))

@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from words import QUESTIONS, Words, load, write
 
-from kvtuner_search.data import DEFAULT_SOURCES, load_evaluation, recall_prompts
+from kvtuner_search.data import DEFAULT_SOURCES, default_sources, load_evaluation, recall_prompts
 from kvtuner_search.data.tasks import SEARCH_QUESTIONS
 from kvtuner_search.data.topics import python_reference
 from kvtuner_search.errors import DataError, UsageError
@@ -74,6 +75,69 @@ def test_reference_tokenizer_scores_exactly_the_answers() -> None:
     for sample in split.samples:
         answers = re.findall(r"Answer:( \d+)", tokenizer.decode(sample.tokens))
         assert [tokenizer.decode(sample.tokens[a:b]) for a, b in sample.scored] == answers
+
+
+class Chatty(Words):
+    """With a chat template, which begins with a token of its own, and a tokenizer that would put another before it."""
+
+    chat_template: str | None = "it has one"
+
+    def __init__(self, write: Callable[[str], str] = str) -> None:
+        super().__init__()
+        self.write = write
+        self.bos_token_id = self.id("^")
+
+    def apply_chat_template(self, turns: list[dict[str, str]], *, tokenize: bool) -> str:
+        assert not tokenize
+        return "^" + "".join(f"<{turn['role']}>{self.write(turn['content'])}</>" for turn in turns)
+
+
+def broken(text: str) -> str:
+    raise ValueError("no\nuser here")
+
+
+def test_a_conversation_is_in_the_models_own_format_and_what_the_assistant_says_is_scored() -> None:
+    words = Chatty()
+    for split in load("chat", tokenizer=words):
+        for sample in split.samples:
+            text = words.decode(sample.tokens)
+            assert text.startswith("^<user>")
+            assert text.count("^") == 1
+            replies = re.findall("<assistant>(.*?)</>", text)
+            assert [words.decode(sample.tokens[a:b]) for a, b in sample.scored] == replies
+            assert len(replies) == 7
+            assert not sample.is_task
+
+
+def test_the_reference_tokenizers_conversation_is_scored_the_same() -> None:
+    tokenizer = reference_tokenizer()
+    [sample, *_] = load("chat", tokenizer=tokenizer).search.samples
+    text = tokenizer.decode(sample.tokens)
+    assert [tokenizer.decode(sample.tokens[a:b]) for a, b in sample.scored] == re.findall(
+        r"<\|im_start\|>assistant\n(.*?)<\|im_end\|>", text
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [
+        (Words(), "this tokenizer has no chat template: leave chat out"),
+        (Chatty(broken), "the chat template refuses a plain conversation (no): leave chat out"),
+        (Chatty(str.upper), "the chat template changes what was said: leave chat out"),
+    ],
+)
+def test_conversations_that_a_template_does_not_take_are_refused_by_name_and_left_out_by_default(
+    tokenizer: Words, reason: str
+) -> None:
+    with pytest.raises(UsageError, match=f"^source 'chat': {re.escape(reason)}$"):
+        load("chat", tokenizer=tokenizer)
+    assert default_sources(tokenizer, 512, chats=True) == DEFAULT_SOURCES
+
+
+def test_the_default_has_conversations_for_models_that_were_trained_on_them() -> None:
+    assert default_sources(Chatty(), 1024, chats=True) == (*DEFAULT_SOURCES, "chat")
+    assert default_sources(Chatty(), 1024, chats=False) == DEFAULT_SOURCES
+    assert default_sources(Chatty(), 64, chats=True) == DEFAULT_SOURCES, "they would not fit"
 
 
 def test_same_seed_same_digest_and_more_search_data_leaves_the_test_split(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from kvtuner_search.data.tasks import NAMES, TASKS, arithmetic, recall, recall_prompts, repeat_list, stream
+from kvtuner_search.data.tasks import NAMES, TASKS, arithmetic, chat, recall, recall_prompts, repeat_list, stream
 from kvtuner_search.errors import UsageError
 
 
@@ -45,6 +45,23 @@ def test_list_is_repeated(seed: int) -> None:
     assert again == "Again: " + ", ".join(words)
     assert last == f"Item number one is {words[0]} and the last one is {words[-1]}."
     assert [document.text[a:b] for a, b in document.answers] == [", ".join(words), words[0], words[-1]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_conversation_asks_for_what_was_said(seed: int) -> None:
+    turns = chat(Random(seed)).turns
+    assert len(turns) == 7
+    told: dict[str, str] = {}
+    for said, reply in turns:
+        if match := re.fullmatch(r"Please note: the code of the (.*) is (\d{5})\.", said):
+            told[match[1]] = match[2]
+            assert reply == f"Noted: the code of the {match[1]} is {match[2]}."
+        elif match := re.fullmatch(r"What is (\d+) \+ (\d+)\?", said):
+            assert reply == f"{match[1]} + {match[2]} = {int(match[1]) + int(match[2])}"
+        else:
+            name = re.fullmatch(r"What is the code of the (.*)\?", said)[1]  # type: ignore[index]
+            assert reply == f"The code of the {name} is {told[name]}."
+    assert len(told) == 3
 
 
 def test_a_name_is_a_word_and_an_animal() -> None:

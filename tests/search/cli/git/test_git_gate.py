@@ -295,3 +295,30 @@ def test_a_file_that_is_called_head_makes_no_repository(command: Run) -> None:
     commit()
     os.chdir("profiles")
     assert command("show", "HEAD:profiles/a.json")[0] == 0
+
+
+def test_what_git_itself_refuses_is_what_is_said(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("profiles/HEAD").write_text("ref: refs/heads/main\n")
+    commit()
+    os.chdir("profiles")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    code, out, err = command("show", "HEAD:profiles/a.json")
+    assert (code, out) == (3, "")
+    assert "of its own" not in err
+    assert "safe.directory" in err
+
+
+def test_a_current_folder_that_is_deleted_is_one_line(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        for arguments in (
+            ["show", "HEAD:a.json"],
+            ["export", "HEAD:a.json", "--to", "kvtuner"],
+            ["diff", "HEAD:a.json", "b.json"],
+        ):
+            code, out, err = command(*arguments)
+            assert (code, out, err.count("\n")) == (3, "", 1), arguments
+    finally:
+        os.chdir(tmp_path)
