@@ -78,9 +78,8 @@ def prepare(options: CalibrationOptions, reporter: Reporter) -> CalibrationRun:
     classes = storage_classes(options.bits, options.group_sizes, info.head_dim, options.symmetric, options.bands)
     _check_targets(options, classes, info.num_kv_heads, info.head_dim, info.num_layers)
     if not options.sources:
-        trained = (
-            loaded.info.id != REFERENCE_NAME
-        )  # it has a chat template, and was not trained on chats (its model card)
+        # The reference model has a chat template, and was not trained on chats (its model card).
+        trained = loaded.info.id != REFERENCE_NAME
         options = replace(options, sources=default_sources(loaded.tokenizer, options.length, chats=trained))
     with reporter.stage("read the data"):
         data = load_data(options, loaded, reporter.say)
@@ -210,7 +209,8 @@ def search(
         each.enqueue(space, first)
         done = [t for t in each.finished() if not t.duplicate]
         ended: list[Standstill] = []
-        # The random search makes as many proposals as the sampler, which may have ended early; it tries no optimum or uniform setting first.
+        # The random search makes as many proposals as the sampler, which may have ended early, and at least one;
+        # it tries no optimum or uniform setting first.
         made = len([t for t in study.finished() if not t.duplicate and t.origin not in FIRST])
         trials = run.options.trials if each is study else max(1, min(run.options.trials, made))
         with run.reporter.stage(label, trials) as advance:

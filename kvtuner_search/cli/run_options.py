@@ -74,7 +74,7 @@ def data_options(
                     "sources",
                     multiple=True,
                     metavar="SOURCE",
-                    help="Built-in task, .txt, .md, .jsonl or .parquet file, gsm8k, wikitext or hub:NAME; repeatable (docs/data.md).",
+                    help="Built-in task, .txt, .md, .jsonl or .parquet file, gsm8k, wikitext or hub:NAME; repeatable (docs/data.md). calibrate and sensitivity add chat by default if the model has a chat template.",
                     show_default="recall, arithmetic, list, text",
                 ),
                 click.option(

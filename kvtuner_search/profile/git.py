@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvtuner_search.errors import ProfileError, UsageError
+from kvtuner_search.files import current_folder
 from kvtuner_search.profile.text import quoted
 
 if TYPE_CHECKING:
@@ -97,10 +98,7 @@ def _refuse_embedded(place: GitPath) -> None:
     """
     if "GIT_DIR" in os.environ:
         return
-    try:
-        current = Path.cwd()
-    except OSError:  # a folder that is deleted: git says so
-        return
+    current = current_folder()
     folders = (current, *current.parents)
     top = next((index for index, folder in enumerate(folders) if os.path.lexists(folder / ".git")), 0)
     suspects = [folder for folder in folders[:top] if os.path.lexists(folder / "HEAD")]
