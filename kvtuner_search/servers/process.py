@@ -128,7 +128,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on.
 
-    It is below the system's ephemeral ports, and leaves room for a second port 10,000 above it, which SGLang uses.
+    It is below the system's ephemeral ports, and leaves room for a second port 10,000 above it, which SGLang uses. A client that
+    waits for a server on an ephemeral port can be given that very port for its own end: then it is connected with itself, reads its
+    own request as the answer, and keeps the server from the port.
 
     Raises:
         ServerError: if none of a hundred is free.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from typing import Any
 
 import psutil
 from serving_checks import plugin
+
+from kvtuner_search.servers.process import free_port
 
 STOP = 20.0  # seconds between SIGTERM and SIGKILL
 
@@ -46,15 +47,6 @@ class Config:
     @property
     def ranks(self) -> int:
         return self.tp * self.pp
-
-
-def free_port() -> int:
-    """A port below 32000: SGLang adds 10000 for a port of its own."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class Server:
@@ -97,7 +89,7 @@ class Server:
         """Until the server has answered a request."""
         while True:
             self.check_alive()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 self.get("/health_generate", timeout=30)
                 self.startup = time.monotonic() - self.began
                 return self

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,21 +20,13 @@ from typing import Any
 import psutil
 
 from kvtuner_search.models.reference_model import reference_model_path
+from kvtuner_search.servers.process import free_port
 
 START = 240  # seconds that a server may take to come up on a busy machine
 COMMON = (
     "--device", "cpu", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--host", "127.0.0.1",
     "--mem-fraction-static", "0.02", "--random-seed", "0",
 )  # fmt: skip
-
-
-def free_port() -> int:
-    """A port below 50000: SGLang adds 10000 to it for a port of its own."""
-    while True:
-        port = random.randrange(20000, 50000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -103,7 +94,7 @@ class Server:
             for node, launcher in enumerate(self.launchers):
                 if launcher.poll() is not None:
                     raise AssertionError(f"node {node} ended with {launcher.returncode}:\n{self.log(node)[-6000:]}")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 self.get("/health_generate", timeout=30)
                 return self
             time.sleep(0.3)

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from servers import free_port
 
 from kvtuner_search.profile.canonical import load
+from kvtuner_search.servers.process import free_port
 from tests.tutorial import FEW, blocks, calibrated, needs_server, run
 
 
