@@ -1,4 +1,4 @@
-"""What the tests with the real SGLang share. They run in its own environment (scripts/serving_environment), one server at a time."""
+"""What the tests with the real SGLang share. They run in its own environment (scripts/serving_environment), two files at a time."""
 
 import sys
 from pathlib import Path
