@@ -102,14 +102,34 @@ def _winner(run: CalibrationRun, judged: Sequence[HeldOutResult]) -> Candidate:
     bound = run.options.max_loss
     if bound is None:
         return preferred(judged, run.options.robust).candidate
-    fitting = [r for r in judged if r.scores.loss <= bound]
+    return cheapest(judged, bound, run.options.robust).candidate
+
+
+def cheapest(judged: Sequence[HeldOutResult], bound: float, robust: bool = True) -> HeldOutResult:
+    """The cheapest finalist whose loss on the selection split is at most ``bound``, in nats a token.
+
+    Args:
+        judged: finalists on the selection split.
+        bound: the user's bound on the loss.
+        robust: each source's own loss must hold it, not only that of all samples together.
+
+    Raises:
+        DataError: if none holds it.
+    """
+
+    def loss(result: HeldOutResult) -> float:
+        scores = result.scores
+        return max(scores.loss, *(scores.of(name).loss for name in scores.names)) if robust else scores.loss
+
+    fitting = [r for r in judged if loss(r) <= bound]
     if not fitting:
-        least = min((r.scores.loss for r in judged), default=float("inf"))
+        least = min(map(loss, judged), default=float("inf"))
+        where = " on every source" if robust else ""
         raise DataError(
-            f"no scored setting has a loss of at most {bound:g} (the smallest is {least:.4g}):"
-            " raise --trials or --max-loss"
+            f"no scored setting has a loss of at most {bound:g}{where} (the smallest is {least:.4g}): raise --trials or --max-loss"
+            f"{', or give --no-robust to bound the mean over sources' * robust}"
         )
-    return min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss)).candidate
+    return min(fitting, key=lambda r: (r.candidate.cost, r.scores.loss))
 
 
 def preferred(judged: Sequence[HeldOutResult], robust: bool = True) -> HeldOutResult:

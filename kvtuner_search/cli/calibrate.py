@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-loss",
     type=float,
-    help="Instead of a budget: the cheapest setting whose KL divergence (nats a token) is at most this.",
+    help="Instead of a budget: the cheapest setting whose KL divergence (nats a token) is at most this, on every source (see --robust).",
 )
 @click.option("--trials", type=click.IntRange(1), default=32, help="Distinct settings to score.")
 @click.option(
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 @click.option(
     "--robust/--no-robust",
     default=True,
-    help="Choose another setting than the optimum that needs no trial only if it is better for certain, and worse on no source.",
+    help="Choose another setting than the optimum that needs no trial only if it is better for certain, and worse on no source; --max-loss bounds each source.",
 )
 @click.option(
     "--pp",

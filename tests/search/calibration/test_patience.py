@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtuner_search.calibration.choosing import preferred, resolution
+from kvtuner_search.calibration.choosing import cheapest, preferred, resolution
 from kvtuner_search.calibration.finals import Candidate, HeldOutResult
 from kvtuner_search.calibration.objective import TrialObjective, TrialOutcome
 from kvtuner_search.calibration.patience import compared, noise, progress, standstill
 from kvtuner_search.calibration.trials import FinishedTrial
+from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.scorer import Scores
 from kvtuner_search.evaluation.statistics import paired_change, paired_log_ratio
 from kvtuner_search.report.reading import told_apart
@@ -211,3 +212,16 @@ def test_the_report_says_whether_the_samples_are_enough() -> None:
         told_apart(0.03, 8) == "The selection split tells losses apart that differ by 3.0%: enough to see a gain of 5%."
     )
     assert "give about --samples 32 (8 here)" in told_apart(0.1, 8)
+
+
+def test_a_bound_on_the_loss_holds_on_every_source() -> None:
+    even, lopsided = judged("gp", {"text": 1.0, "recall": 1.0}), judged("cmaes", {"text": 0.1, "recall": 1.6})
+    mean, worst = lopsided.scores.loss, lopsided.scores.of("recall").loss
+    bound = (even.scores.loss * 1.1 + worst) / 2
+    assert mean < even.scores.loss * 1.1 < bound < worst
+    assert cheapest([lopsided, even], bound) is even
+    assert cheapest([lopsided, even], bound, robust=False) is lopsided
+    with pytest.raises(DataError, match=r"at most 0\.001 on every source .* or give --no-robust"):
+        cheapest([lopsided, even], 0.001)
+    with pytest.raises(DataError, match=r"at most 0\.001 \(the smallest"):
+        cheapest([lopsided, even], 0.001, robust=False)
