@@ -50,7 +50,7 @@ def build(
         "name": name,
         "model": model.model_dump(),
         "layers": [LayerEntry.of(layer).model_dump() for layer in layers],
-        "storage": storage_of(list(layers), model.num_kv_heads, model.head_dim).model_dump(),
+        "storage": storage_of(list(layers), model.num_kv_heads, model.head_dim, model.kinds).model_dump(),
         "quality": [measure.model_dump() for measure in quality],
         "pareto": [point.model_dump() for point in pareto],
         "provenance": provenance.model_dump(),

@@ -19,7 +19,9 @@ from pydantic import ValidationError
 
 from kvtuner_search.errors import DataError
 from kvtuner_search.profile.canonical import canonical_json, first_error, parse_json, read_limited
+from kvtuner_search.profile.kinds import LayerKind
 from kvtuner_search.profile.model_families import family_of, plain_numbers, spelled_out
+from kvtuner_search.profile.model_kinds import kinds_of
 from kvtuner_search.profile.schema import MAX_CONFIG_FIELDS, ModelInfo
 from kvtuner_search.profile.text import printable
 
@@ -149,6 +151,7 @@ def model_info(
             num_attention_heads=heads,
             num_kv_heads=heads if text.get("num_key_value_heads") is None else text["num_key_value_heads"],
             head_dim=head_dim,
+            layer_kinds=_kind_texts(layer_kinds(config)),
         )
     except ValidationError as error:
         raise DataError(f"{source}: {first_error(error)}: this model's cache cannot be described") from error
@@ -189,6 +192,15 @@ def positions(config: dict[str, Any]) -> tuple[int | None, int | None]:
         if rope["rope_type"] in _EXTENDING_ROPE and _is_count(start) and isinstance(factor, (int, float)):
             reach = max(reach, int(start * min(factor, 2.0**20)))
     return length, reach
+
+
+def layer_kinds(config: dict[str, Any]) -> tuple[LayerKind, ...] | None:
+    """The kind of every layer (:func:`~kvtuner_search.profile.model_kinds.kinds_of`)."""
+    return kinds_of(decoder(config), positions(config)[1])
+
+
+def _kind_texts(kinds: tuple[LayerKind, ...] | None) -> list[str] | None:
+    return None if kinds is None or not any(kind.window for kind in kinds) else list(map(str, kinds))
 
 
 def config_digest(config: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The one gate for supported models: decoders in which every layer has standard, full attention. It reads config.json alone.
+"""The one gate for supported models: decoders in which every layer has keys and values of its own: full, sliding-window or chunked attention. It reads config.json alone.
 
 Neither torch nor transformers is imported. A config does not say whether transformers lets calibration see a model's keys and
 values; :mod:`kvtuner_search.models.support` tests that.
@@ -13,17 +13,16 @@ from kvtuner_search.errors import DataError
 from kvtuner_search.profile.model_config import (
     config_file,
     decoder,
+    layer_kinds,
     load_config,
-    positions,
     read_config,
     shorten,
-    windowed_layers,
 )
 from kvtuner_search.profile.model_families import family_of
+from kvtuner_search.profile.model_kinds import KNOWN, layer_names
 from kvtuner_search.profile.schema import ModelInfo
 
 _MLA: Final = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")
-_FULL: Final = ("full_attention", "attention")
 _HYBRID: Final = (  # fields by which models of mixed layers say which layer is what
     "full_attention_interval", "attn_type_list", "hybrid_override_pattern", "layers_block_type", "attn_layer_period",
     "attention_layer_idx", "full_attn_idxs",
@@ -47,7 +46,7 @@ _OTHER: Final = {  # by model type, what no field of config.json says
         "is an encoder",
     ),
     **dict.fromkeys(("bloom", "mpt"), _ALIBI),
-    **dict.fromkeys(("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), _SINKS),
+    **dict.fromkeys(("deepseek_v4", "flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), _SINKS),
     **dict.fromkeys(
         ("gemma3n_text", "gemma4_text", "gemma4_unified_text", "gemma4_assistant", "gemma4_unified_assistant"),
         "has layers that share keys and values, or have heads of other sizes",
@@ -61,7 +60,7 @@ _ENCODER_DECODER: Final = (
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen", "musicgen_melody", "mvp", "pegasus",
     "plbart", "prophetnet", "whisper",
 )  # fmt: skip
-_ONLY: Final = "only models with full attention in every layer are supported"
+_ONLY: Final = "only layers of full, sliding-window or chunked attention are supported"
 
 
 def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
@@ -90,58 +89,28 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
             f"has multi-head latent attention, MLA ({fields}): its cache does not hold keys and values, so no profile"
             " fits it"
         )
-    return _mixed(config, text, kind, most) or _scores(text, kind)
+    return _mixed(config, text, kind)
 
 
-def _scores(text: dict[str, Any], kind: str) -> str | None:
-    """What is done to scores before the softmax, which packed attention does not do."""
-    cap = text.get("attn_logit_softcapping")
-    if cap is None:
-        return None
-    return f"caps its scores (model type {kind!r}, attn_logit_softcapping={shorten(cap)}): only standard attention is supported"
-
-
-def _mixed(config: dict[str, Any], text: dict[str, Any], kind: str, most: int | None) -> str | None:
-    """Layers of other kinds, and windows."""
-    count = text.get("num_hidden_layers")
-    types = text.get("layer_types")
-    types = types[: count if isinstance(count, int) and count > 0 else None] if isinstance(types, list) else []
-    reach = min((n for n in (positions(config)[1], most) if n is not None), default=None)
-    window = windowed_layers(config)
-    full = window is None or (reach is not None and isinstance(window[0], int) and window[0] >= reach)
-    size = text.get("sliding_window")
-    wide = reach is not None and isinstance(size, int) and size >= reach  # as long as the positions: full attention
-    plain = (*_FULL, "sliding_attention") if wide else _FULL
-    for layer, name in enumerate(types):
-        if name not in plain:
-            span = f" (window {shorten(text.get('sliding_window'))})" if name == "sliding_attention" else ""
-            kinds = ", ".join(sorted({shorten(each).strip('"') for each in types if each not in plain})[:4])
-            return f"has layers of several kinds ({kinds}): layer {layer} of model type {kind!r} is {shorten(name)[1:-1]}{span}; {_ONLY}"
+def _mixed(config: dict[str, Any], text: dict[str, Any], kind: str) -> str | None:
+    """Layers of kinds that no profile describes."""
     named = next((name for name in _HYBRID if text.get(name)), None)
     if named is not None:
         return (
             f"has layers of several kinds (a hybrid of attention and others: {named}={shorten(text[named])}); {_ONLY}"
         )
-    chunk = text.get("attention_chunk_size")
-    if chunk and not (reach is not None and isinstance(chunk, int) and chunk >= reach) and not types:
-        return f"has no full attention: layer 0 of model type {kind!r} attends in chunks of {shorten(chunk)} tokens; {_ONLY}"
+    if layer_kinds(config) is not None:
+        return None
+    count = text.get("num_hidden_layers")
+    names = layer_names(text, count if isinstance(count, int) and 0 < count <= 4096 else 0)
     family = family_of(text)
-    if family is not None and family.other is not None and not types:
-        layer, name = family.other
-        if name != "sliding_attention" or (size is None and not wide):
-            return f"has layers of several kinds ({name}): layer {layer} of model type {kind!r} is {name}; {_ONLY}"
-    if not full and window is not None:
-        first = window[1][0] if window[1] else 0
-        several = (
-            "has layers of several kinds (sliding_attention): "
-            if window[1] and window[1] != list(range(len(window[1])))
-            else "has no full attention: "
-        )
-        return (
-            f"{several}layer {first} of model type {kind!r} is sliding_attention, in a window of {shorten(window[0])} tokens"
-            f" (sliding_window) of {reach or 'unknown'} positions; {_ONLY}. If no text is longer than the window, set"
-            " sliding_window to null in a copy of the folder, and calibrate and serve that copy"
-        )
+    if family is not None and family.other is not None and not text.get("layer_types"):
+        names = ["full_attention"] * family.other[0] + [family.other[1]]
+    for layer, name in enumerate(names):
+        if name not in KNOWN:
+            return (
+                f"has layers of several kinds: layer {layer} of model type {kind!r} is {shorten(name)[1:-1]}; {_ONLY}"
+            )
     return None
 
 

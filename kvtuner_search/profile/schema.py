@@ -42,6 +42,7 @@ from kvtuner_search.profile.fields import (
     Text,
     Versions,
 )
+from kvtuner_search.profile.kinds import FULL_KIND, KindText, LayerKind
 from kvtuner_search.profile.validation import Validation
 
 SCHEMA_VERSION: Final = 2
@@ -78,15 +79,17 @@ class ModelInfo(Strict):
     """Key/value heads of a layer, before tensor parallelism."""
     head_dim: Annotated[int, Field(ge=8, le=1024)]
     """Channels of one head."""
+    layer_kinds: Annotated[list[KindText], Field(max_length=4096)] | None = None
+    """What each layer's queries see: `full`, `sliding:TOKENS` (the latest tokens, their own included) or `chunked:TOKENS` (those of their own chunk); absent if all layers are full."""
 
     _normal: dict[str, Any] | None = PrivateAttr(default=None)
     _earlier: str | None = PrivateAttr(default=None)
 
     @model_serializer(mode="wrap")
     def _without_unknown_config(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Profiles that were written before the field existed keep their canonical form."""
+        """Profiles that were written before these fields existed keep their canonical form."""
         content: dict[str, Any] = handler(self)
-        return {key: value for key, value in content.items() if key != "config" or value is not None}
+        return {k: value for k, value in content.items() if k not in ("config", "layer_kinds") or value is not None}
 
     def __eq__(self, other: object) -> bool:
         """Compare the config by its digest; its texts are only for readers."""
@@ -96,6 +99,12 @@ class ModelInfo(Strict):
 
     def __hash__(self) -> int:
         return hash((self.id, self.revision, self.config_digest, self.weights_digest, self.num_layers))
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        texts = self.layer_kinds
+        return (FULL_KIND,) * self.num_layers if texts is None else tuple(map(LayerKind.parse, texts))
 
     def remember(self, normal: dict[str, Any], earlier: str) -> None:
         """Keep the values read from a config.json, for comparisons in this process; they are not written."""
@@ -199,6 +208,16 @@ class Storage(Strict):
     """The same for an unquantized cache."""
     effective_bits: Number
     """Stored bits per cached number: bytes_per_token * 8 / (2 * layers * KV heads * head_dim)."""
+    bytes_per_token_full: Count | None = None
+    """Bytes of a token in the layers of full attention alone, which keep every token; present if other layers have windows or chunks."""
+    bytes_per_request_windows: Count | None = None
+    """Bytes that layers with windows or chunks hold for one request once it is longer than they are; present as the field before."""
+
+    @model_serializer(mode="wrap")
+    def _without_windows(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Profiles of models without windows keep their canonical form."""
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if value is not None}
 
 
 class ParetoPoint(Strict):
@@ -305,6 +324,13 @@ class Profile(Strict):
         model = self.model
         if len(self.layers) != model.num_layers:
             raise ValueError(f"{len(self.layers)} layers are given, the model has {model.num_layers}")
+        if model.layer_kinds is not None:
+            if len(model.layer_kinds) != model.num_layers:
+                raise ValueError(
+                    f"{len(model.layer_kinds)} layer kinds are given, the model has {model.num_layers} layers"
+                )
+            if set(model.layer_kinds) == {"full"}:
+                raise ValueError("all layer kinds are full: leave layer_kinds out")
         if model.num_attention_heads % model.num_kv_heads:
             raise ValueError(
                 f"{model.num_attention_heads} attention heads do not share {model.num_kv_heads} KV heads evenly"
@@ -319,7 +345,12 @@ class Profile(Strict):
 
     def _check_bytes(self) -> None:
         model = self.model
-        expected = storage_of(self.layer_specs(), model.num_kv_heads, model.head_dim)
+        expected = storage_of(self.layer_specs(), model.num_kv_heads, model.head_dim, model.kinds)
+        for field in ("bytes_per_token_full", "bytes_per_request_windows"):
+            if getattr(expected, field) != getattr(self.storage, field):
+                raise ValueError(
+                    f"storage says {field} is {getattr(self.storage, field)}, the layers add up to {getattr(expected, field)}"
+                )
         if expected.bytes_per_token != self.storage.bytes_per_token or (
             expected.bytes_per_token_16bit != self.storage.bytes_per_token_16bit
         ):
@@ -358,18 +389,28 @@ def _layer_bytes(text: str, kv_heads: int, head_dim: int) -> int:
     return LayerSpec.parse(text).bytes_per_token(kv_heads, head_dim)
 
 
-def storage_of(layers: list[LayerSpec], kv_heads: int, head_dim: int) -> Storage:
-    """The storage block for these layers.
+def storage_of(
+    layers: list[LayerSpec], kv_heads: int, head_dim: int, kinds: tuple[LayerKind, ...] | None = None
+) -> Storage:
+    """The storage block for these layers; without ``kinds`` all of them are full.
 
     Raises:
         LayoutError: if a layer cannot be stored.
     """
+    windows: dict[str, int] = {}
     try:
         raw = [LayerSpec()] * len(layers)
+        if kinds is not None and any(kind.window for kind in kinds):
+            each = [layer.bytes_per_token(kv_heads, head_dim) for layer in layers]
+            windows = {
+                "bytes_per_token_full": sum(n for n, kind in zip(each, kinds, strict=True) if not kind.window),
+                "bytes_per_request_windows": sum(n * kind.window for n, kind in zip(each, kinds, strict=True)),
+            }
         return Storage(
             bytes_per_token=layout_bytes_per_token(layers, kv_heads, head_dim),
             bytes_per_token_16bit=layout_bytes_per_token(raw, kv_heads, head_dim),
             effective_bits=layout_effective_bits(layers, kv_heads, head_dim),
+            **windows,
         )
     except LayoutError as error:
         raise LayoutError(f"{error} (head_dim={head_dim})") from None
