@@ -22,7 +22,6 @@ import triton.language as tl
 from kvtuner_kernels.extend_sides import (
     add_packed,
     band_steps,
-    column_channel,
     first_values,
     load_query,
     packed_scores,
