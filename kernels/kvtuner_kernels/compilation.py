@@ -115,7 +115,7 @@ def variants(
         result += _banded_variants(spec, heads, group, head_dim, dtype, overlap, features)
     result += _decode_variants(spec, heads, group, head_dim, dtype, row, launch, overlap, features)
     for rows in (16, 64, 4096):
-        tile = extend_launch(spec, head_dim, rows, shared, features.masked and not features.as_stored)
+        tile = extend_launch(spec, head_dim, rows, shared, features.masked)
         transformed = spec.value.fitted or spec.value.rotated
         constants = {
             **extend_constants(spec, heads, group, head_dim, dtype, row, tile),

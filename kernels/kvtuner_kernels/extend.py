@@ -140,9 +140,7 @@ def extend(
         shares = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     group = query_heads // heads
     longest = LONG if batch_invariant else max_new * group
-    launch = extend_launch(
-        spec, head_dim, longest, shared_memory(rows.device), custom_mask is not None and not as_stored
-    )
+    launch = extend_launch(spec, head_dim, longest, shared_memory(rows.device), custom_mask is not None)
     options = {
         "CAP": soft_cap, "WINDOW": window, "CAUSAL": causal, "AS_STORED": as_stored,
         "SKIP_PREFIX_MASK": skip_prefix_mask and not as_stored,

@@ -87,7 +87,7 @@ def extend_launch(
     Args:
         rows: the largest number of rows of a request.
         shared: bytes of shared memory that a program may take.
-        masked: whether there is a mask of drafted tokens, over a chunk that is read apart from the rows.
+        masked: whether there is a mask of drafted tokens.
     """
     if shared < HOPPER_SHARED:
         tokens = 32 if head_dim <= 128 else 16
