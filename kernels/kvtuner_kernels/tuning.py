@@ -79,13 +79,23 @@ class ExtendLaunch:
     warps: int
 
 
-def extend_launch(spec: LayerSpec, head_dim: int, rows: int, shared: int = HOPPER_SHARED) -> ExtendLaunch:
-    """Launch parameters; ``rows`` is the largest number of rows of a request, ``shared`` the shared memory of a program."""
+def extend_launch(
+    spec: LayerSpec, head_dim: int, rows: int, shared: int = HOPPER_SHARED, masked: bool = False
+) -> ExtendLaunch:
+    """Launch parameters for one layer, chosen so that nothing spills.
+
+    Args:
+        rows: the largest number of rows of a request.
+        shared: bytes of shared memory that a program may take.
+        masked: whether there is a mask of drafted tokens.
+    """
     if shared < HOPPER_SHARED:
         tokens = 32 if head_dim <= 128 else 16
-        return ExtendLaunch(16, tokens, 3, 4) if rows <= 16 else ExtendLaunch(64, tokens, 2, 8)
+        if rows <= 16:
+            return ExtendLaunch(16, tokens, 3, 4)
+        return ExtendLaunch(32, 32, 2, 8) if head_dim > 192 else ExtendLaunch(64, tokens, 2, 8)  # 64 rows of 256 spill
     if head_dim > 128:
-        return ExtendLaunch(64, 32, 2, 8)
+        return ExtendLaunch(64, 16 if masked and head_dim > 192 else 32, 2, 8)
     # Triton 3.6 multiplies wrongly on sm_90 where a group of values has fewer channels than the tile has tokens.
     narrow = any(0 < side.group_size < 64 for side in (spec.key, spec.value))
     if narrow or not _plain(spec, head_dim):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -35,7 +35,13 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Use:
-    """How a server calls the kernels; other calls compile other variants."""
+    """How a server calls the kernels for layers of one kind; other calls compile other variants.
+
+    Example::
+
+        full = Use(8, 8, 64, torch.bfloat16, sinks=True)
+        sliding = replace(full, window=128)  # gpt-oss: warm_up once for the layers of each
+    """
 
     heads: int  # local KV heads
     group: int  # query heads of a KV head
@@ -44,13 +50,16 @@ class Use:
     batches: tuple[int, ...] = (1, 64)  # of decode: the merge of partial results differs
     as_stored: bool = False  # extend reads the chunk from the pool
     splits: int = 0  # of each request, if results must not depend on the batch; 0 if they may
+    soft_cap: float = 0.0  # of scores; 0 is off
+    window: int = 0  # of extend, a query's own token included; 0 is all. Decode gets the slots of a window instead
+    sinks: bool = False  # whether each query head has an attention sink
 
 
 def warm_up(layers: Iterable[LayerSpec], use: Use, device: torch.device, threads: int = 0) -> int:
     """Run each kernel once for every distinct spec, on rows of this call's own. Returns the number of specs.
 
     All results are compared with the reference: decode relies on how this version of Triton distributes a tile over registers, which no
-    interpreter shows. The rows are dense; a pool with another distance between rows compiles again. So do a soft cap and a window.
+    interpreter shows. The rows are dense; a pool with another distance between rows compiles again. So does a mask of drafted tokens.
 
     Args:
         threads: number of compiling threads; 0 is the number of processors for each GPU.
@@ -82,6 +91,8 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
     query = torch.randn(tokens, use.heads * use.group, use.head_dim, generator=generator).to(device, use.dtype)
     slots = torch.arange(tokens, dtype=torch.int64, device=device)
     centres = example_centres(spec, use.heads, use.head_dim, device)
+    sinks = torch.linspace(-2, 4, use.heads * use.group, device=device) if use.sinks else None
+    scores: dict[str, Any] = {"centres": centres, "soft_cap": use.soft_cap, "sinks": sinks}
     rows = torch.zeros(tokens, spec.bytes_per_token(use.heads, use.head_dim), dtype=torch.uint8, device=device)
 
     def compare(name: str, found: Tensor, expected: Tensor) -> None:
@@ -110,11 +121,10 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
         write(int(ends[-2]))  # the last request is compared
         counts = torch.ones(batch, dtype=torch.int32, device=device) if use.splits else None
         found = decode(
-            query[:batch], rows, spec, use.heads, ends, slots, centres=centres, num_kv_splits=counts,
-            max_kv_splits=use.splits,
+            query[:batch], rows, spec, use.heads, ends, slots, num_kv_splits=counts, max_kv_splits=use.splits, **scores,
         )  # fmt: skip
         last = slice(int(ends[-2]), None)
-        compare("decode", found[-1:], attend(query[batch - 1 : batch], rows[last], spec, use.heads, centres))
+        compare("decode", found[-1:], attend(query[batch - 1 : batch], rows[last], spec, use.heads, **scores))
     write(0)
     start = torch.tensor([0, 1], device=device)
     for new in chunks:
@@ -122,17 +132,17 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
         if use.as_stored:
             found = extend(
                 query[:new], None, None, rows, spec, use.heads, ends, start * PREFIX, slots, new,
-                centres=centres, batch_invariant=bool(use.splits),
+                window=use.window, batch_invariant=bool(use.splits), **scores,
             )  # fmt: skip
             seen = rows[:PREFIX]
         else:
             chunk_key, chunk_value = (side[:new].to(use.dtype) for side in stored)
             found = extend(
                 query[:new], chunk_key, chunk_value, rows, spec, use.heads, ends, (start * PREFIX).int(), slots, new,
-                centres=centres,
+                window=use.window, **scores,
             )  # fmt: skip
             seen = torch.cat([rows[:PREFIX], rows[:new]])
-        compare(f"extend by {new}", found, attend(query[:new], seen, spec, use.heads, centres))
+        compare(f"extend by {new}", found, attend(query[:new], seen, spec, use.heads, window=use.window, **scores))
 
 
 def example_centres(spec: LayerSpec, heads: int, head_dim: int, device: torch.device) -> Centres:

@@ -5,16 +5,26 @@ import re
 import pytest
 import torch
 
-from kvtuner_kernels.compilation import CAPABILITIES, compile_variant, layouts, variants
+from kvtuner_kernels.compilation import CAPABILITIES, Features, compile_variant, layouts, variants
 from kvtuner_kernels.layout import BITS, LayerSpec
 from kvtuner_kernels.tuning import shared_memory_of
 
 QWEN = (4, 7, 128)
+GEMMA = (1, 4, 256)  # Gemma 3 270M
+GPT_OSS = (8, 8, 64)
+NOTHING = Features()
 
 
-def check(spec: str, shape: tuple[int, int, int], capability: int, dtype: torch.dtype, only: str = "") -> None:
+def check(
+    spec: str,
+    shape: tuple[int, int, int],
+    capability: int,
+    dtype: torch.dtype,
+    only: str | tuple[str, ...] = "",
+    features: Features = NOTHING,
+) -> None:
     shared = shared_memory_of(capability // 10, capability % 10)
-    for variant in variants(LayerSpec.parse(spec), *shape, dtype, shared, capability >= 90):
+    for variant in variants(LayerSpec.parse(spec), *shape, dtype, shared, capability >= 90, features):
         if not variant.name.startswith(only):
             continue
         resources = compile_variant(variant, capability, dtype)
@@ -62,6 +72,49 @@ def test_codes_taken_out_by_position_lie_as_the_matrix_instruction_holds_them(
     for line in wide:
         assert line.count(held) == 2, line  # what goes in and what comes out
         assert re.search(r"tensor<4x", line), line
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_heads_of_256_channels_under_a_soft_cap_with_a_window(capability: int) -> None:
+    only = ("decode", "merge", "extend")
+    features = Features(soft_cap=50.0, window=512)
+    check("4-g256-asym/4-g256-asym", GEMMA, capability, torch.bfloat16, only, features)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_sinks_of_a_layer_in_bands_with_a_window(capability: int) -> None:
+    features = Features(window=128, sinks=True)
+    check("b65443322/b54433221", GPT_OSS, capability, torch.bfloat16, ("merge", "extend", "result"), features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "features",
+    [
+        Features(soft_cap=50.0, window=512),
+        Features(window=128, sinks=True),
+        Features(window=512, sinks=True, masked=True),
+        Features(soft_cap=50.0, window=512, sinks=True, masked=True),
+        Features(soft_cap=50.0, window=512, sinks=True, masked=True, as_stored=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        ("4-g256-asym/4-g256-asym", GEMMA),
+        ("b65443322/b54433221", GEMMA),
+        ("4-g64-asym/4-g64-asym", GPT_OSS),
+        ("4-g64-asym-c-r/4-g64-asym-c-r", GPT_OSS),
+        ("b65443322/b54433221", GPT_OSS),
+    ],
+)
+def test_layers_of_every_kind(
+    spec: str, shape: tuple[int, int, int], features: Features, capability: int, dtype: torch.dtype
+) -> None:
+    check(spec, shape, capability, dtype, ("decode", "merge", "extend", "result"), features)
 
 
 @pytest.mark.slow

@@ -34,6 +34,41 @@ def test_every_distinct_layer_is_run_as_serving_does(monkeypatch: pytest.MonkeyP
     assert asked == {(PLAIN, True), (other, True), (BANDED, True), (BANDED, False)}
 
 
+@pytest.mark.parametrize("as_stored", [False, True])
+def test_variants_of_a_kind_of_layer_are_those_that_serving_calls(
+    monkeypatch: pytest.MonkeyPatch, as_stored: bool
+) -> None:
+    """A window is extend's; decode gets a window's slots."""
+    asked = set()
+
+    def watch(name: str) -> None:
+        kernel = getattr(module, name)
+
+        def watched(*arguments, **options):  # type: ignore[no-untyped-def]
+            asked.add((name, options.get("window", 0), options["soft_cap"], options["sinks"] is not None))
+            return kernel(*arguments, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch("decode")
+    watch("extend")
+    use = replace(USE, window=20, soft_cap=5.0, sinks=True, as_stored=as_stored)
+    assert warm_up([BANDED], use, CPU) == 1
+    assert asked == {("decode", 0, 5.0, True), ("extend", 20, 5.0, True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("decode", "sinks"), ("decode", "soft_cap"), ("extend", "sinks"), ("extend", "soft_cap"), ("extend", "window")],
+)
+def test_a_kernel_without_what_the_layer_has_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
+    kernel = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: kernel(*a, **{**k, what: None if what == "sinks" else 0}))
+    use = replace(USE, window=20, soft_cap=2.0, sinks=True)
+    with pytest.raises(KernelError, match=f"{name} .*is off by"):
+        warm_up([PLAIN], use, CPU)
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("decode", "decode"), ("extend", "extend by 1"), ("gather", "gather of keys")]
 )
