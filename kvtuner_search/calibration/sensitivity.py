@@ -20,6 +20,7 @@ from kvtuner_search.calibration.candidates import TRANSFORMS, StorageClass, clip
 from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.stored import first_tokens
+from kvtuner_search.models.attention import Attends, attends
 from kvtuner_search.transforms import transform_of
 
 QUERIES: Final = 64  # query positions a sequence
@@ -75,10 +76,11 @@ class Sensitivity:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         centres = self.centres[layer]
+        how = attends() or Attends(key.shape[-1] ** -0.5)
         if layer not in self.sums:
             self._choose_clips(layer, key, value, centres)
         for row, length in enumerate(self.lengths):
-            self._measure(layer, query[row, :length], key[row, :length], value[row, :length], centres)
+            self._measure(layer, query[row, :length], key[row, :length], value[row, :length], centres, how)
         return key, value
 
     def errors(self, layer: int) -> dict[tuple[TensorSpec, TensorSpec], PairError]:
@@ -133,13 +135,13 @@ class Sensitivity:
         zero = torch.zeros(len(chosen["key"]), len(chosen["value"]), dtype=torch.float64, device=key.device)
         self.sums[layer] = _Sums(zero[:, 0].clone(), zero[0].clone(), zero[:, 0].clone(), zero)
 
-    def _measure(self, layer: int, query: Tensor, key: Tensor, value: Tensor, centres: Centres) -> None:
-        """Add one sequence: query [T, Hq, D], key and value [T, H, D]."""
+    def _measure(self, layer: int, query: Tensor, key: Tensor, value: Tensor, centres: Centres, how: Attends) -> None:
+        """Add one sequence: query [T, Hq, D], key and value [T, H, D]; each query reads what the layer lets it see, as the layer does."""
         sums = self.sums[layer]
         length, heads, head_dim = key.shape
         at = torch.linspace(0, length - 1, min(QUERIES, length), device=key.device).round().long()
-        picked = query[at].float().reshape(len(at), heads, -1, head_dim) * head_dim**-0.5
-        visible = torch.arange(length, device=key.device) <= at.unsqueeze(1)
+        picked = query[at].float().reshape(len(at), heads, -1, head_dim) * how.scaling
+        visible = how.visible(at, torch.arange(length, device=key.device))
         k, v = key.float(), value.float()
         first = first_tokens(k.unsqueeze(0))[0]
         stored_values = [
@@ -154,8 +156,7 @@ class Sensitivity:
         for i, spec in enumerate(self.keys[layer]):
             stored = as_stored(k, spec, transform_of(spec, centres.key, k.device), first=first)
             seen = len(stored_values) if spec.raw else 1 if spec.banded else plain
-            scores = torch.einsum("nhgd,thd->hgnt", picked, stored).masked_fill_(~visible, -math.inf)
-            p = scores.softmax(-1)
+            p = how.weights(torch.einsum("nhgd,thd->hgnt", picked, stored), visible)
             output = torch.einsum("hgnt,thvd->hgnvd", p, wide[:, :, :seen])
             if exact_p is None or exact_o is None:  # the first spec of each side is raw
                 exact_p, exact_o = p, output[..., :1, :]

@@ -99,8 +99,8 @@ def test_latent_attention_is_refused() -> None:
 
 
 def test_logits_that_are_changed_after_the_head_are_refused(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "m", "Cohere", logit_scale=0.0625)
-    with pytest.raises(DataError, match="CohereForCausalLM"):
+    folder = write_model(tmp_path / "m", "Granite", logits_scaling=16.0)
+    with pytest.raises(DataError, match="GraniteForCausalLM"):
         Runner(load_model(ModelOptions(source=str(folder))))
 
 
