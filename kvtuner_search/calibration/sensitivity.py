@@ -78,7 +78,7 @@ class Sensitivity:
         centres = self.centres[layer]
         how = attends() or Attends(key.shape[-1] ** -0.5)
         if layer not in self.sums:
-            self._choose_clips(layer, key, value, centres)
+            self._choose_clips(layer, key, value, centres, how)
         for row, length in enumerate(self.lengths):
             self._measure(layer, query[row, :length], key[row, :length], value[row, :length], centres, how)
         return key, value
@@ -110,7 +110,7 @@ class Sensitivity:
                 )
         return found
 
-    def _choose_clips(self, layer: int, key: Tensor, value: Tensor, centres: Centres) -> None:
+    def _choose_clips(self, layer: int, key: Tensor, value: Tensor, centres: Centres, how: Attends) -> None:
         """Pick each variant's clip on the first tokens: by the error of q.k for keys, by the plain error for values."""
         k, v = (torch.cat([x[row, :n] for row, n in enumerate(self.lengths)])[:CLIP_TOKENS] for x in (key, value))
         weight = self.moments.layers[layer].query
@@ -125,7 +125,10 @@ class Sensitivity:
                     options = [candidate.spec(transform, clip) for clip in clips(candidate.bits)]
                     if len(options) > 1:
                         options.sort(
-                            key=lambda spec: (_error(x, spec, centre, weight if side == "key" else None), spec)
+                            key=lambda spec: (
+                                _error(x, spec, centre, weight if side == "key" else None, how.plain),
+                                spec,
+                            )
                         )
                     chosen[side].append(options[0])
         banded = self.banded.get(layer, ((), ()))
@@ -167,12 +170,14 @@ class Sensitivity:
             sums.output[i, :seen] += (output - exact_o).square().sum((0, 1, 2, 4), dtype=torch.float64)
 
 
-def _error(x: Tensor, spec: TensorSpec, centre: Tensor | None, weight: Tensor | None) -> float:
-    """Squared error of x [N, H, D]; with ``weight`` [H, D, D] that of the products with queries of that second moment."""
+def _error(x: Tensor, spec: TensorSpec, centre: Tensor | None, weight: Tensor | None, plain: bool = True) -> float:
+    """Squared error of x [N, H, D]; with ``weight`` [H, D, D] that of the products with queries of that second moment, read by a ``plain`` softmax or
+    by one with a soft cap or sinks."""
     wrong = (as_stored(x.float(), spec, transform_of(spec, centre, x.device)) - x.float()).double()
     if weight is None:
         return float(wrong.square().sum())
-    wrong = wrong - wrong.mean(0)  # an error that all keys share does not change the softmax
+    if plain:
+        wrong = wrong - wrong.mean(0)  # an error that all keys share does not change the softmax
     return float(torch.einsum("nhd,hde,nhe->", wrong, weight, wrong))
 
 

@@ -23,7 +23,7 @@ from kvtuner_search.models.source import (
     read_source,
 )
 from kvtuner_search.models.support import check_hooked
-from kvtuner_search.models.weights import check_loaded, check_quantization, quantization_of
+from kvtuner_search.models.weights import check_loaded, check_quantization, keeps_codes
 from kvtuner_search.profile.model_config import model_info, name_of, positions
 from kvtuner_search.profile.model_support import check_supported
 from kvtuner_search.profile.schema import ModelInfo
@@ -158,7 +158,7 @@ def _saved(
         logging.set_verbosity(before)
     model, found = both
     check_quantization(config, folder, options.source)  # again: now the hub's files are here too
-    check_loaded(model, found, quantization_of(config) is not None, options.source)
+    check_loaded(model, found, keeps_codes(config), options.source)
     return model
 
 

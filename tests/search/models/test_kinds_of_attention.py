@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_kinds import CHUNK, KINDS, kinds_of, write_kind
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kvtuner_kernels.layout import LayerSpec
@@ -167,3 +169,26 @@ def test_gradients_are_those_of_transformers(folder: Path, runner: Runner) -> No
     assert int(unseen.sum()) == LENGTHS[0] - runner.loaded.info.kinds[3].kept(
         LENGTHS[0]
     )  # none of the four ends with a chunked layer
+
+
+def test_experts_in_mxfp4_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    """gpt-oss as it is published: blocks and scales in place of the experts' weights."""
+    folder = write_kind(tmp_path / "m", "gpt-oss")
+    file, made = folder / "model.safetensors", torch.Generator().manual_seed(5)
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, rows, columns = tensors.pop(name).shape  # [E, in, out]; blocks are [E, out, in / 32, 16]
+        shape = (experts, columns, rows // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=made, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 126, shape, generator=made, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = some_tokens()[0][:1]
+    runner = Runner(load_model(ModelOptions(source=str(folder), dtype="bfloat16")))
+    stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        expected = stock.model(input_ids=tokens, use_cache=False).last_hidden_state.float()
+    found = runner.hidden(tokens).float()
+    assert float((found - expected).norm() / expected.norm()) < 0.05  # bfloat16: eager rounds its scores, we do not
