@@ -242,8 +242,9 @@ def _read(how: Attends, query: Tensor, key: Tensor, value: Tensor, visible: Tens
             scale=how.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    batch, heads, count, _ = query.shape
-    length, grouped = key.shape[2], query.float().unflatten(1, (key.shape[1], -1))  # [B, H, Hq/H, T, D]
+    batch, heads, count, width = query.shape
+    length = key.shape[2]
+    grouped = query.float().reshape(batch, key.shape[1], -1, count, width)  # [B, H, Hq/H, T, D]
     k, v = key.float().unsqueeze(2), value.float().unsqueeze(2)
     at, parts = torch.arange(length, device=query.device), []
     step = max(1, _NUMBERS // (batch * heads * length))
