@@ -20,6 +20,7 @@ from kvtuner_search.calibration.candidates import TRANSFORMS, StorageClass, clip
 from kvtuner_search.errors import DataError
 from kvtuner_search.evaluation.moments import Moments
 from kvtuner_search.evaluation.stored import first_tokens
+from kvtuner_search.models.attention import Attends, attends
 from kvtuner_search.transforms import transform_of
 
 QUERIES: Final = 64  # query positions a sequence
@@ -75,10 +76,11 @@ class Sensitivity:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         centres = self.centres[layer]
+        how = attends() or Attends(key.shape[-1] ** -0.5)
         if layer not in self.sums:
-            self._choose_clips(layer, key, value, centres)
+            self._choose_clips(layer, key, value, centres, how)
         for row, length in enumerate(self.lengths):
-            self._measure(layer, query[row, :length], key[row, :length], value[row, :length], centres)
+            self._measure(layer, query[row, :length], key[row, :length], value[row, :length], centres, how)
         return key, value
 
     def errors(self, layer: int) -> dict[tuple[TensorSpec, TensorSpec], PairError]:
@@ -108,7 +110,7 @@ class Sensitivity:
                 )
         return found
 
-    def _choose_clips(self, layer: int, key: Tensor, value: Tensor, centres: Centres) -> None:
+    def _choose_clips(self, layer: int, key: Tensor, value: Tensor, centres: Centres, how: Attends) -> None:
         """Pick each variant's clip on the first tokens: by the error of q.k for keys, by the plain error for values."""
         k, v = (torch.cat([x[row, :n] for row, n in enumerate(self.lengths)])[:CLIP_TOKENS] for x in (key, value))
         weight = self.moments.layers[layer].query
@@ -123,7 +125,10 @@ class Sensitivity:
                     options = [candidate.spec(transform, clip) for clip in clips(candidate.bits)]
                     if len(options) > 1:
                         options.sort(
-                            key=lambda spec: (_error(x, spec, centre, weight if side == "key" else None), spec)
+                            key=lambda spec: (
+                                _error(x, spec, centre, weight if side == "key" else None, how.plain),
+                                spec,
+                            )
                         )
                     chosen[side].append(options[0])
         banded = self.banded.get(layer, ((), ()))
@@ -133,13 +138,13 @@ class Sensitivity:
         zero = torch.zeros(len(chosen["key"]), len(chosen["value"]), dtype=torch.float64, device=key.device)
         self.sums[layer] = _Sums(zero[:, 0].clone(), zero[0].clone(), zero[:, 0].clone(), zero)
 
-    def _measure(self, layer: int, query: Tensor, key: Tensor, value: Tensor, centres: Centres) -> None:
-        """Add one sequence: query [T, Hq, D], key and value [T, H, D]."""
+    def _measure(self, layer: int, query: Tensor, key: Tensor, value: Tensor, centres: Centres, how: Attends) -> None:
+        """Add one sequence: query [T, Hq, D], key and value [T, H, D]; each query reads what the layer lets it see, as the layer does."""
         sums = self.sums[layer]
         length, heads, head_dim = key.shape
         at = torch.linspace(0, length - 1, min(QUERIES, length), device=key.device).round().long()
-        picked = query[at].float().reshape(len(at), heads, -1, head_dim) * head_dim**-0.5
-        visible = torch.arange(length, device=key.device) <= at.unsqueeze(1)
+        picked = query[at].float().reshape(len(at), heads, -1, head_dim) * how.scaling
+        visible = how.visible(at, torch.arange(length, device=key.device))
         k, v = key.float(), value.float()
         first = first_tokens(k.unsqueeze(0))[0]
         stored_values = [
@@ -154,8 +159,7 @@ class Sensitivity:
         for i, spec in enumerate(self.keys[layer]):
             stored = as_stored(k, spec, transform_of(spec, centres.key, k.device), first=first)
             seen = len(stored_values) if spec.raw else 1 if spec.banded else plain
-            scores = torch.einsum("nhgd,thd->hgnt", picked, stored).masked_fill_(~visible, -math.inf)
-            p = scores.softmax(-1)
+            p = how.weights(torch.einsum("nhgd,thd->hgnt", picked, stored), visible)
             output = torch.einsum("hgnt,thvd->hgnvd", p, wide[:, :, :seen])
             if exact_p is None or exact_o is None:  # the first spec of each side is raw
                 exact_p, exact_o = p, output[..., :1, :]
@@ -166,12 +170,14 @@ class Sensitivity:
             sums.output[i, :seen] += (output - exact_o).square().sum((0, 1, 2, 4), dtype=torch.float64)
 
 
-def _error(x: Tensor, spec: TensorSpec, centre: Tensor | None, weight: Tensor | None) -> float:
-    """Squared error of x [N, H, D]; with ``weight`` [H, D, D] that of the products with queries of that second moment."""
+def _error(x: Tensor, spec: TensorSpec, centre: Tensor | None, weight: Tensor | None, plain: bool = True) -> float:
+    """Squared error of x [N, H, D]; with ``weight`` [H, D, D] that of the products with queries of that second moment, read by a ``plain`` softmax or
+    by one with a soft cap or sinks."""
     wrong = (as_stored(x.float(), spec, transform_of(spec, centre, x.device)) - x.float()).double()
     if weight is None:
         return float(wrong.square().sum())
-    wrong = wrong - wrong.mean(0)  # an error that all keys share does not change the softmax
+    if plain:
+        wrong = wrong - wrong.mean(0)  # an error that all keys share does not change the softmax
     return float(torch.einsum("nhd,hde,nhe->", wrong, weight, wrong))
 
 

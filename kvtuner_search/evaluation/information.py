@@ -150,7 +150,7 @@ def label_gradient(runner: Runner, hidden: Tensor, valid: Tensor, generator: tor
         part = rows[start : start + step]
         state = flat[part].detach().requires_grad_()
         with torch.enable_grad():
-            logits = runner.head(state)
+            logits = runner.logits(state)
         residual = logits.detach().float().softmax(-1)
         upto = residual.cumsum(-1)
         drawn = torch.rand(len(part), 1, generator=generator).to(upto.device) * upto[:, -1:]

@@ -60,13 +60,13 @@ class PrefilledCache:
         """Announce a pass over sequences whose prompts have int64 [B] tokens."""
         self._prompts = prompts
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stored = self.stored(layer, query, key, value)
         at = torch.arange(key.shape[1], device=key.device)
         causal = at[:, None] >= at
         prefill = (at < self._prompts.to(key.device)[:, None])[..., None]  # [B, T, 1]
         visible = torch.cat((causal & prefill, causal & ~prefill), -1).unsqueeze(1)
-        return torch.cat((key, stored[0]), 1), torch.cat((value, stored[1]), 1), visible
+        return torch.cat((key, stored[0]), 1), torch.cat((value, stored[1]), 1), visible, at.repeat(2)
 
 
 def stored_cache(setting: Sequence[LayerSpec], centres: Mapping[int, Centres]) -> StoredCache:

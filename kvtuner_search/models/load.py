@@ -23,8 +23,8 @@ from kvtuner_search.models.source import (
     read_source,
 )
 from kvtuner_search.models.support import check_hooked
-from kvtuner_search.models.weights import check_loaded, check_quantization, quantization_of
-from kvtuner_search.profile.model_config import model_info, name_of
+from kvtuner_search.models.weights import check_loaded, check_quantization, keeps_codes
+from kvtuner_search.profile.model_config import model_info, name_of, positions
 from kvtuner_search.profile.model_support import check_supported
 from kvtuner_search.profile.schema import ModelInfo
 
@@ -97,7 +97,7 @@ def load_model(options: ModelOptions, length: int | None = None) -> LoadedModel:
     with _loading(options.source, "config"):
         config = AutoConfig.from_pretrained(name, **common)
     _check_shape(config.get_text_config(), info, options.source)
-    check_hooked(config, info.num_layers, options.source, options.trust_remote_code)
+    check_hooked(config, info.num_layers, options.source, options.trust_remote_code, info.kinds, positions(content)[1])
     tokenizer = None
     if folder is not None and not has_tokenizer(folder):
         if not options.random_weights:  # transformers would create an empty one
@@ -114,6 +114,7 @@ def load_model(options: ModelOptions, length: int | None = None) -> LoadedModel:
         if options.device_map is None:
             model = model.to(device)
     model.eval().requires_grad_(False)
+    attention.mark_layers(model, info.kinds)
     if folder is not None and not options.random_weights:
         info = info.model_copy(update={"weights_digest": weights_digest(folder)})
     embedding: nn.Module = model.get_input_embeddings()
@@ -157,7 +158,7 @@ def _saved(
         logging.set_verbosity(before)
     model, found = both
     check_quantization(config, folder, options.source)  # again: now the hub's files are here too
-    check_loaded(model, found, quantization_of(config) is not None, options.source)
+    check_loaded(model, found, keeps_codes(config), options.source)
     return model
 
 

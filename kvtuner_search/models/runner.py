@@ -21,15 +21,20 @@ class Runner:
     """Passes over a loaded model. All methods but :meth:`differentiate` run without gradients, and parameters never get any.
 
     ``can_resume`` tells whether a pass may start at a layer from that layer's input, which saves the layers before it. A trial
-    pass decides it; if it does not work (embedding scales, per-layer inputs), passes start at the first layer.
+    pass decides it; if it does not work (embedding scales, per-layer inputs), passes start at the first layer. ``logits`` maps last hidden
+    states to logits as the model does, with its scale or cap.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
-        self.base: Any = loaded.model.base_model
+        base: Any = loaded.model.base_model
+        self.base = (
+            base.model if base is loaded.model and hasattr(base, "model") else base
+        )  # Llama 4 names another prefix
         self._owner, self._list = owner_of_layers(self.base, loaded.info.num_layers, loaded.info.id)
         self.layers: nn.ModuleList = getattr(self._owner, self._list)
         self.head: nn.Linear = loaded.model.get_output_embeddings()
+        self._scale, self._cap = _after_head(loaded.model.config)
         self.vocabulary = int(self.head.weight.shape[0])
         self.embedded = int(loaded.model.get_input_embeddings().weight.shape[0])
         self.can_resume = self._probe()
@@ -51,7 +56,7 @@ class Runner:
     def hidden(self, tokens: Tensor, tap: Tap | None = None, positions: Tensor | None = None) -> Tensor:
         """Last hidden states [B, T, E] of token ids [B, T] at positions int64 [B, T], or from position 0 on."""
         given = {} if positions is None else {"position_ids": positions.to(self.loaded.device)}
-        with tapped(tap):
+        with tapped(tap, positions):
             output: Tensor = self.base(
                 input_ids=tokens.to(self.loaded.device), use_cache=False, **given
             ).last_hidden_state
@@ -60,7 +65,7 @@ class Runner:
     @torch.inference_mode()
     def hidden_from(self, layer: int, state: Tensor, tap: Tap | None = None) -> Tensor:
         """Last hidden states [B, T, E] from the input [B, T, E] of ``layer``; needs ``can_resume``."""
-        with tapped(tap), self._only(range(layer, len(self.layers))):
+        with tapped(tap), self._from(layer):
             output: Tensor = self.base(inputs_embeds=state, use_cache=False).last_hidden_state
         return output
 
@@ -80,11 +85,17 @@ class Runner:
                 handle.remove()
         return inputs
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary] of last hidden states [..., E], in the model's dtype; gradients pass."""
+        found: Tensor = self.head(hidden)
+        if self._scale is not None:
+            found = found * self._scale
+        return found if self._cap is None else torch.tanh(found / self._cap) * self._cap
+
     @torch.inference_mode()
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """fp32 log-probabilities [n, vocabulary] of hidden states [n, E]."""
-        logits: Tensor = self.head(hidden)
-        return logits.float().log_softmax(-1)
+        return self.logits(hidden).float().log_softmax(-1)
 
     def differentiate(self, tokens: Tensor, tap: Tap, start: Callable[[Tensor], Tensor]) -> None:
         """A forward and a backward pass over token ids [B, T].
@@ -130,8 +141,12 @@ class Runner:
                     layer.forward = forward
 
     @contextmanager
-    def _only(self, which: range) -> Iterator[None]:
-        setattr(self._owner, self._list, nn.ModuleList([self.layers[index] for index in which]))
+    def _from(self, layer: int) -> Iterator[None]:
+        """Passes inside the block begin at ``layer``."""
+        rest = list(self.layers)[layer:]
+        if self.loaded.info.layer_kinds is not None:  # the model looks up by index what each layer is
+            rest = [*(_Passed(before) for before in list(self.layers)[:layer]), *rest]
+        setattr(self._owner, self._list, nn.ModuleList(rest))
         try:
             yield
         finally:
@@ -142,8 +157,9 @@ class Runner:
         """Check what the other methods rely on, on a few tokens."""
         tokens = torch.arange(1, 9, device=self.loaded.device).remainder(self.embedded).unsqueeze(0)
         seen: set[int] = set()
+        whole = CallRecorder(seen)
         try:
-            hidden = self.hidden(tokens, CallRecorder(seen))
+            hidden = self.hidden(tokens, whole)
             expected = self.loaded.model(input_ids=tokens, use_cache=False).logits
         except torch.OutOfMemoryError:
             raise
@@ -158,16 +174,43 @@ class Runner:
                 f"the logits of {self.loaded.info.id} are not finite in {str(self.loaded.dtype).removeprefix('torch.')}, though its"
                 " weights are: give another --dtype, or restore the checkpoint"
             )
-        if not torch.allclose(self.head(hidden), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        if not torch.allclose(self.logits(hidden), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
             raise DataError(
                 f"{self.loaded.info.architecture} changes its logits after the output embedding: this architecture is not supported"
             )
         inputs = self.layer_inputs(tokens)
-        middle = len(self.layers) // 2
+        middle, part = len(self.layers) // 2, CallRecorder(set())
         try:
-            return torch.equal(self.hidden_from(middle, inputs[middle]), hidden)
+            same = torch.equal(self.hidden_from(middle, inputs[middle], part), hidden)
         except (TypeError, ValueError, IndexError, KeyError, RuntimeError):
             return False  # the base model needs more than the hidden state
+        except DataError:  # layers got another one's mask
+            return False
+        return same and all(whole.local[layer] == window for layer, window in part.local.items())
+
+
+class _Passed(nn.Module):
+    """In the place of a layer that a pass does not run: it returns its input, and looks like that layer to who asks what kind it is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["_layer"][0], name)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+def _after_head(config: Any) -> tuple[float | None, float | None]:
+    """What a model multiplies its logits by, and the soft cap that follows; None is neither."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) if str(text.model_type).startswith("cohere") else None
+    return scale, getattr(text, "final_logit_softcapping", None)
 
 
 @contextmanager

@@ -101,13 +101,20 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
     return None
 
 
+def keeps_codes(config: Mapping[str, Any]) -> bool:
+    """Whether the weights that config.json declares quantized stay so in memory: transformers dequantizes MXFP4 (gpt-oss) where its kernels are
+    not installed, and then drops the quantizer; blocks that it did not read are unused weights."""
+    stated = quantization_of(config)
+    return stated is not None and not (isinstance(stated, dict) and stated.get("quant_method") == "mxfp4")
+
+
 def check_loaded(model: Any, loading: Mapping[str, Any], quantized: bool, source: str) -> None:
     """Refuse a model whose weights differ from those of its checkpoint.
 
     Args:
         model: what transformers loaded.
         loading: its loading information (``output_loading_info``).
-        quantized: whether config.json has a quantization_config.
+        quantized: whether transformers must have kept a quantizer (:func:`keeps_codes`).
         source: what messages call the model.
 
     Raises:

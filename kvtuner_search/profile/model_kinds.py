@@ -25,7 +25,7 @@ _PERIODS: Final = {  # without layer_types: the layers of one period, s with a w
     "gemma3_text": "sssssf",
     "llama4_text": "cccf",
     "modernbert-decoder": "fss",
-    **dict.fromkeys(("ministral", "mistral", "starcoder2", "moshi"), "s"),
+    **dict.fromkeys(("ministral", "ministral3", "mistral", "mixtral", "moshi", "phi3", "phimoe", "starcoder2"), "s"),
 }
 _LETTERS: Final = {"s": _SLIDING, "c": "chunked_attention", "f": "full_attention"}
 

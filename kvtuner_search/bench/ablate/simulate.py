@@ -33,7 +33,7 @@ class SimulatedCache:
         self.scheme = scheme
         self._masks: dict[int, dict[tuple[bool, bool], Tensor]] = {}
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scheme = self.scheme
         if scheme.token_group:
             stored_key = per_channel(key, scheme.key.bits, scheme.token_group)
@@ -46,6 +46,7 @@ class SimulatedCache:
             torch.cat([keys[k] for k, _ in masks], dim=1),
             torch.cat([values[v] for _, v in masks], dim=1),
             visible.view(1, 1, *visible.shape),
+            torch.arange(key.shape[1], device=key.device).repeat(len(masks)),
         )
 
     def _masks_of(self, tokens: int) -> dict[tuple[bool, bool], Tensor]:

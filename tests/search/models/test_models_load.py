@@ -14,6 +14,7 @@ from kvtuner_search.evaluation.stored import stored_cache
 from kvtuner_search.models.attention import tapped
 from kvtuner_search.models.load import ModelOptions, load_model, pick_device
 from kvtuner_search.models.runner import Runner
+from kvtuner_search.profile.model_config import model_info
 from kvtuner_search.profile.model_support import check_supported
 
 TOKENS = torch.arange(7, 47).view(2, 20)
@@ -75,20 +76,24 @@ def test_padding_on_the_right_changes_nothing_before_it(tiny_model: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "kinds"),
     [
-        (make_config("Mistral", sliding_window=128), "layer 0 .*128"),
+        (make_config("Mistral", sliding_window=128), ["sliding:128"] * 4),
         (
             make_config("Qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2),
-            "layer 2 .*sliding_attention",
+            ["full", "full", "sliding:64", "sliding:64"],
         ),
-        (Gemma2Config(num_hidden_layers=2), "layer 0 .*sliding_attention"),
-        (Qwen3NextConfig(num_hidden_layers=4), "layer 0 .*linear_attention"),
+        (Gemma2Config(num_hidden_layers=2), ["sliding:4096", "full"]),
     ],
 )
-def test_layers_without_full_attention_are_refused_by_number(config: Any, says: str) -> None:
-    with pytest.raises(DataError, match=says):
-        check_supported(config.to_dict(), "model")
+def test_layers_with_windows_are_named(config: Any, kinds: list[str]) -> None:
+    check_supported(config.to_dict(), "model")
+    assert model_info(config.to_dict() | {"architectures": ["ItForCausalLM"]}, "model").layer_kinds == kinds
+
+
+def test_layers_without_keys_and_values_are_refused_by_number() -> None:
+    with pytest.raises(DataError, match=r"layer 0 .*linear_attention"):
+        check_supported(Qwen3NextConfig(num_hidden_layers=4).to_dict(), "model")
 
 
 def test_latent_attention_is_refused() -> None:
@@ -99,8 +104,8 @@ def test_latent_attention_is_refused() -> None:
 
 
 def test_logits_that_are_changed_after_the_head_are_refused(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "m", "Cohere", logit_scale=0.0625)
-    with pytest.raises(DataError, match="CohereForCausalLM"):
+    folder = write_model(tmp_path / "m", "Granite", logits_scaling=16.0)
+    with pytest.raises(DataError, match="GraniteForCausalLM"):
         Runner(load_model(ModelOptions(source=str(folder))))
 
 

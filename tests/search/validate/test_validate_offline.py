@@ -195,7 +195,8 @@ def test_a_prefill_reads_its_own_tokens_and_later_tokens_read_the_cache() -> Non
     tap = PrefilledCache(lambda layer, q, k, v: (k.round(), v.round()))
     lengths = [0, 4, 6]
     tap.begin(torch.tensor(lengths))
-    keys, values, visible = tap(0, query, key, value)
+    keys, values, visible, at = tap(0, query, key, value)
+    assert at.tolist() == [*range(6), *range(6)]
     found = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (query, keys, values)), attn_mask=visible, enable_gqa=True
     ).transpose(1, 2)
