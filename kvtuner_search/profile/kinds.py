@@ -32,7 +32,7 @@ class LayerKind(NamedTuple):
         Raises:
             ValueError: if the text is no kind.
         """
-        if not re.match(PATTERN, text):
+        if not re.fullmatch(PATTERN, text):
             raise ValueError(f"{text!r} is no kind of layer: write full, sliding:TOKENS or chunked:TOKENS")
         kind, _, window = text.partition(":")
         values: Any = (kind, int(window or 0))

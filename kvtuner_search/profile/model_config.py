@@ -21,7 +21,7 @@ from kvtuner_search.errors import DataError
 from kvtuner_search.profile.canonical import canonical_json, first_error, parse_json, read_limited
 from kvtuner_search.profile.kinds import LayerKind
 from kvtuner_search.profile.model_families import family_of, plain_numbers, spelled_out
-from kvtuner_search.profile.model_kinds import kinds_of
+from kvtuner_search.profile.model_kinds import kinds_of, names_of
 from kvtuner_search.profile.schema import MAX_CONFIG_FIELDS, ModelInfo
 from kvtuner_search.profile.text import printable
 
@@ -43,9 +43,8 @@ _SNAPSHOT: Final = re.compile(r"models--([A-Za-z0-9._-]+)/snapshots/([0-9a-f]{40
 _MAX_GUESSED: Final = 8192  # characters of a normal form that is tried with other values: some thousand times
 MAX_NAMED: Final = 6  # fields that a message names
 _MAX_SHOWN: Final = 120  # characters of a field's value in a profile or a message
-# Values that other models' files have for a field, to find the field that differs if a profile has only a digest.
+# Bases that other models' files have, to find the field that differs if a profile has only a digest.
 _THETAS: Final = (10000, 100000, 500000, 1000000, 2000000, 5000000, 10000000)
-_WINDOWS: Final = (None, 512, 1024, 2048, 4096, 8192, 32768, 131072, 262144)
 
 
 def read_config(path: Path, model_id: str | None = None, revision: str | None = None) -> ModelInfo:
@@ -160,7 +159,8 @@ def model_info(
             f"{source}: num_attention_heads={heads} do not share num_key_value_heads={info.num_kv_heads} evenly: this model's cache"
             " cannot be described"
         )
-    info.remember(content, _digest(_content(config, text_config(config), None)))
+    written = text_config(config)
+    info.remember(content, _digest(_content(config, written, _window_before(written))))
     return info
 
 
@@ -215,7 +215,8 @@ def normal_form(config: dict[str, Any]) -> dict[str, Any]:
     scaled rotary embedding that names none), dtypes, token ids, dropout, and library versions. A window that is at least as long
     as the positions is full attention.
     """
-    return _content(config, decoder(config), positions(config)[1])
+    text = decoder(config)
+    return _content(config, text, _window(kinds_of(text, positions(config)[1])))
 
 
 def differences(stated: ModelInfo, actual: ModelInfo, sides: tuple[str, str] = ("there", "here")) -> list[str]:
@@ -233,12 +234,15 @@ def differences(stated: ModelInfo, actual: ModelInfo, sides: tuple[str, str] = (
     return [f"{name} ({there.get(name, 'absent')} {sides[0]}, {here.get(name, 'absent')} {sides[1]})" for name in names]
 
 
-def _content(config: dict[str, Any], text: dict[str, Any], reach: int | None) -> dict[str, Any]:
+def _content(config: dict[str, Any], text: dict[str, Any], window: dict[str, Any] | None) -> dict[str, Any]:
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
     derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else None
     content = {name: text.get(name) for name in _PLAIN}
     if text.get("model_type") in ("gptj", "codegen"):
         content["rotary_dim"] = text.get("rotary_dim")
+    thetas = text.get("layer_rope_theta")  # Granite's, one a layer, 0 for none
+    if isinstance(thetas, list) and set(map(str, thetas)) != {str(_rope(text).get("rope_theta"))}:
+        content["layer_rope_theta"] = thetas
     content |= {
         "architectures": _architectures(config),
         "head_dim": text.get("head_dim") or derived,
@@ -246,7 +250,7 @@ def _content(config: dict[str, Any], text: dict[str, Any], reach: int | None) ->
         "heads": heads,
         "kv_heads": heads if text.get("num_key_value_heads") is None else text["num_key_value_heads"],
         "rope": _rope(text),
-        "window": _window(text, reach),
+        "window": window,
         "other_layers": _other_layers(text),
     }
     plain = plain_numbers({key: value for key, value in content.items() if value not in (None, False)})
@@ -292,14 +296,18 @@ def _one_rope(text: dict[str, Any], given: Any) -> dict[str, Any]:
     return rope
 
 
-def _window(text: dict[str, Any], reach: int | None) -> dict[str, Any] | None:
-    """The sliding window if a layer uses one; None if attention is full everywhere. ``reach`` is the largest number of positions."""
-    window = text.get("sliding_window")
-    types = text.get("layer_types")
+def _window(kinds: tuple[LayerKind, ...] | None) -> dict[str, Any] | None:
+    """The window and each layer's kind, by transformers' names; None if all are full, or are not known, as in models that are refused."""
+    if kinds is None or not any(kind.window for kind in kinds):
+        return None
+    return {"size": next(kind.window for kind in kinds if kind.window), "layers": names_of(kinds)}
+
+
+def _window_before(text: dict[str, Any]) -> dict[str, Any] | None:
+    """The same as earlier releases took it from the file as it is."""
+    window, types = text.get("sliding_window"), text.get("layer_types")
     layers, first = text.get("num_hidden_layers"), text.get("max_window_layers")
     if window is None or text.get("use_sliding_window") is False:
-        return None
-    if reach is not None and _is_count(window) and window >= reach:
         return None
     if types is None and isinstance(first, int) and isinstance(layers, int) and 0 < layers <= 4096:
         types = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
@@ -311,19 +319,10 @@ def _window(text: dict[str, Any], reach: int | None) -> dict[str, Any] | None:
 def _other_layers(text: dict[str, Any]) -> dict[str, Any] | None:
     """Fields that mark layers other than standard attention; None for models that are served. Windows: see :func:`_window`."""
     types = text.get("layer_types")
-    kinds = types if isinstance(types, list) and set(map(str, types)) - {*_FULL, "sliding_attention"} else None
+    windows = ("sliding_attention", "chunked_attention")
+    kinds = types if isinstance(types, list) and set(map(str, types)) - {*_FULL, *windows} else None
     marks = {name: text[name] for name in ("kv_lora_rank", "alibi", "is_encoder_decoder") if text.get(name)}
     return {**marks, "kinds": kinds} if kinds or marks else None
-
-
-def windowed_layers(config: dict[str, Any]) -> tuple[int, list[int]] | None:
-    """Size of the sliding window and the layers that use it, [] for all; None where attention is full everywhere."""
-    found = normal_form(config).get("window")
-    if not isinstance(found, dict):
-        return None
-    types = found["layers"]
-    layers = [i for i, kind in enumerate(types) if kind not in _FULL] if isinstance(types, list) else []
-    return (found["size"], layers) if layers or not isinstance(types, list) else None
 
 
 def _fields(content: dict[str, Any]) -> dict[str, str]:
@@ -338,8 +337,9 @@ def _fields(content: dict[str, Any]) -> dict[str, str]:
                     plain = name in ("rope_theta", "partial_rotary_factor")
                     flat[f"{start}{name}" if plain else f"rope_scaling.{start}{name}"] = item
         elif key == "window" and isinstance(value, dict):
-            flat["sliding_window"] = value["size"]
-            flat["layer_types"] = value["layers"] if isinstance(value["layers"], list) else "all"
+            if "chunked_attention" not in value["layers"]:  # whose size is a field of its own
+                flat["sliding_window"] = value["size"]
+            flat["layer_types"] = value["layers"]
         else:
             flat[_SHOWN.get(key, key)] = value
     shown = {json.dumps(name)[1:-1][:_MAX_SHOWN] or "?": shorten(value) for name, value in flat.items()}
@@ -374,8 +374,7 @@ def _variants(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for part in dict.fromkeys((rope["partial_rotary_factor"], 1, 0.5, 0.25)):
             yield {"rope": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part}}
         yield {"rope": {**rope, "rope_theta": theta}}
-    for size in _WINDOWS:
-        yield {"window": None if size is None else {"size": size, "layers": None}}
+    yield {"window": None}  # models with one had no profile when profiles had a digest alone
     yield from ({"attention_bias": value} for value in (None, True))
     for name in ("attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "attention_chunk_size"):
         if name in content:

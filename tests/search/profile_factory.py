@@ -11,7 +11,8 @@ from typing import Any
 
 from kvtuner_kernels.layout import LayerSpec, bytes_per_token
 from kvtuner_search.profile.canonical import digest_without_validation, save, seal
-from kvtuner_search.profile.schema import LayerEntry, Profile, storage_of
+from kvtuner_search.profile.schema import LayerEntry, Profile
+from kvtuner_search.profile.storage import storage_of
 
 KV_HEADS, HEAD_DIM = 2, 64
 BANDED = "b65443322/b44333222"

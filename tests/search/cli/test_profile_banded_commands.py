@@ -186,7 +186,7 @@ def test_diff_of_an_old_and_a_banded_profile(command: Run, old: Path, tmp_path: 
 
 
 def storage(specs: list[str], model: object) -> dict[str, object]:
-    from kvtuner_search.profile.schema import storage_of
+    from kvtuner_search.profile.storage import storage_of
 
     layers = [LayerSpec.parse(text) for text in specs]
     return storage_of(layers, model.num_kv_heads, model.head_dim).model_dump()  # type: ignore[attr-defined]
