@@ -224,6 +224,9 @@ def spelled_out(text: dict[str, Any], whole: str = "") -> dict[str, Any]:
     if family.rope is not None:
         given["rope_parameters"] = _ropes(family, given)
         given.pop("rope_scaling", None)
+    if given.get("model_type") == "modernbert-decoder" and "local_attention" in given:  # both sides of a token
+        local = given["local_attention"]
+        given.setdefault("sliding_window", local // 2 if isinstance(local, int) and local else -1)
     if given.get("model_type") == "hyperclovax" and given.get("attention_multiplier") is None:
         given |= _one_over_root(given)
     return {**family.defaults, **given}

@@ -193,11 +193,6 @@ def _rotary(text: dict[str, Any], count: int, usual: int) -> list[Any]:
 def _window(text: dict[str, Any]) -> Any:
     """The window of sliding layers, as the family's class reads it; None if there is none."""
     family = _family(text)
-    if (
-        family == "modernbert-decoder"
-    ):  # whose window is half of what it calls local attention, whatever else the file says
-        local = text.get("local_attention", 128)
-        return local // 2 if _is_int(local) else local
     if text.get("use_sliding_window") is False and (family in _SWITCHED or family not in _READERS):
         return None
     return text.get("sliding_window")
