@@ -33,9 +33,8 @@ def request_rows(profile: Profile, memory: int | None, context: int | None = Non
 
 
 def kinds_line(profile: Profile) -> str:
-    """``15 layers sliding:512, 3 full`` for a model with windows; empty if all layers are full."""
+    """``layers: 15 sliding:512, 3 full`` for a model with windows; empty if all layers are full."""
     if profile.model.layer_kinds is None:
         return ""
-    found = [(len(layers), kind) for layers, kind in runs(profile.model.layer_kinds)]
-    first, *rest = [f"{count} {kind}" for count, kind in found]
-    return ", ".join([first.replace(" ", " layers ", 1), *rest])
+    found = [f"{len(layers)} {kind}" for layers, kind in runs(profile.model.layer_kinds)]
+    return f"layers: {', '.join(found)}"

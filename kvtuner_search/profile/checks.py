@@ -30,6 +30,8 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
     names = ("architecture", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim")
     pairs = [(name, getattr(profile.model, name), getattr(model, name)) for name in names]
     found = [f"{name}={stated}, {source} has {actual}" for name, stated, actual in pairs if stated != actual]
+    if not found:
+        found = [f"{change}, {source} has {other}" for change, other in _kinds(profile.model, model)]
     stated, actual = profile.model.config_digest, model.config_digest
     if not found and None not in (stated, actual) and not model.has_digest(str(stated)):
         fields = differences(profile.model, model)
@@ -42,6 +44,15 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
         raise NotComparableError(
             f"profile {profile.name} is for {'; '.join(found)}: it belongs to another model; use that model, or calibrate this one"
         )
+
+
+def _kinds(stated: ModelInfo, actual: ModelInfo) -> list[tuple[str, str]]:
+    """The first layer whose kind differs, and how many more do."""
+    layers = [i for i, (a, b) in enumerate(zip(stated.kinds, actual.kinds, strict=True)) if a != b]
+    if not layers:
+        return []
+    more = f" (and {len(layers) - 1} more layers differ)" if len(layers) > 1 else ""
+    return [(f"layer {layers[0]}={stated.kinds[layers[0]]}", f"{actual.kinds[layers[0]]}{more}")]
 
 
 def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:

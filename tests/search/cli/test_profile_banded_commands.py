@@ -51,6 +51,7 @@ def test_show_as_json_has_bands_as_numbers(command: Run, tmp_path: Path) -> None
     layers = data["derived"]["layers"]
     assert layers[0] == {
         "spec": BANDED,
+        "kind": "full",
         "bytes_per_token": LayerSpec.parse(BANDED).bytes_per_token(2, 64),
         "effective_bits": 4.0,
         "mean_bits": {"key": 3.625, "value": 2.875},

@@ -49,7 +49,10 @@ PARTS: Final[dict[str, Any]] = {
     "validation": validation(digest("another profile")),
 }
 RICH: Final = fitted(
-    BANDED, pareto=front(("b44333222/b33222110", 0.1), ("8-g64-asym/8-g64-asym", 0.01)), **PARTS
+    BANDED,
+    kinds=["sliding:16", "full", "chunked:128", "full"],
+    pareto=front(("b44333222/b33222110", 0.1), ("8-g64-asym/8-g64-asym", 0.01)),
+    **PARTS,
 ).model_dump(mode="json")
 COMMANDS: Final = (
     ["check", "x.json"],
@@ -65,6 +68,7 @@ ALL_COMMANDS: Final = (
     ["diff", "x.json", "good.json", "--format", "markdown"],
     ["diff", "good.json", "x.json", "--format", "junit"],
     ["show", "x.json", "--memory", "1GiB"],
+    ["show", "x.json", "--context", "100"],
     ["show", "x.json", "--html", "x.html"],
     ["check", "x.json", "--rewrite"],
     *(
