@@ -162,15 +162,14 @@ def _bands(profile: Profile) -> list[str]:
 
 def _specs(profile: Profile) -> str:
     model = profile.model
-    rows = []
+    kinds, rows = model.layer_kinds is not None, []
     for layers, spec, kind in specs_by_layer(profile.layer_specs(), model.kinds):
         bits = spec.effective_bits(model.num_kv_heads, model.head_dim)
         nbytes = spec.bytes_per_token(model.num_kv_heads, model.head_dim)
-        rows.append((layers, str(spec.key), str(spec.value), f"{bits:.3f}", f"{nbytes:,}", str(kind)))
-    heads = ("layers", "keys", "values", "effective bits", "bytes per token", "attention")
-    if model.layer_kinds is None:
-        heads, rows = heads[:-1], [row[:-1] for row in rows]
-    return _table(heads, rows, right=(3, 4))
+        row = [layers, str(spec.key), str(spec.value), f"{bits:.3f}", f"{nbytes:,}", str(kind)]
+        rows.append(row if kinds else row[:-1])
+    heads = ["layers", "keys", "values", "effective bits", "bytes per token", "attention"]
+    return _table(heads if kinds else heads[:-1], rows, right=(3, 4))
 
 
 def _quality(profile: Profile) -> list[str]:

@@ -48,7 +48,7 @@ def test_the_same_seed_gives_the_same_files(script: ModuleType) -> None:
 
 def test_the_sound_files_are_understood(script: ModuleType) -> None:
     refused = {name for name, config in script.SEEDS.items() if unsupported(config) is not None}
-    assert refused == {"gemma3", "deepseek"}
+    assert refused == {"deepseek"}
     for name, config in script.SEEDS.items():
         assert model_info(config, name).num_layers == 4
         assert normal_form(config)["layers"] == 4
