@@ -23,7 +23,7 @@ class Rule:
 RULES: Final = {
     rule.id: rule
     for rule in (
-        Rule("incomparable-model", "error", "the class, shape or config digest of the models differs", fixed=True),
+        Rule("incomparable-model", "error", "the class, shape, kinds of layers or config digest of the models differs", fixed=True),
         Rule("incomparable-layout", "error", "the layout versions differ, so bytes mean different things", fixed=True),
         Rule("profile-added", "warning", "the revision has no profile at this path yet, so there is nothing to compare with"),
         Rule("gate-changed", "warning", "[tool.kvtuner-search.diff] differs from the base's, which --config-from applies"),
