@@ -48,7 +48,8 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
 
 def _kinds(stated: ModelInfo, actual: ModelInfo) -> list[tuple[str, str]]:
     """The first layer whose kind differs, and how many more do."""
-    layers = [i for i, (a, b) in enumerate(zip(stated.kinds, actual.kinds, strict=True)) if a != b]
+    pairs = enumerate(zip(stated.kinds, actual.kinds, strict=True))
+    layers = [i for i, (a, b) in pairs if a.within(actual.most) != b.within(actual.most)]
     if not layers:
         return []
     more = f" (and {len(layers) - 1} more layers differ)" if len(layers) > 1 else ""

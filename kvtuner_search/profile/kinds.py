@@ -38,6 +38,10 @@ class LayerKind(NamedTuple):
         values: Any = (kind, int(window or 0))
         return cls(*values)
 
+    def within(self, most: int | None) -> LayerKind:
+        """The same for sequences of at most ``most`` tokens: a window at least that long is full attention."""
+        return FULL_KIND if most is not None and self.window >= most else self
+
     def kept(self, tokens: int) -> int:
         """Of a sequence of ``tokens`` tokens, how many the next query can see: those whose rows must be kept."""
         return min(tokens, self.window) if self.window else tokens

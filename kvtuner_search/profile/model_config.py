@@ -114,9 +114,20 @@ def adapter_message(folder: Path) -> str:
 
 
 def model_info(
-    config: dict[str, Any], source: str, model_id: str | None = None, revision: str | None = None
+    config: dict[str, Any],
+    source: str,
+    model_id: str | None = None,
+    revision: str | None = None,
+    most: int | None = None,
 ) -> ModelInfo:
-    """The same from a parsed config.json; ``source`` is what error messages call it.
+    """The same from a parsed config.json.
+
+    Args:
+        config: the content of config.json.
+        source: what error messages call it.
+        model_id: of the model.
+        revision: on the hub.
+        most: most tokens of a sequence, if known: kinds are compared as sequences of that length can tell them apart.
 
     Raises:
         DataError: if a field is missing or out of range.
@@ -160,7 +171,7 @@ def model_info(
             " cannot be described"
         )
     written = text_config(config)
-    info.remember(content, _digest(_content(config, written, _window_before(written))))
+    info.remember(content, _digest(_content(config, written, _window_before(written))), most)
     return info
 
 

@@ -83,6 +83,7 @@ class ModelInfo(Strict):
 
     _normal: dict[str, Any] | None = PrivateAttr(default=None)
     _earlier: str | None = PrivateAttr(default=None)
+    _most: int | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _one_kind_a_layer(self) -> Self:
@@ -114,14 +115,19 @@ class ModelInfo(Strict):
         texts = self.layer_kinds
         return (FULL_KIND,) * self.num_layers if texts is None else tuple(map(LayerKind.parse, texts))
 
-    def remember(self, normal: dict[str, Any], earlier: str) -> None:
-        """Keep the values read from a config.json, for comparisons in this process; they are not written."""
-        self._normal, self._earlier = normal, earlier
+    def remember(self, normal: dict[str, Any], earlier: str, most: int | None = None) -> None:
+        """Keep the values read from a config.json, and the most tokens of a sequence, for comparisons in this process; they are not written."""
+        self._normal, self._earlier, self._most = normal, earlier, most
 
     @property
     def normal(self) -> dict[str, Any] | None:
         """The normal form of the config.json that this was read from; None if it comes from a profile."""
         return self._normal
+
+    @property
+    def most(self) -> int | None:
+        """Most tokens of a sequence, if whoever read the model said so."""
+        return self._most
 
     def has_digest(self, digest: str) -> bool:
         """Whether this model's config has the digest, by the current normal form or by that of earlier releases."""

@@ -77,16 +77,19 @@ def test_padding_on_the_right_changes_nothing_before_it(tiny_model: Path) -> Non
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (make_config("Mistral", sliding_window=128), "layer 0 .*128"),
+        (make_config("Mistral", sliding_window=0), "sliding_window=0, but layer 0 .*sliding_attention"),
         (
-            make_config("Qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2),
-            "layer 2 .*sliding_attention",
+            make_config("Qwen2", use_sliding_window=True, sliding_window=-64, max_window_layers=2),
+            "sliding_window=-64, but layer 2 .*sliding_attention",
         ),
-        (Gemma2Config(num_hidden_layers=2), "layer 0 .*sliding_attention"),
+        (
+            Gemma2Config(num_hidden_layers=2, sliding_window=None),
+            "sliding_window=null, but layer 0 .*sliding_attention",
+        ),
         (Qwen3NextConfig(num_hidden_layers=4), "layer 0 .*linear_attention"),
     ],
 )
-def test_layers_without_full_attention_are_refused_by_number(config: Any, says: str) -> None:
+def test_layers_that_no_profile_describes_are_refused_by_number(config: Any, says: str) -> None:
     with pytest.raises(DataError, match=says):
         check_supported(config.to_dict(), "model")
 

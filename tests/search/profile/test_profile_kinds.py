@@ -16,6 +16,7 @@ from kvtuner_search.profile.capacity import capacity, kinds_line, request_rows
 from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.compare import added, compare
 from kvtuner_search.profile.kinds import LayerKind
+from kvtuner_search.profile.model_config import model_info
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.storage import bytes_per_request, storage_of
 from kvtuner_search.report.profile_html import profile_html
@@ -148,6 +149,18 @@ def test_check_compares_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     codes = [run(["check", str(path), "--model", str(tmp_path)]) for path in (fits, other, plain)]
     assert codes == [0, 4, 4]
     assert "layer 0=full, " in capsys.readouterr().err
+
+
+def test_kinds_that_the_served_context_cannot_tell_apart_are_one_model() -> None:
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "mistral", "hidden_size": 256, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 4, "max_position_embeddings": 4096, "sliding_window": 512}  # fmt: skip
+    plain = profile(SPECS, model__config_digest=None)
+    windows = profile(SPECS, kinds=["sliding:512"] * 4, model__config_digest=None)
+    for made in (plain, windows):
+        check_model(made, model_info(config, "it", most=512), "it")
+    check_model(windows, model_info(config, "it", most=513), "it")
+    with pytest.raises(NotComparableError, match="layer 0=full, it has sliding:512"):
+        check_model(plain, model_info(config, "it", most=513), "it")
 
 
 def test_diff_says_that_other_kinds_are_another_model() -> None:
