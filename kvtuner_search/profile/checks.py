@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvtuner_search.errors import NotComparableError
 from kvtuner_search.profile.canonical import dumps, parse_json
-from kvtuner_search.profile.model_config import MAX_NAMED, differences
+from kvtuner_search.profile.model_differences import MAX_NAMED, differences
 from kvtuner_search.profile.schema import SCHEMA_VERSION, ModelInfo, Profile
 from kvtuner_search.profile.validation_text import is_stale
 
@@ -30,8 +30,6 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
     names = ("architecture", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim")
     pairs = [(name, getattr(profile.model, name), getattr(model, name)) for name in names]
     found = [f"{name}={stated}, {source} has {actual}" for name, stated, actual in pairs if stated != actual]
-    if not found:
-        found = [f"{change}, {source} has {other}" for change, other in _kinds(profile.model, model)]
     stated, actual = profile.model.config_digest, model.config_digest
     if not found and None not in (stated, actual) and not model.has_digest(str(stated)):
         fields = differences(profile.model, model)
@@ -40,6 +38,8 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
         )
         more = f" and {len(fields) - MAX_NAMED} more" if len(fields) > MAX_NAMED else ""
         found = [f"config_digest={str(stated)[:19]}…, {source} has {str(actual)[:19]}…: {which}{more}"]
+    if not found:
+        found = [f"{change}, {source} has {other}" for change, other in _kinds(profile.model, model)]
     if found:
         raise NotComparableError(
             f"profile {profile.name} is for {'; '.join(found)}: it belongs to another model; use that model, or calibrate this one"

@@ -10,7 +10,7 @@ from kvtuner_search.profile.build import build
 from kvtuner_search.profile.capacity import CONTEXTS
 from kvtuner_search.profile.changes import QualityChange, change_message, make_finding, measure_change, short
 from kvtuner_search.profile.compare_validation import validation_changes, validation_findings
-from kvtuner_search.profile.model_config import MAX_NAMED, differences
+from kvtuner_search.profile.model_differences import MAX_NAMED, differences
 from kvtuner_search.profile.rules import RULES, Finding
 from kvtuner_search.profile.schema import Profile, Provenance
 from kvtuner_search.profile.text import percent, ranges, runs

@@ -7,11 +7,9 @@ what transformers 4 or 5 writes when the model is saved again all have the same 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
@@ -40,11 +38,7 @@ _EXTENDING_ROPE: Final = ("dynamic", "linear", "llama3", "longrope", "yarn")  # 
 _FULL: Final = ("full_attention", "attention")
 _SHOWN: Final = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "layers": "num_hidden_layers"}
 _SNAPSHOT: Final = re.compile(r"models--([A-Za-z0-9._-]+)/snapshots/([0-9a-f]{40})")
-_MAX_GUESSED: Final = 8192  # characters of a normal form that is tried with other values: some thousand times
-MAX_NAMED: Final = 6  # fields that a message names
 _MAX_SHOWN: Final = 120  # characters of a field's value in a profile or a message
-# Bases that other models' files have, to find the field that differs if a profile has only a digest.
-_THETAS: Final = (10000, 100000, 500000, 1000000, 2000000, 5000000, 10000000)
 
 
 def read_config(path: Path, model_id: str | None = None, revision: str | None = None) -> ModelInfo:
@@ -155,8 +149,8 @@ def model_info(
             id=model_id or "unnamed",
             revision=revision,
             architecture=architectures[0],
-            config_digest=_digest(content),
-            config=_fields(content),
+            config_digest=digest_of_form(content),
+            config=fields_of(content),
             num_layers=_count(text, "num_hidden_layers", source),
             num_attention_heads=heads,
             num_kv_heads=heads if text.get("num_key_value_heads") is None else text["num_key_value_heads"],
@@ -171,7 +165,7 @@ def model_info(
             " cannot be described"
         )
     written = text_config(config)
-    info.remember(content, _digest(_content(config, written, _window_before(written))), most)
+    info.remember(content, digest_of_form(_content(config, written, _window_before(written))), most)
     return info
 
 
@@ -216,7 +210,7 @@ def _kind_texts(kinds: tuple[LayerKind, ...] | None) -> list[str] | None:
 
 def config_digest(config: dict[str, Any]) -> str:
     """``sha256:...`` over the normal form."""
-    return _digest(normal_form(config))
+    return digest_of_form(normal_form(config))
 
 
 def normal_form(config: dict[str, Any]) -> dict[str, Any]:
@@ -228,21 +222,6 @@ def normal_form(config: dict[str, Any]) -> dict[str, Any]:
     """
     text = decoder(config)
     return _content(config, text, _window(kinds_of(text, positions(config)[1])))
-
-
-def differences(stated: ModelInfo, actual: ModelInfo, sides: tuple[str, str] = ("there", "here")) -> list[str]:
-    """The fields in which two models' configs differ, each with both values; empty if that cannot be told.
-
-    Current profiles have the fields; for older ones, which have only a digest, values of other models are tried.
-    """
-    here = actual.config
-    there = stated.config
-    if there is None and actual.normal is not None:
-        there = _guess(actual.normal, stated.config_digest)
-    if here is None or there is None:
-        return []
-    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-    return [f"{name} ({there.get(name, 'absent')} {sides[0]}, {here.get(name, 'absent')} {sides[1]})" for name in names]
 
 
 def _content(config: dict[str, Any], text: dict[str, Any], window: dict[str, Any] | None) -> dict[str, Any]:
@@ -269,7 +248,8 @@ def _content(config: dict[str, Any], text: dict[str, Any], window: dict[str, Any
     return plain
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest_of_form(content: dict[str, Any]) -> str:
+    """``sha256:...`` over a normal form."""
     return "sha256:" + hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
@@ -336,7 +316,7 @@ def _other_layers(text: dict[str, Any]) -> dict[str, Any] | None:
     return {**marks, "kinds": kinds} if kinds or marks else None
 
 
-def _fields(content: dict[str, Any]) -> dict[str, str]:
+def fields_of(content: dict[str, Any]) -> dict[str, str]:
     """The normal form as config.json's names and short texts, for a profile and for messages."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
@@ -363,33 +343,6 @@ def shorten(value: Any) -> str:
     if len(text) <= _MAX_SHOWN:
         return text
     return f"{text[: _MAX_SHOWN - 20]}… {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _guess(content: dict[str, Any], digest: str | None) -> dict[str, str] | None:
-    """The fields of a config that differs from ``content`` in one or two of them and has this digest; None if there is no such config."""
-    if len(canonical_json(content)) > _MAX_GUESSED:
-        return None
-    changes = list(_variants(content))
-    for pair in itertools.chain(((change,) for change in changes), itertools.combinations(changes, 2)):
-        changed = {**content, **{key: value for change in pair for key, value in change.items()}}
-        changed = {key: value for key, value in changed.items() if value not in (None, False)}
-        if len({key for change in pair for key in change}) == len(pair) and _digest(changed) == digest:
-            return _fields(changed)
-    return None
-
-
-def _variants(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    rope = content.get("rope")
-    rope = rope if isinstance(rope, dict) and "rope_type" in rope else {"rope_theta": 10000, "partial_rotary_factor": 1}
-    for theta in dict.fromkeys((rope["rope_theta"], *_THETAS)):
-        for part in dict.fromkeys((rope["partial_rotary_factor"], 1, 0.5, 0.25)):
-            yield {"rope": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part}}
-        yield {"rope": {**rope, "rope_theta": theta}}
-    yield {"window": None}  # models with one had no profile when profiles had a digest alone
-    yield from ({"attention_bias": value} for value in (None, True))
-    for name in ("attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "attention_chunk_size"):
-        if name in content:
-            yield {name: None}
 
 
 def _is_class(name: Any) -> bool:
