@@ -25,7 +25,7 @@ from kvtuner_search.profile.schema import ModelInfo
 _MLA: Final = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")
 _HYBRID: Final = (  # fields by which models of mixed layers say which layer is what
     "full_attention_interval", "attn_type_list", "hybrid_override_pattern", "layers_block_type", "attn_layer_period",
-    "attention_layer_idx", "full_attn_idxs",
+    "attention_layer_idx", "full_attn_idxs", "sparse_attention_config",
 )  # fmt: skip
 _ALIBI: Final = "attends with ALiBi, a bias by distance that packed attention does not add"
 _OTHER: Final = {  # by model type, what no field of config.json says
@@ -53,7 +53,7 @@ _OTHER: Final = {  # by model type, what no field of config.json says
     "deepseek_v4": "has layers that compress keys and values",
     "doge": "adds a bias to its scores that it computes from values, and masks by values",
     **dict.fromkeys(("mllama", "mllama_text_model"), "has layers of several kinds (cross-attention)"),
-    **dict.fromkeys(("dory", "zaya", "beam"), "has layers of several kinds, by a rule of its own"),
+    **dict.fromkeys(("dory", "zaya", "beam", "dots3_note", "dots3_note_text"), "has layers of several kinds, by a rule of its own"),
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "attends to tokens that an index picks"),
     "jetmoe": "attends with a mixture of heads",
 }  # fmt: skip

@@ -185,6 +185,8 @@ def test_a_scaled_embedding_reaches_further_than_its_positions() -> None:
         ({"model_type": "doge"}, "computes from values"),
         ({"model_type": "laguna", "num_attention_heads_per_layer": [48, 32]}, "other numbers of heads"),
         ({"model_type": "mimo_v2_flash"}, "twice the KV heads, and values with heads of other sizes"),
+        ({"model_type": "minimax_m3_vl_text", "sparse_attention_config": {"sparse_topk_blocks": 16}}, "sparse_attention_config"),
+        ({"model_type": "dots3_note_text"}, "several kinds, by a rule of its own"),
         ({"model_type": "deepseek_v4"}, "compress keys and values"),
         ({"model_type": "gemma3n_text"}, "share keys and values"),
         ({"model_type": "gemma4_text"}, "share keys and values"),
