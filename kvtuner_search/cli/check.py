@@ -61,6 +61,8 @@ def command(
 def _print(results: list[dict[str, Any]], strict: bool) -> None:
     for result in results:
         figures = f"{result['effective_bits']:.3f} effective bits, {result['bytes_per_token']} bytes per token"
+        if result["bytes_per_token_full"] is not None:
+            figures += f", {result['bytes_per_token_full']} of them in full layers; windows take at most {result['bytes_per_request_windows']} per request"
         click.echo(f"{printable(result['path'])}: sound, {figures}")
         if result["rewritten"]:
             click.echo(f"  rewritten, its digest is {result['digest']}")
@@ -78,6 +80,8 @@ def _check(path: Path, model: ModelInfo | None, model_name: str, strict: bool, r
             "name": profile.name,
             "digest": profile.digest,
             "bytes_per_token": profile.storage.bytes_per_token,
+            "bytes_per_token_full": profile.storage.bytes_per_token_full,
+            "bytes_per_request_windows": profile.storage.bytes_per_request_windows,
             "effective_bits": profile.storage.effective_bits,
         }
         verify_transforms(profile, folder_of(path, profile))

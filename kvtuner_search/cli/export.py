@@ -9,6 +9,7 @@ import click
 from kvtuner_search.cli.import_ import report_losses
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.convert import FORMATS
+from kvtuner_search.profile.convert.base import kinds_notes
 from kvtuner_search.profile.source import load_from
 
 
@@ -28,8 +29,9 @@ from kvtuner_search.profile.source import load_from
 )
 def command(profile: str, target: str, allow_lossy: bool, output: Path | None) -> None:
     """Write PROFILE in another format. Settings that it cannot express are listed, and refused without --allow-lossy."""
-    result = FORMATS[target].write(load_from(profile))
-    report_losses(result.lost, result.notes, allow_lossy, target)
+    loaded = load_from(profile)
+    result = FORMATS[target].write(loaded)
+    report_losses(result.lost, [*result.notes, *kinds_notes(loaded)], allow_lossy, target)
     if output is None:
         click.echo(result.text, nl=False)
     else:

@@ -19,6 +19,12 @@ def size_callback(ctx: click.Context, param: click.Parameter, value: str | None)
 memory_option = click.option(
     "--memory", metavar="SIZE", callback=size_callback, help="Show how many tokens fit, e.g. 40GiB."
 )
+context_option = click.option(
+    "--context",
+    type=click.IntRange(1, 2**31),
+    metavar="TOKENS",
+    help="Show what a request of so many tokens takes; 4096 and 32768 where layers have windows.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, envvar="KVTUNER_JSON", help="Print JSON.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 timeout_option = click.option(

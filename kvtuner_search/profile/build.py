@@ -10,7 +10,8 @@ from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.files import write_atomic
 from kvtuner_search.profile.canonical import save, seal
 from kvtuner_search.profile.fields import Measure
-from kvtuner_search.profile.schema import LayerEntry, ModelInfo, ParetoPoint, Profile, Provenance, storage_of
+from kvtuner_search.profile.schema import LayerEntry, ModelInfo, ParetoPoint, Profile, Provenance
+from kvtuner_search.profile.storage import storage_of
 
 
 def build(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvtuner_search.errors import NotComparableError
 from kvtuner_search.profile.canonical import dumps, parse_json
-from kvtuner_search.profile.model_config import MAX_NAMED, differences
+from kvtuner_search.profile.model_differences import MAX_NAMED, differences
 from kvtuner_search.profile.schema import SCHEMA_VERSION, ModelInfo, Profile
 from kvtuner_search.profile.validation_text import is_stale
 
@@ -38,10 +38,22 @@ def check_model(profile: Profile, model: ModelInfo, source: str) -> None:
         )
         more = f" and {len(fields) - MAX_NAMED} more" if len(fields) > MAX_NAMED else ""
         found = [f"config_digest={str(stated)[:19]}…, {source} has {str(actual)[:19]}…: {which}{more}"]
+    if not found:
+        found = [f"{change}, {source} has {other}" for change, other in _kinds(profile.model, model)]
     if found:
         raise NotComparableError(
             f"profile {profile.name} is for {'; '.join(found)}: it belongs to another model; use that model, or calibrate this one"
         )
+
+
+def _kinds(stated: ModelInfo, actual: ModelInfo) -> list[tuple[str, str]]:
+    """The first layer whose kind differs, and how many more do."""
+    pairs = enumerate(zip(stated.kinds, actual.kinds, strict=True))
+    layers = [i for i, (a, b) in pairs if a.within(actual.most) != b.within(actual.most)]
+    if not layers:
+        return []
+    more = f" (and {len(layers) - 1} more layers differ)" if len(layers) > 1 else ""
+    return [(f"layer {layers[0]}={stated.kinds[layers[0]]}", f"{actual.kinds[layers[0]]}{more}")]
 
 
 def strict_remarks(profile: Profile, data: bytes) -> Iterator[Remark]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.profile.build import build
+from kvtuner_search.profile.capacity import CONTEXTS
 from kvtuner_search.profile.changes import QualityChange, change_message, make_finding, measure_change, short
 from kvtuner_search.profile.compare_validation import validation_changes, validation_findings
-from kvtuner_search.profile.model_config import MAX_NAMED, differences
+from kvtuner_search.profile.model_differences import MAX_NAMED, differences
 from kvtuner_search.profile.rules import RULES, Finding
 from kvtuner_search.profile.schema import Profile, Provenance
-from kvtuner_search.profile.text import percent
+from kvtuner_search.profile.text import percent, ranges, runs
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,12 @@ def _incomparable(old: Profile, new: Profile) -> Iterator[Finding]:
             yield make_finding(
                 "incomparable-model", new, f"model.{name}", f"{name} is {before} and {after}: two models", before, after
             )
+    if old.model.num_layers == new.model.num_layers:
+        pairs = list(zip(old.model.kinds, new.model.kinds, strict=True))
+        for indices, (before, after) in runs(pairs):
+            if before != after:
+                message = f"layers {ranges(indices)} are {before} and {after}: two models"
+                yield make_finding("incomparable-model", new, f"model.layer_kinds.{indices[0]}", message, before, after)
     before, after = old.model.config_digest, new.model.config_digest
     if before and after and before != after:
         fields = differences(old.model, new.model, ("old", "new"))
@@ -210,6 +217,11 @@ def _storage(comparison: ProfileComparison) -> Iterator[Finding]:
         rule = "bytes-per-token-increased" if after > before else "bytes-per-token-decreased"
         message = f"a token takes {after} bytes, it took {before} ({percent(before, after)})"
         yield make_finding(rule, new, "storage.bytes_per_token", message, before, after)
+    longest = CONTEXTS[-1]
+    first, then = old.bytes_per_request(longest), new.bytes_per_request(longest)
+    if new.model.layer_kinds is not None and then > first and after <= before:
+        message = f"a request of {longest:,} tokens takes {then} bytes, it took {first} ({percent(first, then)}), though a token takes no more"
+        yield make_finding("bytes-per-request-increased", new, "storage.bytes_per_token_full", message, first, then)
     limit = comparison.budgets.max_bytes_per_token
     if limit is not None and after > limit:
         message = f"a token takes {after} bytes, {after - limit} over the budget of {limit}"

@@ -32,11 +32,15 @@ class LayerKind(NamedTuple):
         Raises:
             ValueError: if the text is no kind.
         """
-        if not re.match(PATTERN, text):
+        if not re.fullmatch(PATTERN, text):
             raise ValueError(f"{text!r} is no kind of layer: write full, sliding:TOKENS or chunked:TOKENS")
         kind, _, window = text.partition(":")
         values: Any = (kind, int(window or 0))
         return cls(*values)
+
+    def within(self, most: int | None) -> LayerKind:
+        """The same for sequences of at most ``most`` tokens: a window at least that long is full attention."""
+        return FULL_KIND if most is not None and self.window >= most else self
 
     def kept(self, tokens: int) -> int:
         """Of a sequence of ``tokens`` tokens, how many the next query can see: those whose rows must be kept."""

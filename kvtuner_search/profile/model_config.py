@@ -7,11 +7,9 @@ what transformers 4 or 5 writes when the model is saved again all have the same 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
@@ -21,7 +19,7 @@ from kvtuner_search.errors import DataError
 from kvtuner_search.profile.canonical import canonical_json, first_error, parse_json, read_limited
 from kvtuner_search.profile.kinds import LayerKind
 from kvtuner_search.profile.model_families import family_of, plain_numbers, spelled_out
-from kvtuner_search.profile.model_kinds import kinds_of
+from kvtuner_search.profile.model_kinds import kinds_of, names_of
 from kvtuner_search.profile.schema import MAX_CONFIG_FIELDS, ModelInfo
 from kvtuner_search.profile.text import printable
 
@@ -40,12 +38,7 @@ _EXTENDING_ROPE: Final = ("dynamic", "linear", "llama3", "longrope", "yarn")  # 
 _FULL: Final = ("full_attention", "attention")
 _SHOWN: Final = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "layers": "num_hidden_layers"}
 _SNAPSHOT: Final = re.compile(r"models--([A-Za-z0-9._-]+)/snapshots/([0-9a-f]{40})")
-_MAX_GUESSED: Final = 8192  # characters of a normal form that is tried with other values: some thousand times
-MAX_NAMED: Final = 6  # fields that a message names
 _MAX_SHOWN: Final = 120  # characters of a field's value in a profile or a message
-# Values that other models' files have for a field, to find the field that differs if a profile has only a digest.
-_THETAS: Final = (10000, 100000, 500000, 1000000, 2000000, 5000000, 10000000)
-_WINDOWS: Final = (None, 512, 1024, 2048, 4096, 8192, 32768, 131072, 262144)
 
 
 def read_config(path: Path, model_id: str | None = None, revision: str | None = None) -> ModelInfo:
@@ -115,9 +108,20 @@ def adapter_message(folder: Path) -> str:
 
 
 def model_info(
-    config: dict[str, Any], source: str, model_id: str | None = None, revision: str | None = None
+    config: dict[str, Any],
+    source: str,
+    model_id: str | None = None,
+    revision: str | None = None,
+    most: int | None = None,
 ) -> ModelInfo:
-    """The same from a parsed config.json; ``source`` is what error messages call it.
+    """The same from a parsed config.json.
+
+    Args:
+        config: the content of config.json.
+        source: what error messages call it.
+        model_id: of the model.
+        revision: on the hub.
+        most: most tokens of a sequence, if known: kinds are compared as sequences of that length can tell them apart.
 
     Raises:
         DataError: if a field is missing or out of range.
@@ -145,8 +149,8 @@ def model_info(
             id=model_id or "unnamed",
             revision=revision,
             architecture=architectures[0],
-            config_digest=_digest(content),
-            config=_fields(content),
+            config_digest=digest_of_form(content),
+            config=fields_of(content),
             num_layers=_count(text, "num_hidden_layers", source),
             num_attention_heads=heads,
             num_kv_heads=heads if text.get("num_key_value_heads") is None else text["num_key_value_heads"],
@@ -160,7 +164,8 @@ def model_info(
             f"{source}: num_attention_heads={heads} do not share num_key_value_heads={info.num_kv_heads} evenly: this model's cache"
             " cannot be described"
         )
-    info.remember(content, _digest(_content(config, text_config(config), None)))
+    written = text_config(config)
+    info.remember(content, digest_of_form(_content(config, written, _window_before(written))), most)
     return info
 
 
@@ -205,7 +210,7 @@ def _kind_texts(kinds: tuple[LayerKind, ...] | None) -> list[str] | None:
 
 def config_digest(config: dict[str, Any]) -> str:
     """``sha256:...`` over the normal form."""
-    return _digest(normal_form(config))
+    return digest_of_form(normal_form(config))
 
 
 def normal_form(config: dict[str, Any]) -> dict[str, Any]:
@@ -215,30 +220,19 @@ def normal_form(config: dict[str, Any]) -> dict[str, Any]:
     scaled rotary embedding that names none), dtypes, token ids, dropout, and library versions. A window that is at least as long
     as the positions is full attention.
     """
-    return _content(config, decoder(config), positions(config)[1])
+    text = decoder(config)
+    return _content(config, text, _window(kinds_of(text, positions(config)[1])))
 
 
-def differences(stated: ModelInfo, actual: ModelInfo, sides: tuple[str, str] = ("there", "here")) -> list[str]:
-    """The fields in which two models' configs differ, each with both values; empty if that cannot be told.
-
-    Current profiles have the fields; for older ones, which have only a digest, values of other models are tried.
-    """
-    here = actual.config
-    there = stated.config
-    if there is None and actual.normal is not None:
-        there = _guess(actual.normal, stated.config_digest)
-    if here is None or there is None:
-        return []
-    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-    return [f"{name} ({there.get(name, 'absent')} {sides[0]}, {here.get(name, 'absent')} {sides[1]})" for name in names]
-
-
-def _content(config: dict[str, Any], text: dict[str, Any], reach: int | None) -> dict[str, Any]:
+def _content(config: dict[str, Any], text: dict[str, Any], window: dict[str, Any] | None) -> dict[str, Any]:
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
     derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else None
     content = {name: text.get(name) for name in _PLAIN}
     if text.get("model_type") in ("gptj", "codegen"):
         content["rotary_dim"] = text.get("rotary_dim")
+    thetas = text.get("layer_rope_theta")  # Granite's, one a layer, 0 for none
+    if isinstance(thetas, list) and set(map(str, thetas)) != {str(_rope(text).get("rope_theta"))}:
+        content["layer_rope_theta"] = thetas
     content |= {
         "architectures": _architectures(config),
         "head_dim": text.get("head_dim") or derived,
@@ -246,7 +240,7 @@ def _content(config: dict[str, Any], text: dict[str, Any], reach: int | None) ->
         "heads": heads,
         "kv_heads": heads if text.get("num_key_value_heads") is None else text["num_key_value_heads"],
         "rope": _rope(text),
-        "window": _window(text, reach),
+        "window": window,
         "other_layers": _other_layers(text),
     }
     plain = plain_numbers({key: value for key, value in content.items() if value not in (None, False)})
@@ -254,7 +248,8 @@ def _content(config: dict[str, Any], text: dict[str, Any], reach: int | None) ->
     return plain
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest_of_form(content: dict[str, Any]) -> str:
+    """``sha256:...`` over a normal form."""
     return "sha256:" + hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
@@ -292,14 +287,18 @@ def _one_rope(text: dict[str, Any], given: Any) -> dict[str, Any]:
     return rope
 
 
-def _window(text: dict[str, Any], reach: int | None) -> dict[str, Any] | None:
-    """The sliding window if a layer uses one; None if attention is full everywhere. ``reach`` is the largest number of positions."""
-    window = text.get("sliding_window")
-    types = text.get("layer_types")
+def _window(kinds: tuple[LayerKind, ...] | None) -> dict[str, Any] | None:
+    """The window and each layer's kind, by transformers' names; None if all are full, or are not known, as in models that are refused."""
+    if kinds is None or not any(kind.window for kind in kinds):
+        return None
+    return {"size": next(kind.window for kind in kinds if kind.window), "layers": names_of(kinds)}
+
+
+def _window_before(text: dict[str, Any]) -> dict[str, Any] | None:
+    """The same as earlier releases took it from the file as it is."""
+    window, types = text.get("sliding_window"), text.get("layer_types")
     layers, first = text.get("num_hidden_layers"), text.get("max_window_layers")
     if window is None or text.get("use_sliding_window") is False:
-        return None
-    if reach is not None and _is_count(window) and window >= reach:
         return None
     if types is None and isinstance(first, int) and isinstance(layers, int) and 0 < layers <= 4096:
         types = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
@@ -311,22 +310,13 @@ def _window(text: dict[str, Any], reach: int | None) -> dict[str, Any] | None:
 def _other_layers(text: dict[str, Any]) -> dict[str, Any] | None:
     """Fields that mark layers other than standard attention; None for models that are served. Windows: see :func:`_window`."""
     types = text.get("layer_types")
-    kinds = types if isinstance(types, list) and set(map(str, types)) - {*_FULL, "sliding_attention"} else None
+    windows = ("sliding_attention", "chunked_attention")
+    kinds = types if isinstance(types, list) and set(map(str, types)) - {*_FULL, *windows} else None
     marks = {name: text[name] for name in ("kv_lora_rank", "alibi", "is_encoder_decoder") if text.get(name)}
     return {**marks, "kinds": kinds} if kinds or marks else None
 
 
-def windowed_layers(config: dict[str, Any]) -> tuple[int, list[int]] | None:
-    """Size of the sliding window and the layers that use it, [] for all; None where attention is full everywhere."""
-    found = normal_form(config).get("window")
-    if not isinstance(found, dict):
-        return None
-    types = found["layers"]
-    layers = [i for i, kind in enumerate(types) if kind not in _FULL] if isinstance(types, list) else []
-    return (found["size"], layers) if layers or not isinstance(types, list) else None
-
-
-def _fields(content: dict[str, Any]) -> dict[str, str]:
+def fields_of(content: dict[str, Any]) -> dict[str, str]:
     """The normal form as config.json's names and short texts, for a profile and for messages."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
@@ -338,8 +328,9 @@ def _fields(content: dict[str, Any]) -> dict[str, str]:
                     plain = name in ("rope_theta", "partial_rotary_factor")
                     flat[f"{start}{name}" if plain else f"rope_scaling.{start}{name}"] = item
         elif key == "window" and isinstance(value, dict):
-            flat["sliding_window"] = value["size"]
-            flat["layer_types"] = value["layers"] if isinstance(value["layers"], list) else "all"
+            if "chunked_attention" not in value["layers"]:  # whose size is a field of its own
+                flat["sliding_window"] = value["size"]
+            flat["layer_types"] = value["layers"]
         else:
             flat[_SHOWN.get(key, key)] = value
     shown = {json.dumps(name)[1:-1][:_MAX_SHOWN] or "?": shorten(value) for name, value in flat.items()}
@@ -352,34 +343,6 @@ def shorten(value: Any) -> str:
     if len(text) <= _MAX_SHOWN:
         return text
     return f"{text[: _MAX_SHOWN - 20]}… {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _guess(content: dict[str, Any], digest: str | None) -> dict[str, str] | None:
-    """The fields of a config that differs from ``content`` in one or two of them and has this digest; None if there is no such config."""
-    if len(canonical_json(content)) > _MAX_GUESSED:
-        return None
-    changes = list(_variants(content))
-    for pair in itertools.chain(((change,) for change in changes), itertools.combinations(changes, 2)):
-        changed = {**content, **{key: value for change in pair for key, value in change.items()}}
-        changed = {key: value for key, value in changed.items() if value not in (None, False)}
-        if len({key for change in pair for key in change}) == len(pair) and _digest(changed) == digest:
-            return _fields(changed)
-    return None
-
-
-def _variants(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    rope = content.get("rope")
-    rope = rope if isinstance(rope, dict) and "rope_type" in rope else {"rope_theta": 10000, "partial_rotary_factor": 1}
-    for theta in dict.fromkeys((rope["rope_theta"], *_THETAS)):
-        for part in dict.fromkeys((rope["partial_rotary_factor"], 1, 0.5, 0.25)):
-            yield {"rope": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part}}
-        yield {"rope": {**rope, "rope_theta": theta}}
-    for size in _WINDOWS:
-        yield {"window": None if size is None else {"size": size, "layers": None}}
-    yield from ({"attention_bias": value} for value in (None, True))
-    for name in ("attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "attention_chunk_size"):
-        if name in content:
-            yield {name: None}
 
 
 def _is_class(name: Any) -> bool:

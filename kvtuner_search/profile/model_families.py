@@ -21,11 +21,13 @@ class Family:
         None,
         None,
     )  # of two embeddings, what older files call the bases, full and windowed
+    scaled: tuple[str, ...] = ("full_attention",)  # of two embeddings, those that an older file's rope_scaling is for
     unread: tuple[str, ...] = ()  # usual names that this family does not read
-    other: tuple[int, str] | None = None  # without layer_types: the first layer without full attention, and what it is
+    other: tuple[int, str] | None = (
+        None  # without layer_types: the first layer that is no attention with keys and values, and what it is
+    )
 
 
-_SLIDES: Final = "sliding_attention"
 _LINEAR: Final = "linear_attention"
 _QWEN_WINDOW: Final = {"use_sliding_window": False, "max_window_layers": 28}
 
@@ -44,7 +46,7 @@ def _llama3(theta: int, factor: int) -> dict[str, Any]:
 
 
 FAMILIES: Final[dict[str, Family]] = {
-    "afmoe": Family("AfmoeForCausalLM", {"head_dim": 128, "sliding_window": 1024}, other=(0, _SLIDES)),
+    "afmoe": Family("AfmoeForCausalLM", {"head_dim": 128, "sliding_window": 1024}),
     "apertus": Family("ApertusForCausalLM", {"rope_theta": 12000000}, rope=_llama3(12000000, 8)),
     "apertus1p5_text": Family("Apertus1p5TextForCausalLM", {"rope_theta": 12000000}, rope=_llama3(12000000, 8)),
     "arcee": Family("ArceeForCausalLM"),
@@ -57,11 +59,11 @@ FAMILIES: Final[dict[str, Family]] = {
     "bitnet": Family("BitNetForCausalLM", {"num_key_value_heads": 5, "rope_theta": 500000}),
     "codegen": Family("CodeGenForCausalLM", {"rotary_dim": 64}),
     "cohere": Family("CohereForCausalLM", {"rope_theta": 500000}),
-    "cohere2": Family("Cohere2ForCausalLM", {"sliding_window": 4096}, other=(0, _SLIDES)),
-    "cohere2_moe": Family("Cohere2MoeForCausalLM", {"head_dim": 128, "sliding_window": 4096}, other=(0, _SLIDES)),
-    "cohere_compass_text": Family("CohereCompassForCausalLM", {"layer_types": ["full_attention"], "sliding_window": 4096}),
+    "cohere2": Family("Cohere2ForCausalLM", {"sliding_window": 4096}),
+    "cohere2_moe": Family("Cohere2MoeForCausalLM", {"head_dim": 128, "sliding_window": 4096}),
+    "cohere_compass_text": Family("CohereCompassForCausalLM", {"sliding_window": 4096}),
     "ctrl": Family("CTRLLMHeadModel"),
-    "cwm": Family("CwmForCausalLM", {"num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192, "rope_theta": 1000000}, other=(1, _SLIDES), rope=_llama3(1000000, 16)),
+    "cwm": Family("CwmForCausalLM", {"num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192, "rope_theta": 1000000}, rope=_llama3(1000000, 16)),
     "dbrx": Family("DbrxForCausalLM"),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", {"kv_lora_rank": 512}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", {"kv_lora_rank": 512}),
@@ -72,12 +74,12 @@ FAMILIES: Final[dict[str, Family]] = {
     "ernie4_5": Family("Ernie4_5ForCausalLM", {"num_key_value_heads": 2, "head_dim": 128, "rope_theta": 500000}),
     "ernie4_5_moe": Family("Ernie4_5_MoeForCausalLM", {"num_key_value_heads": 4, "rope_theta": 500000}),
     "exaone": Family("LlamaForCausalLM", {"num_key_value_heads": 8, "rope_theta": 500000}),
-    "exaone4": Family("Exaone4ForCausalLM", {"num_key_value_heads": 32, "sliding_window": 4096}, other=(0, _SLIDES)),
-    "exaone_moe": Family("ExaoneMoeForCausalLM", {"num_key_value_heads": 32, "sliding_window": 4096}, other=(0, _SLIDES)),
+    "exaone4": Family("Exaone4ForCausalLM", {"num_key_value_heads": 32, "sliding_window": 4096}),
+    "exaone_moe": Family("ExaoneMoeForCausalLM", {"num_key_value_heads": 32, "sliding_window": 4096}),
     "flex_olmo": Family("FlexOlmoForCausalLM", {"rope_theta": 500000}),
     "gemma": Family("GemmaForCausalLM", {"num_key_value_heads": 16, "head_dim": 256}),
-    "gemma2": Family("Gemma2ForCausalLM", {"num_key_value_heads": 4, "head_dim": 256, "attn_logit_softcapping": 50, "query_pre_attn_scalar": 256, "sliding_window": 4096}, other=(0, _SLIDES)),
-    "gemma3_text": Family("Gemma3ForCausalLM", {"num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}, other=(0, _SLIDES), rope=_two(1000000, 10000), thetas=("rope_theta", "rope_local_base_freq")),
+    "gemma2": Family("Gemma2ForCausalLM", {"num_key_value_heads": 4, "head_dim": 256, "attn_logit_softcapping": 50, "query_pre_attn_scalar": 256, "sliding_window": 4096}),
+    "gemma3_text": Family("Gemma3ForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}, rope=_two(1000000, 10000), thetas=("rope_theta", "rope_local_base_freq")),
     "glm": Family("GlmForCausalLM", {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True, "partial_rotary_factor": 0.5}),
     "glm4": Family("Glm4ForCausalLM", {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True, "partial_rotary_factor": 0.5}),
     "glm4_moe": Family("Glm4MoeForCausalLM", {"num_key_value_heads": 8, "partial_rotary_factor": 0.5}),
@@ -87,8 +89,12 @@ FAMILIES: Final[dict[str, Family]] = {
     "gpt_bigcode": Family("GPTBigCodeForCausalLM", {"num_key_value_heads": 1}),
     "gpt_neox": Family("GPTNeoXForCausalLM", {"attention_bias": True, "partial_rotary_factor": 0.25}, unread=("rope_theta", "partial_rotary_factor")),
     "gptj": Family("GPTJForCausalLM", {"rotary_dim": 64}),
+    "gpt_oss": Family("GptOssForCausalLM", {"num_key_value_heads": 8, "head_dim": 64, "num_attention_heads": 64, "attention_bias": True, "sliding_window": 128, "max_position_embeddings": 131072, "rope_theta": 150000}, rope={"rope_type": "yarn", "factor": 32, "beta_fast": 32, "beta_slow": 1, "truncate": False, "original_max_position_embeddings": 4096}),
+    "flint": Family("FlintForCausalLM", {"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 513}),
     "granite": Family("GraniteForCausalLM", {"attention_multiplier": 1}),
     "granitemoe": Family("GraniteMoeForCausalLM", {"attention_multiplier": 1}),
+    "granite_swa": Family("GraniteSWAForCausalLM", {"num_key_value_heads": 4, "attention_multiplier": 1, "sliding_window": 128}),
+    "granitemoe_swa": Family("GraniteMoeSWAForCausalLM", {"attention_multiplier": 1, "sliding_window": 128}),
     "granitemoeshared": Family("GraniteMoeSharedForCausalLM", {"attention_multiplier": 1}),
     "helium": Family("HeliumForCausalLM", {"num_key_value_heads": 20, "head_dim": 128, "rope_theta": 100000}),
     "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM"),
@@ -103,14 +109,14 @@ FAMILIES: Final[dict[str, Family]] = {
     "iquestcoder": Family("LlamaForCausalLM", {"num_key_value_heads": 8, "head_dim": 128}),
     "jais2": Family("Jais2ForCausalLM", {"attention_bias": True}),
     "kimi_linear": Family("KimiLinearForCausalLM", {"kv_lora_rank": 512}),
-    "kolibri1": Family("Kolibri1ForCausalLM", {"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 513}, other=(0, _SLIDES)),
-    "laguna": Family("LagunaForCausalLM", {"rope_theta": 500000, "partial_rotary_factor": 0.5, "layer_types": ["full_attention"], "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 512}, rope={"full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 500000, "rope_type": "default"}, "sliding_attention": {"partial_rotary_factor": 1, "rope_theta": 10000, "rope_type": "default"}}),
+    "kolibri1": Family("Kolibri1ForCausalLM", {"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 513}),
+    "laguna": Family("LagunaForCausalLM", {"rope_theta": 500000, "partial_rotary_factor": 0.5, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 512}, rope={"full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 500000, "rope_type": "default"}, "sliding_attention": {"partial_rotary_factor": 1, "rope_theta": 10000, "rope_type": "default"}}),
     "lara_mini": Family("LaraMiniForCausalLM", {"sliding_window": 512}, other=(0, _LINEAR)),
     "lfm3": Family("Lfm3ForCausalLM", {"rope_theta": 1000000, "partial_rotary_factor": 0.5, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 256}, other=(0, "conv"), rope={"full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 1000000, "rope_type": "proportional"}, "sliding_attention": {"rope_theta": 10000, "rope_type": "default"}}),
     "llama": Family("LlamaForCausalLM"),
-    "llama4_text": Family("Llama4ForCausalLM", {"num_key_value_heads": 8, "head_dim": 128, "attention_chunk_size": 8192, "rope_theta": 500000}, other=(0, "chunked_attention")),
+    "llama4_text": Family("Llama4ForCausalLM", {"num_key_value_heads": 8, "head_dim": 128, "attention_chunk_size": 8192, "rope_theta": 500000}),
     "longcat_flash": Family("LongcatFlashForCausalLM", {"rope_theta": 10000000, "kv_lora_rank": 512}),
-    "mellum": Family("MellumForCausalLM", {"rope_theta": 500000, "layer_types": ["full_attention"], "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 1024}, rope=_two(500000, 10000)),
+    "mellum": Family("MellumForCausalLM", {"rope_theta": 500000, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 1024}, rope=_two(500000, 10000)),
     "minicpm3": Family("MiniCPM3ForCausalLM", {"kv_lora_rank": 256}),
     "minimax": Family("MiniMaxForCausalLM", {"num_key_value_heads": 8, "rope_theta": 1000000}, other=(1, _LINEAR)),
     "minimax_m2": Family("MiniMaxM2ForCausalLM", {"num_key_value_heads": 8, "head_dim": 128, "rope_theta": 5000000}),
@@ -119,13 +125,13 @@ FAMILIES: Final[dict[str, Family]] = {
     "ministral3": Family("Ministral3ForCausalLM", {"rope_theta": 1000000, "num_key_value_heads": 8, "head_dim": 128}, rope={"beta_fast": 32, "beta_slow": 1, "factor": 16, "llama_4_scaling_beta": 0.1, "mscale": 1, "mscale_all_dim": 1, "original_max_position_embeddings": 16384, "rope_theta": 1000000, "rope_type": "yarn", "type": "yarn"}),
     "mistral": Family("MistralForCausalLM", {"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family("MixtralForCausalLM", {"num_key_value_heads": 8, "rope_theta": 1000000}),
-    "modernbert-decoder": Family("ModernBertDecoderForCausalLM", {"rope_theta": 160000, "sliding_window": 64}, other=(1, _SLIDES), rope=_two(160000, 10000), thetas=("global_rope_theta", "local_rope_theta")),
+    "modernbert-decoder": Family("ModernBertDecoderForCausalLM", {"rope_theta": 160000, "sliding_window": 64}, rope=_two(160000, 10000), thetas=("global_rope_theta", "local_rope_theta"), scaled=("full_attention", "sliding_attention")),
     "moshi": Family("MoshiForCausalLM", {"sliding_window": 3000}),
     "nanochat": Family("NanoChatForCausalLM"),
     "nemotron": Family("NemotronForCausalLM", {"partial_rotary_factor": 0.5}),
     "olmo": Family("OlmoForCausalLM"),
     "olmo2": Family("Olmo2ForCausalLM"),
-    "olmo3": Family("Olmo3ForCausalLM", {"rope_theta": 500000, "sliding_window": 4096}, other=(0, _SLIDES), rope=_two(500000, 500000), thetas=("rope_theta", None)),
+    "olmo3": Family("Olmo3ForCausalLM", {"rope_theta": 500000, "sliding_window": 4096}, rope=_two(500000, 500000), thetas=("rope_theta", None)),
     "olmoe": Family("OlmoeForCausalLM"),
     "opt": Family("OPTForCausalLM"),
     "persimmon": Family("PersimmonForCausalLM", {"partial_rotary_factor": 0.5}, unread=("num_key_value_heads", "head_dim", "sliding_window")),
@@ -147,7 +153,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "solar_open": Family("SolarOpenForCausalLM", {"num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1000000}),
     "stablelm": Family("StableLmForCausalLM", {"num_key_value_heads": 32, "partial_rotary_factor": 0.25}),
     "starcoder2": Family("Starcoder2ForCausalLM", {"num_key_value_heads": 2}),
-    "vaultgemma": Family("VaultGemmaForCausalLM", {"num_key_value_heads": 4, "head_dim": 256, "attn_logit_softcapping": 50, "query_pre_attn_scalar": 256, "sliding_window": 4096}, other=(0, _SLIDES)),
+    "vaultgemma": Family("VaultGemmaForCausalLM", {"num_key_value_heads": 4, "head_dim": 256, "attn_logit_softcapping": 50, "query_pre_attn_scalar": 256, "sliding_window": 4096}),
     "youtu": Family("YoutuForCausalLM", {"kv_lora_rank": 512}),
     "zaya": Family("ZayaForCausalLM", {}, other=(0, "hybrid")),
 }  # fmt: skip
@@ -170,9 +176,10 @@ _NESTED: Final = {  # model_type of a whole config.json -> that of its decoder, 
     "qwen3_5_moe": "qwen3_5_moe_text", "qwen4_exp": "qwen4_exp_text",
 }  # fmt: skip
 _SAME: Final = {"gpt-sw3": "gpt2", "fuyu": "persimmon"}  # model_type -> what transformers saves it as
-# Where null says something else than a missing field does: no window, no cap, derived from the other sizes.
+# Where null says something else than a missing field does: no window, no chunks, no cap, derived from the other sizes.
 _NULL_COUNTS: Final = (
-    "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar", "head_dim", "num_key_value_heads",
+    "sliding_window", "attention_chunk_size", "local_attention", "attn_logit_softcapping", "query_pre_attn_scalar", "head_dim",
+    "num_key_value_heads",
 )  # fmt: skip
 
 
@@ -217,6 +224,9 @@ def spelled_out(text: dict[str, Any], whole: str = "") -> dict[str, Any]:
     if family.rope is not None:
         given["rope_parameters"] = _ropes(family, given)
         given.pop("rope_scaling", None)
+    if given.get("model_type") == "modernbert-decoder" and "local_attention" in given:  # both sides of a token
+        local = given["local_attention"]
+        given.setdefault("sliding_window", local // 2 if isinstance(local, int) and local else -1)
     if given.get("model_type") == "hyperclovax" and given.get("attention_multiplier") is None:
         given |= _one_over_root(given)
     return {**family.defaults, **given}
@@ -242,7 +252,7 @@ def _ropes(family: Family, given: dict[str, Any]) -> Any:
         parts = found if isinstance(found, dict) else {}
         ropes = {kind: parts[kind] for kind in usual if isinstance(parts.get(kind), dict)}
     else:
-        ropes = {"full_attention": found if isinstance(found, dict) else {}}
+        ropes = {kind: found if isinstance(found, dict) else {} for kind in family.scaled}
         if family.thetas == (None, None) and "type" in ropes["full_attention"]:
             ropes["full_attention"] = {"rope_type": ropes["full_attention"]["type"], **ropes["full_attention"]}
     named = dict(zip(("full_attention", "sliding_attention"), family.thetas, strict=True))

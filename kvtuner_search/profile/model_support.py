@@ -1,4 +1,5 @@
-"""The one gate for supported models: decoders in which every layer has keys and values of its own: full, sliding-window or chunked attention. It reads config.json alone.
+"""The one gate for supported models: decoders in which every layer has keys and values of its own, and full, sliding-window or chunked
+attention. It reads config.json alone.
 
 Neither torch nor transformers is imported. A config does not say whether transformers lets calibration see a model's keys and
 values; :mod:`kvtuner_search.models.support` tests that.
@@ -13,22 +14,20 @@ from kvtuner_search.errors import DataError
 from kvtuner_search.profile.model_config import (
     config_file,
     decoder,
-    layer_kinds,
     load_config,
+    positions,
     read_config,
     shorten,
 )
-from kvtuner_search.profile.model_families import family_of
-from kvtuner_search.profile.model_kinds import KNOWN, layer_names
+from kvtuner_search.profile.model_kinds import trouble
 from kvtuner_search.profile.schema import ModelInfo
 
 _MLA: Final = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")
 _HYBRID: Final = (  # fields by which models of mixed layers say which layer is what
     "full_attention_interval", "attn_type_list", "hybrid_override_pattern", "layers_block_type", "attn_layer_period",
-    "attention_layer_idx", "full_attn_idxs",
+    "attention_layer_idx", "full_attn_idxs", "sparse_attention_config",
 )  # fmt: skip
 _ALIBI: Final = "attends with ALiBi, a bias by distance that packed attention does not add"
-_SINKS: Final = "adds sinks to its scores, which packed attention does not do"
 _OTHER: Final = {  # by model type, what no field of config.json says
     **dict.fromkeys(
         ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "bamba", "jamba", "zamba", "zamba2", "falcon_h1",
@@ -46,13 +45,15 @@ _OTHER: Final = {  # by model type, what no field of config.json says
         "is an encoder",
     ),
     **dict.fromkeys(("bloom", "mpt"), _ALIBI),
-    **dict.fromkeys(("deepseek_v4", "flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), _SINKS),
     **dict.fromkeys(
         ("gemma3n_text", "gemma4_text", "gemma4_unified_text", "gemma4_assistant", "gemma4_unified_assistant"),
         "has layers that share keys and values, or have heads of other sizes",
     ),
+    "mimo_v2_flash": "has windowed layers with twice the KV heads, and values with heads of other sizes than keys",
+    "deepseek_v4": "has layers that compress keys and values",
+    "doge": "adds a bias to its scores that it computes from values, and masks by values",
     **dict.fromkeys(("mllama", "mllama_text_model"), "has layers of several kinds (cross-attention)"),
-    **dict.fromkeys(("dory", "zaya", "beam"), "has layers of several kinds, by a rule of its own"),
+    **dict.fromkeys(("dory", "zaya", "beam", "dots3_note", "dots3_note_text"), "has layers of several kinds, by a rule of its own"),
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "attends to tokens that an index picks"),
     "jetmoe": "attends with a mixture of heads",
 }  # fmt: skip
@@ -68,7 +69,7 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
 
     Args:
         config: the content of config.json.
-        most: most tokens of a sequence, if known: a window at least that long is full attention.
+        most: most tokens of a sequence, if known: no window that is at least that long cuts anything off.
 
     Example:
         ``unsupported({"model_type": "bloom"})`` names its kind of attention, and what is supported.
@@ -89,33 +90,28 @@ def unsupported(config: dict[str, Any], most: int | None = None) -> str | None:
             f"has multi-head latent attention, MLA ({fields}): its cache does not hold keys and values, so no profile"
             " fits it"
         )
-    return _mixed(config, text, kind)
+    return _mixed(config, text, most)
 
 
-def _mixed(config: dict[str, Any], text: dict[str, Any], kind: str) -> str | None:
-    """Layers of kinds that no profile describes."""
+def _mixed(config: dict[str, Any], text: dict[str, Any], most: int | None) -> str | None:
+    """Layers of kinds that no profile describes, and windows that make no sense."""
     named = next((name for name in _HYBRID if text.get(name)), None)
     if named is not None:
         return (
             f"has layers of several kinds (a hybrid of attention and others: {named}={shorten(text[named])}); {_ONLY}"
         )
-    if layer_kinds(config) is not None:
-        return None
-    count = text.get("num_hidden_layers")
-    names = layer_names(text, count if isinstance(count, int) and 0 < count <= 4096 else 0)
-    family = family_of(text)
-    if family is not None and family.other is not None and not text.get("layer_types"):
-        names = ["full_attention"] * family.other[0] + [family.other[1]]
-    for layer, name in enumerate(names):
-        if name not in KNOWN:
-            return (
-                f"has layers of several kinds: layer {layer} of model type {kind!r} is {shorten(name)[1:-1]}; {_ONLY}"
-            )
-    return None
+    both = text.get("use_bidirectional_attention")
+    if both:
+        return f"attends to later tokens too (use_bidirectional_attention={shorten(both)}): only decoders are supported"
+    heads = text.get("num_attention_heads_per_layer")
+    if isinstance(heads, list) and len({shorten(each) for each in heads}) > 1:
+        return f"has layers of other numbers of heads (num_attention_heads_per_layer={shorten(heads)}): a profile has one number for all"
+    reach = positions(config)[1]
+    return trouble(text, min((n for n in (reach, most) if n is not None), default=None))
 
 
 def check_supported(config: dict[str, Any], source: str, most: int | None = None) -> None:
-    """Refuse a config.json that has a layer without standard, full attention; ``source`` is what the message calls the model.
+    """Refuse a config.json that has a layer of a kind for which there is no profile; ``source`` is what the message calls the model.
 
     Raises:
         DataError: names the first such layer and why.

@@ -11,6 +11,7 @@ from typing import Any, Final
 from kvtuner_search.errors import ExitCode, UsageError
 from kvtuner_search.profile import git
 from kvtuner_search.profile.canonical import canonical_json
+from kvtuner_search.profile.capacity import CONTEXTS, capacity
 from kvtuner_search.profile.changes import QualityChange
 from kvtuner_search.profile.compare import LayerChange, ProfileComparison
 from kvtuner_search.profile.rules import RULES, Finding
@@ -59,12 +60,18 @@ class DiffReport:
         if memory is not None:
             before, after = (capacity(memory, profile) for profile in (self.comparison.old, self.comparison.new))
             rows.append((f"tokens in {size(memory)}", f"{before:,}", f"{after:,}", percent(before, after)))
+        return rows + self._requests()
+
+    def _requests(self) -> list[tuple[str, str, str, str]]:
+        """The same rows for whole requests, where layers with windows keep less of them than their length."""
+        old, new = self.comparison.old, self.comparison.new
+        if new.model.layer_kinds is None:
+            return []
+        rows = []
+        for context in CONTEXTS:
+            before, after = old.bytes_per_request(context), new.bytes_per_request(context)
+            rows.append((f"bytes of {context:,} tokens", f"{before:,}", f"{after:,}", percent(before, after)))
         return rows
-
-
-def capacity(memory: int, profile: Profile) -> int:
-    """Whole tokens that fit into ``memory`` bytes of cache."""
-    return memory // max(1, profile.storage.bytes_per_token)
 
 
 def grouped(findings: list[Finding]) -> list[tuple[Finding, list[Finding]]]:
@@ -142,6 +149,9 @@ def _side(profile: Profile, name: str, memory: int | None) -> dict[str, Any]:
         "origin": profile.provenance.origin,
         "validation": None if profile.validation is None else verdict(profile),
     }
+    if profile.model.layer_kinds is not None:
+        side["layer_kinds"] = profile.model.layer_kinds
+        side["bytes_per_request"] = {str(context): profile.bytes_per_request(context) for context in CONTEXTS}
     return side if memory is None else side | {"capacity_tokens": capacity(memory, profile), "memory_bytes": memory}
 
 

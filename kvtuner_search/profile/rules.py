@@ -23,7 +23,7 @@ class Rule:
 RULES: Final = {
     rule.id: rule
     for rule in (
-        Rule("incomparable-model", "error", "the class, shape or config digest of the models differs", fixed=True),
+        Rule("incomparable-model", "error", "the class, shape, kinds of layers or config digest of the models differs", fixed=True),
         Rule("incomparable-layout", "error", "the layout versions differ, so bytes mean different things", fixed=True),
         Rule("profile-added", "warning", "the revision has no profile at this path yet, so there is nothing to compare with"),
         Rule("gate-changed", "warning", "[tool.kvtuner-search.diff] differs from the base's, which --config-from applies"),
@@ -39,6 +39,7 @@ RULES: Final = {
         Rule("basis-changed", "warning", "the specs are the same, but the file of fitted bases and first-token points differs"),
         Rule("bytes-per-token-increased", "warning", "a token takes more bytes, so fewer tokens fit"),
         Rule("bytes-per-token-decreased", "info", "a token takes fewer bytes, so more tokens fit"),
+        Rule("bytes-per-request-increased", "warning", "layers of full attention take more bytes and those with windows fewer, so that a long request takes more though a token does not"),
         Rule("bytes-over-budget", "error", "a token takes more bytes than --max-bytes-per-token"),
         Rule("quality-regressed", "error", "a measure is worse, and the interval of the change excludes zero"),
         Rule("quality-improved", "info", "a measure is better, and the interval of the change excludes zero"),

@@ -22,9 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from kvtuner_kernels.layout import BITS, LAYOUT_VERSION, LayerSpec, LayoutError, TensorSpec
-from kvtuner_kernels.layout import bytes_per_token as layout_bytes_per_token
-from kvtuner_kernels.layout import effective_bits as layout_effective_bits
+from kvtuner_kernels.layout import BITS, LAYOUT_VERSION, LayerSpec, TensorSpec
 from kvtuner_kernels.places import BANDS, MAX_BAND_BITS
 from kvtuner_search.profile.fields import (
     MAX_MEASURES,
@@ -43,6 +41,7 @@ from kvtuner_search.profile.fields import (
     Versions,
 )
 from kvtuner_search.profile.kinds import FULL_KIND, KindText, LayerKind
+from kvtuner_search.profile.storage import Storage, bytes_per_request, storage_of
 from kvtuner_search.profile.validation import Validation
 
 SCHEMA_VERSION: Final = 2
@@ -80,10 +79,20 @@ class ModelInfo(Strict):
     head_dim: Annotated[int, Field(ge=8, le=1024)]
     """Channels of one head."""
     layer_kinds: Annotated[list[KindText], Field(max_length=4096)] | None = None
-    """What each layer's queries see: `full`, `sliding:TOKENS` (the latest tokens, their own included) or `chunked:TOKENS` (those of their own chunk); absent if all layers are full."""
+    """What each layer's queries see: `full` (all earlier tokens), `sliding:TOKENS` (the latest, their own included) or `chunked:TOKENS` (those of their own chunk); absent if all layers are full."""
 
     _normal: dict[str, Any] | None = PrivateAttr(default=None)
     _earlier: str | None = PrivateAttr(default=None)
+    _most: int | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _one_kind_a_layer(self) -> Self:
+        kinds = self.layer_kinds
+        if kinds is not None and len(kinds) != self.num_layers:
+            raise ValueError(f"{len(kinds)} layer_kinds are given, the model has {self.num_layers} layers")
+        if kinds is not None and set(kinds) == {"full"}:
+            raise ValueError("all layer_kinds are full: leave them out")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_unknown_config(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -106,14 +115,19 @@ class ModelInfo(Strict):
         texts = self.layer_kinds
         return (FULL_KIND,) * self.num_layers if texts is None else tuple(map(LayerKind.parse, texts))
 
-    def remember(self, normal: dict[str, Any], earlier: str) -> None:
-        """Keep the values read from a config.json, for comparisons in this process; they are not written."""
-        self._normal, self._earlier = normal, earlier
+    def remember(self, normal: dict[str, Any], earlier: str, most: int | None = None) -> None:
+        """Keep the values read from a config.json, and the most tokens of a sequence, for comparisons in this process; they are not written."""
+        self._normal, self._earlier, self._most = normal, earlier, most
 
     @property
     def normal(self) -> dict[str, Any] | None:
         """The normal form of the config.json that this was read from; None if it comes from a profile."""
         return self._normal
+
+    @property
+    def most(self) -> int | None:
+        """Most tokens of a sequence, if whoever read the model said so."""
+        return self._most
 
     def has_digest(self, digest: str) -> bool:
         """Whether this model's config has the digest, by the current normal form or by that of earlier releases."""
@@ -197,27 +211,6 @@ class Transforms(Strict):
     """File name in the profile's own folder."""
     digest: Digest
     """Digest of the file's bytes."""
-
-
-class Storage(Strict):
-    """Totals over the layers; checked against the layout when a profile is loaded."""
-
-    bytes_per_token: Count
-    """Bytes that all layers store for one token, including codes, scales, minima and padding. A sequence's first token takes as many as any other."""
-    bytes_per_token_16bit: Count
-    """The same for an unquantized cache."""
-    effective_bits: Number
-    """Stored bits per cached number: bytes_per_token * 8 / (2 * layers * KV heads * head_dim)."""
-    bytes_per_token_full: Count | None = None
-    """Bytes of a token in the layers of full attention alone, which keep every token; present if other layers have windows or chunks."""
-    bytes_per_request_windows: Count | None = None
-    """Bytes that layers with windows or chunks hold for one request once it is longer than they are; present as the field before."""
-
-    @model_serializer(mode="wrap")
-    def _without_windows(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Profiles of models without windows keep their canonical form."""
-        content: dict[str, Any] = handler(self)
-        return {key: value for key, value in content.items() if value is not None}
 
 
 class ParetoPoint(Strict):
@@ -324,13 +317,6 @@ class Profile(Strict):
         model = self.model
         if len(self.layers) != model.num_layers:
             raise ValueError(f"{len(self.layers)} layers are given, the model has {model.num_layers}")
-        if model.layer_kinds is not None:
-            if len(model.layer_kinds) != model.num_layers:
-                raise ValueError(
-                    f"{len(model.layer_kinds)} layer kinds are given, the model has {model.num_layers} layers"
-                )
-            if set(model.layer_kinds) == {"full"}:
-                raise ValueError("all layer kinds are full: leave layer_kinds out")
         if model.num_attention_heads % model.num_kv_heads:
             raise ValueError(
                 f"{model.num_attention_heads} attention heads do not share {model.num_kv_heads} KV heads evenly"
@@ -374,6 +360,11 @@ class Profile(Strict):
         """One LayerSpec a layer, in order."""
         return [layer.spec() for layer in self.layers]
 
+    def bytes_per_request(self, context: int) -> int:
+        """Bytes that a request of ``context`` tokens must keep (:func:`~kvtuner_search.profile.storage.bytes_per_request`)."""
+        model = self.model
+        return bytes_per_request(self.layer_specs(), model.num_kv_heads, model.head_dim, model.kinds, context)
+
 
 def _once(what: str, keys: list[tuple[str, ...]]) -> None:
     """Raise ValueError if two entries have the same key, by which others refer to them."""
@@ -387,30 +378,3 @@ def _once(what: str, keys: list[tuple[str, ...]]) -> None:
 @lru_cache(maxsize=2**15)  # as many specs as a front may have
 def _layer_bytes(text: str, kv_heads: int, head_dim: int) -> int:
     return LayerSpec.parse(text).bytes_per_token(kv_heads, head_dim)
-
-
-def storage_of(
-    layers: list[LayerSpec], kv_heads: int, head_dim: int, kinds: tuple[LayerKind, ...] | None = None
-) -> Storage:
-    """The storage block for these layers; without ``kinds`` all of them are full.
-
-    Raises:
-        LayoutError: if a layer cannot be stored.
-    """
-    windows: dict[str, int] = {}
-    try:
-        raw = [LayerSpec()] * len(layers)
-        if kinds is not None and any(kind.window for kind in kinds):
-            each = [layer.bytes_per_token(kv_heads, head_dim) for layer in layers]
-            windows = {
-                "bytes_per_token_full": sum(n for n, kind in zip(each, kinds, strict=True) if not kind.window),
-                "bytes_per_request_windows": sum(n * kind.window for n, kind in zip(each, kinds, strict=True)),
-            }
-        return Storage(
-            bytes_per_token=layout_bytes_per_token(layers, kv_heads, head_dim),
-            bytes_per_token_16bit=layout_bytes_per_token(raw, kv_heads, head_dim),
-            effective_bits=layout_effective_bits(layers, kv_heads, head_dim),
-            **windows,
-        )
-    except LayoutError as error:
-        raise LayoutError(f"{error} (head_dim={head_dim})") from None

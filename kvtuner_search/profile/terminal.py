@@ -13,10 +13,10 @@ from rich.text import Text
 
 from kvtuner_kernels.layout import LayerSpec, TensorSpec
 from kvtuner_kernels.places import BANDS
+from kvtuner_search.profile.capacity import capacity, kinds_line, request_rows
 from kvtuner_search.profile.compare import ProfileComparison, basis_changed
 from kvtuner_search.profile.report import (
     DiffReport,
-    capacity,
     group_fingerprint,
     group_message,
     grouped,
@@ -106,8 +106,8 @@ def print_rules(rows: Sequence[tuple[str, str, str]]) -> None:
     console().print(table)
 
 
-def print_card(profile: Profile, memory: int | None) -> None:
-    """One profile: figures, layers, quality, front, provenance."""
+def print_card(profile: Profile, memory: int | None, context: int | None = None) -> None:
+    """One profile: figures, also for requests of ``context`` tokens; layers, quality, front, provenance."""
     out, model, storage = console(), profile.model, profile.storage
     quantized = storage.bytes_per_token != storage.bytes_per_token_16bit
     origin = profile.provenance.origin + (", quality not measured" if quantized and not profile.quality else "")
@@ -115,6 +115,8 @@ def print_card(profile: Profile, memory: int | None) -> None:
     revision = f" at {printable(model.revision)}" if model.revision else ""
     out.print(f"{printable(model.id)}{revision}  {printable(model.architecture)}")
     out.print(f"{model.num_layers} layers x {model.num_kv_heads} KV heads x {model.head_dim} channels")
+    if model.layer_kinds is not None:
+        out.print(f"attention in {kinds_line(profile)}")
     out.print(f"{profile.digest}\n", style="dim")
     table = _grid()
     table.add_row("effective bits", Text(f"{storage.effective_bits:.3f}", "bold"), "of 16")
@@ -126,6 +128,12 @@ def print_card(profile: Profile, memory: int | None) -> None:
     )
     if memory is not None:
         table.add_row(f"tokens in {size(memory)}", Text(f"{capacity(memory, profile):,}", "bold"))
+    if storage.bytes_per_token_full is not None:
+        table.add_row("in full layers", Text(f"{storage.bytes_per_token_full:,}", "bold"), "bytes per token")
+        table.add_row("in windows", Text(f"{storage.bytes_per_request_windows:,}", "bold"), "bytes per request at most")
+    for tokens, nbytes, fit in request_rows(profile, memory, context):
+        fits = "" if fit is None or memory is None else f"{fit:,} such requests in {size(memory)}"
+        table.add_row(f"bytes of {tokens:,} tokens", Text(f"{nbytes:,}", "bold"), fits)
     banded = banded_sides(profile.layer_specs())
     _show(out, table, last=True)
     if banded:
@@ -243,11 +251,13 @@ def _mark(spec: TensorSpec, band: int) -> tuple[str, str]:
 
 def _specs(out: Console, profile: Profile) -> None:
     model = profile.model
-    table = _table("layers", "keys", "values", "effective bits", "bytes per token", right=(3, 4))
-    for layers, spec in specs_by_layer(profile.layer_specs()):
+    heads = ["layers", "keys", "values", "effective bits", "bytes per token"]
+    table = _table(*heads, *(["attention"] if model.layer_kinds else []), right=(3, 4))
+    for layers, spec, kind in specs_by_layer(profile.layer_specs(), model.kinds):
         bits = spec.effective_bits(model.num_kv_heads, model.head_dim)
         nbytes = spec.bytes_per_token(model.num_kv_heads, model.head_dim)
-        table.add_row(layers, str(spec.key), str(spec.value), f"{bits:.3f}", f"{nbytes:,}")
+        more = [str(kind)] if model.layer_kinds else []
+        table.add_row(layers, str(spec.key), str(spec.value), f"{bits:.3f}", f"{nbytes:,}", *more)
     _show(out, table)
 
 

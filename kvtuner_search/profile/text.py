@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.profile.fields import Measure
+from kvtuner_search.profile.kinds import LayerKind
 
 MAX_MESSAGE: Final = 4000  # characters of an error; a path has up to 4096 bytes, quoted texts are shorter
 _BINARY: Final = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -112,9 +113,10 @@ def runs(items: Sequence[Any]) -> list[tuple[list[int], Any]]:
     return [(indices, item) for item, indices in groups.items()]
 
 
-def specs_by_layer(layers: Sequence[LayerSpec]) -> list[tuple[str, LayerSpec]]:
-    """Each distinct spec with the layers that have it, e.g. ``("0-3, 7", spec)``."""
-    return [(ranges(indices), spec) for indices, spec in runs(layers)]
+def specs_by_layer(layers: Sequence[LayerSpec], kinds: Sequence[LayerKind]) -> list[tuple[str, LayerSpec, LayerKind]]:
+    """Each distinct pair of spec and kind with the layers that have it, e.g. ``("0-3, 7", spec, kind)``."""
+    pairs = list(zip(layers, kinds, strict=True))
+    return [(ranges(indices), spec, kind) for indices, (spec, kind) in runs(pairs)]
 
 
 def banded_sides(layers: Sequence[LayerSpec]) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from kvtuner_kernels.layout import BITS, TensorSpec
-from kvtuner_search.profile.report import capacity
+from kvtuner_search.profile.capacity import capacity, kinds_line, request_rows
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import banded_sides, interval_of, percent, printable, signed, size, specs_by_layer
 from kvtuner_search.profile.validation_text import (
@@ -38,7 +38,7 @@ p { margin: .2rem 0; } .dim, figcaption, th { color: var(--dim); } code { font: 
 th { font-weight: 500; text-align: left; } th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .pairs td:first-child { white-space: nowrap; } td.n, th.n { text-align: right; white-space: nowrap; } figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--dim); font: 11px system-ui, sans-serif; } .axis { stroke: var(--line); }
-.band { fill: var(--band); }
+.band { fill: var(--band); } .window { fill: var(--accent); }
 svg text.ink, svg text.strong { fill: var(--ink); } svg text.onheat { fill: var(--page); } svg text.small { font-size: 10px; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin: 0 .3em 0 .9em; }
 .warn { border-left: 4px solid var(--b4); padding: .4rem .8rem; background: var(--card); margin: 1rem 0; }
@@ -47,8 +47,8 @@ _COLOURS = mixed_colours(_STYLE) + " ".join(f".b{bits} {{ fill: var(--b{bits}); 
 _WIDTH = 960  # SVG units
 
 
-def profile_html(profile: Profile, memory: int | None = None) -> str:
-    """The page for a valid profile; ``memory`` in bytes adds the number of tokens that fit."""
+def profile_html(profile: Profile, memory: int | None = None, context: int | None = None) -> str:
+    """The page for a valid profile; ``memory`` in bytes adds the number of tokens that fit, ``context`` the bytes of such a request."""
     model, storage = profile.model, profile.storage
     saving = percent(storage.bytes_per_token_16bit, storage.bytes_per_token)
     figures = [
@@ -57,11 +57,17 @@ def profile_html(profile: Profile, memory: int | None = None) -> str:
     ]
     if memory is not None:
         figures.append((f"{capacity(memory, profile):,}", f"tokens in {size(memory)}"))
+    for tokens, nbytes, fit in request_rows(profile, memory, context):
+        figures.append((f"{nbytes:,}", f"bytes of a request of {tokens:,} tokens"))
+        if fit is not None and memory is not None:
+            figures.append((f"{fit:,}", f"such requests in {size(memory)}"))
     revision = f" at {model.revision}" if model.revision else ""
+    kinds = kinds_line(profile)
     shape = f"{model.num_layers} layers, {model.num_kv_heads} KV heads of {model.head_dim} channels"
     body = [
         f"<h1>{_text(profile.name)}</h1>",
         f"<p>{_text(model.id + revision)} <span class=dim>{_text(model.architecture)}, {shape}</span></p>",
+        *([f"<p>Attention in {kinds}</p>"] if kinds else []),
         f"<p class=dim><code>{profile.digest}</code></p>",
         '<div class="figures">'
         + "".join(f"<div><b>{value}</b><span class=dim>{label}</span></div>" for value, label in figures)
@@ -103,8 +109,13 @@ def _bits_svg(profile: Profile) -> str:
     layers, height, middle = profile.layer_specs(), 190, 84
     step = (_WIDTH - 60) / len(layers)
     bars, gap = [], min(2.0, step / 6)
-    for index, layer in enumerate(layers):
+    for index, (layer, attention) in enumerate(zip(layers, profile.model.kinds, strict=True)):
         x = 50 + index * step
+        if attention.window:
+            note = f"<title>layer {index}: {attention}</title>"
+            bars.append(
+                f'<rect class="window" x="{x:.2f}" y="{middle + 1}" width="{step - gap:.2f}" height="4">{note}</rect>'
+            )
         for spec, up in ((layer.key, True), (layer.value, False)):
             tall = _tall(spec)
             y = middle - tall if up else middle + 6
@@ -123,6 +134,8 @@ def _bits_svg(profile: Profile) -> str:
     )
     if banded_sides(layers):
         legend += '<span class="key" style="background: var(--band)"></span>in bands, on average'
+    if profile.model.layer_kinds is not None:
+        legend += '<span class="key" style="background: var(--accent)"></span>line between keys and values: a window or chunks'
     label = "Bits of keys and values in each layer"
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{"".join(bars)}</svg>'
@@ -149,12 +162,14 @@ def _bands(profile: Profile) -> list[str]:
 
 def _specs(profile: Profile) -> str:
     model = profile.model
-    rows = []
-    for layers, spec in specs_by_layer(profile.layer_specs()):
+    kinds, rows = model.layer_kinds is not None, []
+    for layers, spec, kind in specs_by_layer(profile.layer_specs(), model.kinds):
         bits = spec.effective_bits(model.num_kv_heads, model.head_dim)
         nbytes = spec.bytes_per_token(model.num_kv_heads, model.head_dim)
-        rows.append((layers, str(spec.key), str(spec.value), f"{bits:.3f}", f"{nbytes:,}"))
-    return _table(("layers", "keys", "values", "effective bits", "bytes per token"), rows, right=(3, 4))
+        row = [layers, str(spec.key), str(spec.value), f"{bits:.3f}", f"{nbytes:,}", str(kind)]
+        rows.append(row if kinds else row[:-1])
+    heads = ["layers", "keys", "values", "effective bits", "bytes per token", "attention"]
+    return _table(heads if kinds else heads[:-1], rows, right=(3, 4))
 
 
 def _quality(profile: Profile) -> list[str]:

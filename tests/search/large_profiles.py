@@ -17,7 +17,7 @@ from typing import Any
 from kvtuner_kernels.layout import LayerSpec, bytes_per_token
 from kvtuner_search.profile.canonical import digest_without_validation, save, seal
 from kvtuner_search.profile.fields import MAX_NOTES
-from kvtuner_search.profile.schema import storage_of
+from kvtuner_search.profile.storage import storage_of
 from tests.search.profile_factory import (
     HEAD_DIM,
     KV_HEADS,

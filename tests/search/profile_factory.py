@@ -11,7 +11,9 @@ from typing import Any
 
 from kvtuner_kernels.layout import LayerSpec, bytes_per_token
 from kvtuner_search.profile.canonical import digest_without_validation, save, seal
-from kvtuner_search.profile.schema import LayerEntry, Profile, storage_of
+from kvtuner_search.profile.kinds import LayerKind
+from kvtuner_search.profile.schema import LayerEntry, Profile
+from kvtuner_search.profile.storage import storage_of
 
 KV_HEADS, HEAD_DIM = 2, 64
 BANDED = "b65443322/b44333222"
@@ -41,7 +43,7 @@ def measure(
 
 
 def content(layers: list[str] | str = "8-g64-asym/4-g64-asym", count: int = 4, **more: Any) -> dict[str, Any]:
-    """A profile's content without digest; ``layers`` is one short spec a layer, or one for all ``count`` layers."""
+    """A profile's content without digest; ``layers`` is one short spec a layer, or one for all ``count`` layers, ``kinds`` one text a layer."""
     specs = [LayerSpec.parse(text) for text in ([layers] * count if isinstance(layers, str) else layers)]
     body: dict[str, Any] = {
         "name": "small",
@@ -67,6 +69,10 @@ def content(layers: list[str] | str = "8-g64-asym/4-g64-asym", count: int = 4, *
             "data": [{"name": "recall", "split": "test", "samples": 200, "tokens": 51200, "digest": digest("recall")}],
         },
     }
+    kinds = more.pop("kinds", None)
+    if kinds is not None:
+        body["model"]["layer_kinds"] = kinds
+        body["storage"] = storage_of(specs, KV_HEADS, HEAD_DIM, [LayerKind.parse(kind) for kind in kinds]).model_dump()
     for path, value in more.items():
         target = body
         *parents, last = path.split("__")

@@ -30,7 +30,8 @@ def raw_profile(tmp_path_factory: pytest.TempPathFactory, mixed_profile: Path) -
     """The reference model with 16 bits everywhere."""
     from kvtuner_kernels.layout import LayerSpec
     from kvtuner_search.profile.canonical import load, save, seal
-    from kvtuner_search.profile.schema import LayerEntry, storage_of
+    from kvtuner_search.profile.schema import LayerEntry
+    from kvtuner_search.profile.storage import storage_of
 
     model = load(mixed_profile).model
     layers = [LayerSpec()] * model.num_layers

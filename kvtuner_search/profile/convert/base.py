@@ -9,6 +9,7 @@ from typing import Any, Final
 from kvtuner_kernels.layout import BITS, GROUP_SIZES, LayerSpec, LayoutError, TensorSpec
 from kvtuner_search.errors import DataError, ExitCode, KVTunerError
 from kvtuner_search.profile.canonical import MAX_DEPTH, parse_json
+from kvtuner_search.profile.capacity import kinds_line
 from kvtuner_search.profile.schema import ModelInfo, Profile
 from kvtuner_search.profile.text import ranges, runs
 
@@ -47,6 +48,13 @@ class Exported:
     text: str
     lost: list[str] = field(default_factory=list)  # what the format cannot express
     notes: list[str] = field(default_factory=list)
+
+
+def kinds_notes(profile: Profile) -> list[str]:
+    """What a reader of an exported file should know if the model has layers with windows or chunks: no format names them."""
+    if profile.model.layer_kinds is None:
+        return []
+    return [f"{kinds_line(profile)}: the format does not say so, an engine takes it from the model's config.json"]
 
 
 def parse(data: bytes, source: str) -> Any:

@@ -37,7 +37,7 @@ def served_model(
     if reason is not None:
         raise UsageError(f"{model_path} {reason}; or serve it without a profile")
     found, commit = name_of(file.parent)
-    return model_info(config, model_path, found or model_path, revision or commit)
+    return model_info(config, model_path, found or model_path, revision or commit, context)
 
 
 def served_config(

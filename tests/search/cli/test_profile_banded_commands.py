@@ -51,6 +51,7 @@ def test_show_as_json_has_bands_as_numbers(command: Run, tmp_path: Path) -> None
     layers = data["derived"]["layers"]
     assert layers[0] == {
         "spec": BANDED,
+        "kind": "full",
         "bytes_per_token": LayerSpec.parse(BANDED).bytes_per_token(2, 64),
         "effective_bits": 4.0,
         "mean_bits": {"key": 3.625, "value": 2.875},
@@ -186,7 +187,7 @@ def test_diff_of_an_old_and_a_banded_profile(command: Run, old: Path, tmp_path: 
 
 
 def storage(specs: list[str], model: object) -> dict[str, object]:
-    from kvtuner_search.profile.schema import storage_of
+    from kvtuner_search.profile.storage import storage_of
 
     layers = [LayerSpec.parse(text) for text in specs]
     return storage_of(layers, model.num_kv_heads, model.head_dim).model_dump()  # type: ignore[attr-defined]

@@ -262,6 +262,7 @@ def test_show(command: Run, files: tuple[Path, Path], tmp_path: Path) -> None:
     assert data["derived"]["capacity_tokens"] == 986895
     assert data["derived"]["layers"][0] == {
         "spec": K8V8,
+        "kind": "full",
         "bytes_per_token": 272,
         "effective_bits": 8.5,
         "mean_bits": {"key": 8.0, "value": 8.0},

@@ -20,9 +20,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.cli.main import run
 from kvtuner_search.profile.canonical import canonical_json, digest_of
+from kvtuner_search.profile.kinds import LayerKind
+from kvtuner_search.profile.storage import storage_of
 from tests.search.profile_factory import (
+    HEAD_DIM,
+    KV_HEADS,
     digest,
     fitted,
     front,
@@ -35,6 +40,8 @@ from tests.search.profile_factory import (
 )
 
 BYTES, STRUCTURES, SEALED, OLD, IMPORTS, CONFIGS, TRANSFORMS = 5500, 1200, 2000, 600, 900, 300, 400
+WINDOWED: Final = 300
+SOUND_KINDS: Final = ("full", "sliding:1", "sliding:999999999", "chunked:64")
 ALLOWED: Final = {0, 1, 2, 3, 4}
 NASTY: Final = [
     b"NaN", b"Infinity", b"1e999", b"-0", b"9" * 400, b"9" * 5000, b"[" * 60, b"{" * 60, b'{"a":' * 40, b"]", b"}", b'"', b"\\ud800",
@@ -51,6 +58,7 @@ PARTS: Final[dict[str, Any]] = {
 RICH: Final = fitted(
     BANDED, pareto=front(("b44333222/b33222110", 0.1), ("8-g64-asym/8-g64-asym", 0.01)), **PARTS
 ).model_dump(mode="json")
+KINDED: Final = profile(PLAIN, kinds=["sliding:16", "full", "chunked:128", "full"], **PARTS).model_dump(mode="json")
 COMMANDS: Final = (
     ["check", "x.json"],
     ["diff", "good.json", "x.json", "--json"],
@@ -64,7 +72,7 @@ ALL_COMMANDS: Final = (
     ["diff", "good.json", "x.json", "--memory", "1GiB", "--max-loss-increase", "0"],
     ["diff", "x.json", "good.json", "--format", "markdown"],
     ["diff", "good.json", "x.json", "--format", "junit"],
-    ["show", "x.json", "--memory", "1GiB"],
+    ["show", "x.json", "--memory", "1GiB", "--context", "100"],
     ["show", "x.json", "--html", "x.html"],
     ["check", "x.json", "--rewrite"],
     *(
@@ -223,6 +231,42 @@ def odd_values(seed: dict[str, Any], count: int) -> Counter[int]:
 def test_profiles_with_odd_values_and_a_digest_that_fits() -> None:
     codes = odd_values(RICH, SEALED)
     assert codes[0] + codes[1] > 0.2 * SEALED, "many must get past validation, so that what prints them is tried too"
+
+
+def test_profiles_of_models_with_windows_with_odd_values() -> None:
+    codes = odd_values(KINDED, WINDOWED)
+    assert codes[0] + codes[1] > 0.1 * WINDOWED, "many must get past validation"
+    assert codes[3] > 0.1 * WINDOWED, "and many must not"
+
+
+def test_kinds_at_random() -> None:
+    """Kinds of any sort, with storage that fits if they are kinds: what is read is shown and compared, and the rest is refused."""
+    sound = st.sampled_from(SOUND_KINDS)
+    odd = st.sampled_from(["sliding:0", "chunked", "", "full:1", "linear:8", "sliding:9999999999"]) | st.text(
+        max_size=12
+    )
+    texts = st.lists(sound, min_size=4, max_size=4) | st.lists(sound | odd, max_size=6)
+    codes: Counter[int] = Counter()
+
+    @settings(FUZZ, max_examples=WINDOWED)
+    @given(kinds=texts, which=st.integers(0, len(ALL_COMMANDS) - 1))
+    def one(kinds: list[str], which: int) -> None:
+        body = copy.deepcopy(KINDED)
+        body["model"]["layer_kinds"] = kinds
+        with contextlib.suppress(ValueError):
+            specs = [LayerSpec.parse(text) for text in PLAIN]
+            storage = storage_of(specs, KV_HEADS, HEAD_DIM, [LayerKind.parse(text) for text in kinds])
+            body["storage"] = storage.model_dump()
+        body["digest"] = digest_of(body)
+        Path("x.json").write_bytes(json.dumps(body).encode())
+        code = try_out(list(ALL_COMMANDS[which]))
+        codes[code] += 1
+        is_sound = len(kinds) == 4 and any(":" in kind for kind in kinds) and all(kind in SOUND_KINDS for kind in kinds)
+        assert (code == 3) is not is_sound
+
+    one()
+    assert codes[3] > 0.1 * WINDOWED
+    assert sum(codes.values()) - codes[3] > 0.1 * WINDOWED
 
 
 def test_profiles_of_schema_version_1_with_odd_values() -> None:

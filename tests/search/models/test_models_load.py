@@ -91,9 +91,24 @@ def test_layers_with_windows_are_named(config: Any, kinds: list[str]) -> None:
     assert model_info(config.to_dict() | {"architectures": ["ItForCausalLM"]}, "model").layer_kinds == kinds
 
 
-def test_layers_without_keys_and_values_are_refused_by_number() -> None:
-    with pytest.raises(DataError, match=r"layer 0 .*linear_attention"):
-        check_supported(Qwen3NextConfig(num_hidden_layers=4).to_dict(), "model")
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (make_config("Mistral", sliding_window=0), "sliding_window=0, but layer 0 .*sliding_attention"),
+        (
+            make_config("Qwen2", use_sliding_window=True, sliding_window=-64, max_window_layers=2),
+            "sliding_window=-64, but layer 2 .*sliding_attention",
+        ),
+        (
+            Gemma2Config(num_hidden_layers=2, sliding_window=None),
+            "sliding_window=null, but layer 0 .*sliding_attention",
+        ),
+        (Qwen3NextConfig(num_hidden_layers=4), "layer 0 .*linear_attention"),
+    ],
+)
+def test_layers_that_no_profile_describes_are_refused_by_number(config: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        check_supported(config.to_dict(), "model")
 
 
 def test_latent_attention_is_refused() -> None:

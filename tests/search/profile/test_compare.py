@@ -87,6 +87,10 @@ CASES: dict[str, tuple[tuple[Side, Side, Budgets], tuple[Side, Side, Budgets]]] 
     ),
     "bytes-per-token-increased": (({"layers": K8V4}, {"layers": K8V8}, NONE), ({"layers": K8V4}, {"layers": K4V8}, NONE)),
     "bytes-per-token-decreased": (({"layers": K8V8}, {"layers": K8V4}, NONE), ({"layers": K8V4}, {"layers": K4V8}, NONE)),
+    "bytes-per-request-increased": (
+        ({"layers": [K8V8, K8V4], "kinds": ["sliding:16", "full"]}, {"layers": [K8V4, K8V8], "kinds": ["sliding:16", "full"]}, NONE),
+        ({"layers": [K8V4, K8V8], "kinds": ["sliding:16", "full"]}, {"layers": [K8V8, K8V4], "kinds": ["sliding:16", "full"]}, NONE),
+    ),
     "bytes-over-budget": (({}, {}, Budgets(max_bytes_per_token=831)), ({}, {}, Budgets(max_bytes_per_token=832))),
     # half-widths 0.003 and 0.004 combine to 0.005
     "quality-regressed": (

@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 from kvtuner_search.profile import report as formats
+from kvtuner_search.profile.capacity import capacity
 from kvtuner_search.profile.compare import Budgets, compare
-from kvtuner_search.profile.report import DiffReport, capacity, to_github, to_json, to_junit, to_markdown
+from kvtuner_search.profile.report import DiffReport, to_github, to_json, to_junit, to_markdown
 from kvtuner_search.profile.rules import RULES
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.settings import Settings

@@ -15,12 +15,12 @@ from kvtuner_search.profile.checks import check_model
 from kvtuner_search.profile.compare import compare
 from kvtuner_search.profile.model_config import (
     config_digest,
+    layer_kinds,
     model_info,
     name_of,
     normal_form,
     positions,
     read_config,
-    windowed_layers,
 )
 from kvtuner_search.profile.model_families import FAMILIES, spelled_out
 from kvtuner_search.profile.model_support import unsupported
@@ -121,7 +121,7 @@ def test_the_defaults_are_the_librarys(kind: str) -> None:
         assert family.defaults["use_sliding_window"] is content["use_sliding_window"]
     elif "sliding_window" in content:
         assert family.defaults.get("sliding_window") == content["sliding_window"]
-    for name in ("num_key_value_heads", "head_dim"):
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
         if name in family.defaults:
             assert family.defaults[name] == getattr(config, name), name
     ropes = content.get("rope_parameters") or {}
@@ -137,16 +137,19 @@ def test_the_defaults_are_the_librarys(kind: str) -> None:
 )
 def test_a_window_as_long_as_the_positions_is_full_attention(window: int | None, windows: bool) -> None:
     config = PUBLISHED["phi-3.5"] | {"sliding_window": window}
-    assert (windowed_layers(config) is not None) is windows
-    assert (unsupported(config) is not None) is windows
+    assert unsupported(config) is None
+    assert [str(kind) for kind in layer_kinds(config) or ()] == [f"sliding:{window}" if windows else "full"] * 32
+    assert ("window" in normal_form(config)) is windows
     assert (config_digest(config) == config_digest(PUBLISHED["phi-3.5"] | {"sliding_window": None})) is not windows
 
 
 def test_layers_that_slide_in_a_window_as_long_as_the_positions_are_full() -> None:
     config = PUBLISHED["mistral"] | {"layer_types": ["sliding_attention"] * 32}
-    assert unsupported(config | {"sliding_window": 32768}) is None
-    assert "several kinds" in str(unsupported(config | {"sliding_window": 32767}))
-    assert "several kinds" in str(unsupported(config | {"sliding_window": None}))
+    assert model_info(config | {"sliding_window": 32768}, "it").layer_kinds is None
+    assert model_info(config | {"sliding_window": 32767}, "it").layer_kinds == ["sliding:32767"] * 32
+    assert "has sliding_window=null, but layer 0 of model type 'ministral'" in str(
+        unsupported(config | {"sliding_window": None})
+    )
 
 
 def test_a_scaled_embedding_reaches_further_than_its_positions() -> None:
@@ -157,7 +160,9 @@ def test_a_scaled_embedding_reaches_further_than_its_positions() -> None:
     assert positions(PUBLISHED["llama 3.1"]) == (131072, 131072)
     assert positions(PUBLISHED["gpt2"]) == (1024, 1024)
     assert positions({}) == (None, None)
-    assert unsupported(yarn | {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 65536}) is not None
+    slides = yarn | {"use_sliding_window": True, "max_window_layers": 0}
+    assert model_info(slides | {"sliding_window": 65536}, "it").layer_kinds == ["sliding:65536"] * 28
+    assert model_info(slides | {"sliding_window": 131072}, "it").layer_kinds is None
 
 
 @pytest.mark.parametrize(
@@ -170,11 +175,21 @@ def test_a_scaled_embedding_reaches_further_than_its_positions() -> None:
         ({"model_type": "mamba2"}, "keep a state instead of keys and values"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "q_lora_rank": 1536}, r"MLA \(kv_lora_rank=512"),
-        ({"model_type": "llama4_text", "attention_chunk_size": 8192, "max_position_embeddings": 131072}, "chunks of 8192"),
         ({"model_type": "qwen3_next", "full_attention_interval": 4}, "layers of several kinds"),
         ({"model_type": "x", "layer_types": ["linear_attention", "full_attention"]}, "layer 0 .* is linear_attention"),
-        ({"model_type": "gemma2"}, "window of 4096 tokens"),
-        ({"model_type": "mistral", "max_position_embeddings": 32768}, "layer 0 .* window of 4096 tokens"),
+        ({"model_type": "gemma2", "sliding_window": None}, "sliding_window=null, but layer 0 of model type 'gemma2' is sliding_attention"),
+        ({"model_type": "llama", "sliding_window": 512, "max_position_embeddings": 2048}, "sliding_window=512, which the class of model type 'llama' does not apply"),
+        ({"model_type": "moshi", "sliding_window": 512, "max_position_embeddings": 2048}, "which the class of model type 'moshi' does not apply"),
+        ({"model_type": "llama", "attention_chunk_size": 512}, "attention_chunk_size=512, which the class of model type 'llama' does not apply"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attends to later tokens too"),
+        ({"model_type": "doge"}, "computes from values"),
+        ({"model_type": "laguna", "num_attention_heads_per_layer": [48, 32]}, "other numbers of heads"),
+        ({"model_type": "mimo_v2_flash"}, "twice the KV heads, and values with heads of other sizes"),
+        ({"model_type": "minimax_m3_vl_text", "sparse_attention_config": {"sparse_topk_blocks": 16}}, "sparse_attention_config"),
+        ({"model_type": "dots3_note_text"}, "several kinds, by a rule of its own"),
+        ({"model_type": "deepseek_v4"}, "compress keys and values"),
+        ({"model_type": "gemma3n_text"}, "share keys and values"),
+        ({"model_type": "gemma4_text"}, "share keys and values"),
     ],
 )  # fmt: skip
 def test_the_gate_names_what_it_refuses(config: dict[str, Any], says: str) -> None:

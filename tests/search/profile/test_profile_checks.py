@@ -19,7 +19,8 @@ from kvtuner_kernels.layout import LayerSpec
 from kvtuner_search.errors import NotComparableError, ProfileError
 from kvtuner_search.profile.canonical import dumps, load
 from kvtuner_search.profile.checks import check_model, strict_remarks
-from kvtuner_search.profile.schema import Profile, storage_of
+from kvtuner_search.profile.schema import Profile
+from kvtuner_search.profile.storage import storage_of
 from kvtuner_search.transforms import MAX_HEADER, check_transforms, read_header, verify_transforms
 from tests.search.profile_factory import digest, fitted, measure, profile, safetensors, transforms
 
