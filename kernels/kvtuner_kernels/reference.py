@@ -354,9 +354,15 @@ def attend(
     softmax_scale: float | None = None,
     soft_cap: float = 0.0,
     window: int = 0,
+    chunk: int = 0,
+    sinks: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Causal attention of the last T tokens over all S packed rows, in fp32.
+
+    Example::
+
+        attend(query, pack_rows(key, value, spec), spec, heads=8, window=128, sinks=layer.sinks)  # a sliding layer of gpt-oss
 
     Args:
         query: [T, Hq, D], floating point, after rotary embedding. Query ``t`` sees rows
@@ -368,12 +374,19 @@ def attend(
         softmax_scale: factor of the scores; ``D ** -0.5`` if not given.
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
         window: number of latest rows that a query sees, itself included; 0 is all.
+        chunk: rows of a chunk, counted from the first row, which must be the first of its sequence; a query sees its own chunk only
+            (Llama 4). 0 is off.
+        sinks: attention sinks (gpt-oss), [Hq] as in :func:`check_sinks`: ``softmax([scores, sink])`` without its last entry.
         dtype: dtype of 16-bit sides; the query's if not given.
 
     Returns:
         fp32 [T, Hq, D].
+
+    Raises:
+        LayoutError: for sinks of another shape.
     """
     tokens, query_heads, head_dim = query.shape
+    sinks = check_sinks(sinks, query_heads)
     key, value = (side.float() for side in unpack_rows(rows, spec, heads, head_dim, centres, dtype or query.dtype))
     folded = query.float().reshape(tokens, heads, query_heads // heads, head_dim)
     scores = torch.einsum("thgd,shd->hgts", folded, key) * (head_dim**-0.5 if softmax_scale is None else softmax_scale)
@@ -384,5 +397,39 @@ def attend(
     visible = column <= last
     if window:
         visible &= column > last - window
-    probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    if chunk:
+        visible &= column // chunk == last // chunk
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        logits = sinks.to(scores.device).reshape(*scores.shape[:2], 1, 1).expand(*scores.shape[:-1], 1)
+        probabilities = torch.cat((scores, logits), -1).softmax(-1)[..., :-1]
+    else:
+        probabilities = scores.softmax(-1)
     return torch.einsum("hgts,shd->thgd", probabilities, value).flatten(1, 2)
+
+
+def check_sinks(sinks: Tensor | None, query_heads: int) -> Tensor | None:
+    """Attention sinks as fp32 [Hq]: a logit for each query head, which takes its share of the softmax and has no value.
+
+    They are natural logarithms, compared with the scaled and capped scores, and are themselves neither scaled nor capped (gpt-oss model
+    card, section 2.1; ``GptOssAttention`` in transformers passes them as ``s_aux``).
+
+    Args:
+        sinks: floating point [Hq]; None if the layer has none.
+        query_heads: local query heads Hq.
+
+    Raises:
+        LayoutError: for another shape, or numbers that are not floating point.
+
+    Example::
+
+        sinks = check_sinks(attention.sinks, 64)
+    """
+    if sinks is None:
+        return None
+    if sinks.shape != (query_heads,) or not sinks.is_floating_point():
+        raise LayoutError(
+            f"attention sinks are {sinks.dtype} {list(sinks.shape)}, expected floating point [{query_heads}]: give one logit for"
+            " each local query head"
+        )
+    return sinks.float().contiguous()
