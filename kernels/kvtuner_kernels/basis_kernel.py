@@ -82,12 +82,12 @@ def _product_later(x, live, weights, exists, column_stride, HEAD_DIM: tl.constex
 
 @triton.jit(do_not_specialize=["pairs"])
 def transform_kernel(
-    x, matrix, before, after, indptr, out, pairs, token_stride, head_stride, out_token_stride, out_head_stride,
+    x, matrix, before, after, indptr, shares, out, pairs, token_stride, head_stride, out_token_stride, out_head_stride,
     matrix_stride, matrix_row_stride, matrix_column_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     LEADS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """``out = matrix @ (x - before) + after``, and 0 for a token whose span of ``indptr`` is empty.
+    """``out = matrix @ (x - before) + after``, times a head's ``shares``, and 0 for a token whose span of ``indptr`` is empty.
 
     Grid: (tiles of pairs of a token and a query head of one KV head, KV heads, blocks of channels). LEADS: the next kernel may be
     scheduled early. FOLLOWS: this one was scheduled early, and waits for the previous one.
@@ -116,6 +116,8 @@ def transform_kernel(
     if indptr is not None:
         exists = live & (tl.load(indptr + token, mask=live, other=0) < tl.load(indptr + token + 1, mask=live, other=0))
         acc = tl.where(exists, acc, 0.0)
+    if shares is not None:
+        acc *= tl.load(shares + token * (HEADS * GROUP) + query_head, mask=live, other=0.0)
     target = out + token * out_token_stride + query_head * out_head_stride + column
     tl.store(target, acc.to(out.dtype.element_ty), mask=live & (column < HEAD_DIM))
 
@@ -140,6 +142,7 @@ def transform_heads(
     *,
     out: Tensor | None = None,
     indptr: Tensor | None = None,
+    shares: Tensor | None = None,
     overlap: Overlap = ALONE,
 ) -> Tensor:
     """``matrix @ (x - before) + after`` for each token and head, in fp32, as a dense ``dtype`` [N, Hq, D] tensor.
@@ -151,6 +154,7 @@ def transform_heads(
         before, after: fp32 [heads, D], dense; zero if not given.
         out: [N, Hq, D], dense along D, written instead of a new tensor; its dtype counts.
         indptr: int32 [N + 1]; a token whose span is empty gives 0.
+        shares: fp32 [N, Hq], dense: factors of the results, such as what a sink leaves.
         overlap: with the kernels launched before and after.
 
     Raises:
@@ -173,7 +177,7 @@ def transform_heads(
     constants = transform_constants(pairs, heads, query_heads // heads, head_dim, overlap)
     grid = (triton.cdiv(pairs, constants["TILE_ROWS"]), heads, triton.cdiv(head_dim, constants["COLUMNS"]))
     transform_kernel[grid](
-        x, matrix, before, after, indptr, out, pairs, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+        x, matrix, before, after, indptr, shares, out, pairs, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
         *matrix.stride(), **constants, num_warps=TRANSFORM_WARPS, **({"launch_pdl": True} if overlap.follows else {}),
     )  # fmt: skip
     return out

@@ -23,6 +23,7 @@ from kvtuner_kernels.operands import ASSEMBLY
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 from kvtuner_kernels.rotation import rotate_heads
 from kvtuner_kernels.sides import check_centre, check_rows, sides, within_reach
+from kvtuner_kernels.sinks import check_sinks
 from kvtuner_kernels.tuning import DecodeLaunch, decode_launch, multiprocessors, overlaps, shared_memory
 
 
@@ -107,6 +108,7 @@ def decode(
     softmax_scale: float | None = None,
     soft_cap: float = 0.0,
     window: int = 0,
+    sinks: Tensor | None = None,
     num_kv_splits: Tensor | None = None,
     max_kv_splits: int = 0,
     launch: DecodeLaunch | None = None,
@@ -127,7 +129,8 @@ def decode(
         centres: centring vectors, given exactly where the spec asks for them.
         softmax_scale: factor of the scores, above 0; ``D ** -0.5`` if not given.
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
-        window: number of latest tokens that are seen; 0 is all.
+        window: number of latest tokens that are seen; 0 is all. Rows behind it are not read.
+        sinks: attention sinks, [Hq] as in :func:`kvtuner_kernels.sinks.check_sinks`; None is none.
         num_kv_splits: int32 [B], splits of each request as SGLang counts them (multiples of 32 tokens); needs ``max_kv_splits``.
             If not given, all tokens of the batch are spread evenly over the chip.
         launch: launch parameters instead of the tuned ones.
@@ -138,6 +141,10 @@ def decode(
 
     Raises:
         LayoutError: for shapes, dtypes or strides that the kernel does not cover, or 2**31 numbers in the query.
+
+    Example::
+
+        decode(query, rows, spec, 8, kv_indptr, kv_indices, window=128, sinks=layer.sinks)  # a sliding layer of gpt-oss
     """
     batch, query_heads, head_dim = query.shape
     check_rows(rows, spec, heads, head_dim)
@@ -152,7 +159,8 @@ def decode(
         raise LayoutError(f"max_kv_splits={max_kv_splits}: give it exactly when num_kv_splits is given")
     if query.dtype == torch.float32 and ASSEMBLY:
         raise LayoutError("fp32 queries are for the interpreter only: convert to bf16 or fp16")
-    query = within_reach(query, "queries")
+    sinks = check_sinks(sinks, query_heads)
+    query = plain_query = within_reach(query, "queries")
     out = torch.empty_like(query) if out is None else out
     if batch == 0:
         return out
@@ -183,7 +191,7 @@ def decode(
     )  # fmt: skip
     merge(
         out, workspace.partial, workspace.lse, query, shift, rows, spec, heads, kv_indptr, kv_indices, num_kv_splits, splits,
-        centres, launch, scale, soft_cap, window, model,
+        centres, launch, scale, soft_cap, window, model, sinks, plain_query,
     )  # fmt: skip
     return out
 

@@ -34,6 +34,7 @@ from kvtuner_kernels.decode_sides import (
 )
 from kvtuner_kernels.operands import (
     ASSEMBLY_BODY,
+    LOG2E,
     approximate_log2,
     fill,
     grid_of,
@@ -55,7 +56,6 @@ from kvtuner_kernels.planes import (
 )
 
 SPLIT_ALIGNMENT = tl.constexpr(32)  # tokens; SGLang's _MIN_BLOCK_KV
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from kvtuner_kernels.operands import ASSEMBLY
 from kvtuner_kernels.reference import NO_CENTRES, Centres
 from kvtuner_kernels.rotation import rotate_heads
 from kvtuner_kernels.sides import check_centre, check_rows, sides, within_reach
+from kvtuner_kernels.sinks import check_sinks
 from kvtuner_kernels.tuning import LONG, ExtendLaunch, extend_launch, shared_memory
 
 
@@ -44,6 +45,8 @@ def extend(
     softmax_scale: float | None = None,
     soft_cap: float = 0.0,
     window: int = 0,
+    sinks: Tensor | None = None,
+    mask_offsets: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """Attention of the new tokens of several requests over their packed prefixes and over each other.
@@ -67,7 +70,11 @@ def extend(
         skip_prefix_mask: the mask is applied to new tokens only. Without effect if key is None.
         softmax_scale: factor of the scores, above 0; ``D ** -0.5`` if not given.
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
-        window: number of latest tokens that a token sees, itself included; 0 is all.
+        window: number of latest tokens that a token sees, itself included; 0 is all. Tokens are counted by their place, in a mask's tree
+            of drafted tokens too. Rows that no query of a tile sees are not read, except a banded layer's first.
+        sinks: attention sinks, [Hq] as in :func:`kvtuner_kernels.sinks.check_sinks`; None is none.
+        mask_offsets: int32 or int64 [B], tokens of each request that its mask has before its first slot, where ``kv_indices`` has
+            only those of a window (SGLang's ``window_kv_offsets``). A row of the mask is then ``mask_offsets[b]`` longer. 0 if not given.
         batch_invariant: the tile does not depend on ``max_new``. Then a token's result depends, bit for bit, on its own
             request alone and, if only stored rows are read, not on how much of it is prefix.
 
@@ -76,6 +83,10 @@ def extend(
 
     Raises:
         LayoutError: for shapes, dtypes or strides that the kernel does not cover.
+
+    Example::
+
+        extend(query, key, value, rows, spec, 8, qo_indptr, kv_indptr, kv_indices, 512, window=128, sinks=layer.sinks)
     """
     tokens, query_heads, head_dim = query.shape
     check_rows(rows, spec, heads, head_dim)
@@ -88,6 +99,11 @@ def extend(
         )
     if (key is None) != (value is None) or (custom_mask is None) != (mask_indptr is None):
         raise LayoutError("give both of key and value, and both of custom_mask and mask_indptr, or neither")
+    if mask_offsets is not None and custom_mask is None:
+        raise LayoutError(
+            "mask_offsets without a mask: give them exactly where a custom mask has tokens that have no slot"
+        )
+    sinks = check_sinks(sinks, query_heads)
     if query.dtype == torch.float32 and ASSEMBLY:
         raise LayoutError("fp32 queries are for the interpreter only: convert to bf16 or fp16")
     out = torch.empty_like(query) if out is None else out
@@ -119,6 +135,9 @@ def extend(
     if spec.key.banded or spec.value.banded:
         first_key, first_value = first_rows(rows, kv_indptr, kv_indices, spec, heads, head_dim, centres, query.dtype)
     result = torch.empty(query.shape, dtype=torch.float32, device=query.device) if transformed else out
+    shares = None
+    if sinks is not None and transformed:
+        shares = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     group = query_heads // heads
     longest = LONG if batch_invariant else max_new * group
     launch = extend_launch(spec, head_dim, longest, shared_memory(rows.device))
@@ -128,7 +147,7 @@ def extend(
     }  # fmt: skip
     extend_kernel[(triton.cdiv(max_new * group, launch.rows), heads, len(qo_indptr) - 1)](
         query, prefix_query, key, value, result, rows, qo_indptr, kv_indptr, kv_indices, custom_mask, mask_indptr, key_centre,
-        first_key, first_value,
+        first_key, first_value, sinks, shares, mask_offsets,
         query.stride(0), query.stride(1), prefix_query.stride(0), prefix_query.stride(1),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), result.stride(0), result.stride(1),
         head_dim**-0.5 if softmax_scale is None else softmax_scale,
@@ -136,10 +155,12 @@ def extend(
         num_warps=launch.warps,
     )  # fmt: skip
     if value_basis is not None:
-        transform_heads(result, value_basis.inverse, heads, after=value_basis.mean, out=out)
+        transform_heads(result, value_basis.inverse, heads, after=value_basis.mean, out=out, shares=shares)
     elif transformed:
         centre = None if centres.value is None else centres.value.repeat_interleave(group, 0)
-        out.copy_(rotate_heads(result, inverse=True, dtype=out.dtype, rotated=value_side.rotated, centre=centre))
+        dtype = out.dtype if shares is None else torch.float32
+        turned = rotate_heads(result, inverse=True, dtype=dtype, rotated=value_side.rotated, centre=centre)
+        out.copy_(turned if shares is None else turned.mul_(shares[..., None]))
     return out
 
 

@@ -1,5 +1,5 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc, var-annotated"
-# ruff: noqa: RUF005, RET505, SIM300 - see operands.py
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
+# ruff: noqa: RUF005, SIM300 - see operands.py
 """The kernel of :mod:`kvtuner_kernels.extend`: attention of new tokens over a packed prefix and their own chunk.
 
 A program takes one KV head and a tile of rows; a row is one query head of one new token, so that a tile of keys is read and
@@ -9,6 +9,9 @@ multiprocessors idle.
 
 A banded side is attended in its basis. There a request's first stored token may be relative to another point than all others, so the
 loop skips it, and it is added separately (:func:`kvtuner_kernels.basis_kernel.first_rows`).
+
+With a window, a program reads no row and no key of the chunk that none of its queries sees. A sink has no value, so that it only
+scales the result; where that is transformed afterwards, its share is written instead.
 """
 
 from __future__ import annotations
@@ -16,240 +19,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvtuner_kernels.operands import (
-    ASSEMBLY_BODY,
-    FIRST_MARK,
-    codes,
-    fill,
-    first_run,
-    grid_of,
-    log2,
-    plane_bits,
-    plane_half,
-    plane_run,
-    plane_start,
-    plane_step,
-    power_of_2,
-    rounded,
-    runs,
-    scale_byte,
-    scale_of,
+from kvtuner_kernels.extend_sides import (
+    add_packed,
+    band_steps,
+    column_channel,
+    first_values,
+    load_query,
+    packed_scores,
+    padded,
+    times,
 )
+from kvtuner_kernels.operands import ASSEMBLY_BODY, LOG2E, fill, power_of_2, rounded, share_beside
 from kvtuner_kernels.planes import banded
-
-LOG2E = tl.constexpr(1.4426950408889634)
-PIECE = tl.constexpr(32)  # channels
-
-
-@triton.constexpr_function
-def _padded(side):
-    """Columns of a tile that one plane takes."""
-    return 1 << (side.words - 1).bit_length() if side.bands else side.padded
-
-
-@triton.constexpr_function
-def _step(side, plane):
-    """Distance of two levels, in scales; any number but 0 without bits, because the only level is 0."""
-    return plane_step(side, plane) or 1.0
-
-
-@triton.jit
-def _steps(plane, SIDE: tl.constexpr):
-    """fp32 distance of two levels of a banded side, in scales, for each of ``plane``."""
-    step = tl.full(plane.shape, 1.0, tl.float32)
-    PLANES: tl.constexpr = SIDE.planes_a_group
-    for x in tl.static_range(PLANES):
-        step = tl.where(plane == x, _step(SIDE, x), step)
-    return step
-
-
-@triton.jit
-def _column_channel(column, GROUP: tl.constexpr, SIDE: tl.constexpr):
-    """Channel within the head of a column of :func:`_tile`, and whether it exists."""
-    PLANES_A_GROUP: tl.constexpr = SIDE.planes_a_group
-    word = column // PLANES_A_GROUP
-    return (GROUP * PLANES_A_GROUP + column % PLANES_A_GROUP) * SIDE.words + word, word < SIDE.words
-
-
-@triton.jit
-def _load_query(query, at, live, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Per group of the keys one [M, columns] operand, columns as in :func:`_tile`, and the sum of q [M, 1].
-
-    If keys are banded, the operand includes the steps of their bands.
-    """
-    GROUPS: tl.constexpr = SIDE.groups
-    PLANES: tl.constexpr = SIDE.planes_a_group
-    PADDED: tl.constexpr = _padded(SIDE)
-    column = tl.arange(0, PADDED * PLANES)[None, :]
-    operands = ()
-    sums = ()
-    for group in tl.static_range(GROUPS):
-        if banded(
-            SIDE
-        ):  # read in stored order; neighbouring planes would need an address and registers for each number
-            channel = column // PADDED * SIDE.words + column % PADDED
-            exists = column % PADDED < SIDE.words
-        else:
-            channel, exists = _column_channel(column, group, SIDE)
-        part = tl.load(query + at + channel, mask=live & exists, other=0.0)
-        if banded(SIDE):
-            part = (part.to(tl.float32) * _steps(column // PADDED, SIDE)).to(DTYPE)
-            part = part.reshape([part.shape[0], PLANES, PADDED]).permute(0, 2, 1).reshape(part.shape)
-        part = part.to(DTYPE)
-        operands = operands + (part,)
-        sums = sums + (tl.sum(part.to(tl.float32), 1, keep_dims=True),)
-    return operands, sums
-
-
-@triton.jit
-def _times(query, live, vector, HEAD_DIM: tl.constexpr):
-    """Query rows at pointers ``query`` [M, 1] times one fp32 vector of a head, [M, 1], in pieces that leave registers free."""
-    score = tl.zeros(live.shape, tl.float32)
-    for start in tl.range(0, HEAD_DIM, PIECE, num_stages=1):
-        channel = start + tl.arange(0, PIECE)[None, :]
-        part = tl.load(query + channel, mask=live & (channel < HEAD_DIM), other=0.0).to(tl.float32)
-        part *= tl.load(vector + channel, mask=channel < HEAD_DIM, other=0.0)
-        score += tl.sum(part, 1, keep_dims=True)
-    return score
-
-
-@triton.jit
-def _words(rows, slot, head, RUN: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr):
-    """uint16 [N, words] of one run of words: a segment's, or some bands'."""
-    word = tl.arange(0, _padded(SIDE))[None, :]
-    pointer = rows.to(tl.pointer_type(tl.uint16)) + (SIDE.codes // 2 + RUN * SIDE.words) + word
-    pointer = pointer + slot[:, None] * (ROW // 2) + head * (SIDE.head_codes // 2)
-    if SIDE.words == _padded(SIDE):
-        return tl.load(pointer)
-    else:
-        return tl.load(pointer, mask=word < SIDE.words, other=0)
-
-
-@triton.jit
-def _tile(words, GROUP: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes of one group as [N, words * planes]; planes of a word are neighbours, so that no thread passes codes to another."""
-    FIRST: tl.constexpr = GROUP * SIDE.planes_a_group % SIDE.planes
-    PLANES: tl.constexpr = SIDE.planes_a_group
-    BITS: tl.constexpr = SIDE.bits
-    planes = ()
-    for y in tl.static_range(PLANES):
-        planes = planes + (codes(words, BITS, FIRST + y, DTYPE, ASSEMBLY_BODY),)
-    return _joined(planes)
-
-
-@triton.jit
-def _joined(planes):
-    """A power of two of planes [N, words] as [N, words * planes], planes of a word neighbours."""
-    PLANES: tl.constexpr = len(planes)
-    SHAPE: tl.constexpr = [planes[0].shape[0], planes[0].shape[1] * PLANES]
-    for step in tl.static_range(log2(PLANES)):
-        joined = ()
-        for y in tl.static_range(PLANES >> (step + 1)):
-            joined = joined + (tl.join(planes[y], planes[y + (PLANES >> (step + 1))]),)
-        planes = joined
-    return planes[0].reshape(SHAPE)
-
-
-@triton.jit
-def _levels(words, factor, SIDE: tl.constexpr, PLANE: tl.constexpr, DTYPE: tl.constexpr):
-    """Levels of one band in units of its step, times ``factor`` [N, 1] if there is one, from int32 ``words`` [N, words]."""
-    BITS: tl.constexpr = plane_bits(SIDE, PLANE)
-    START: tl.constexpr = plane_start(SIDE, PLANE)
-    # Code bits under 2**22, whose last place is a half, from where they are: no conversion from integers.
-    bits = words << 1 if START == 0 else words >> (START - 1)
-    bits = (bits & (2 ** (BITS + 1) - 2)) | 0x4A800000
-    level = bits.to(tl.float32, bitcast=True) - (4194304.0 + plane_half(SIDE, PLANE))
-    if factor is not None:
-        level *= factor
-    return rounded(level, DTYPE, ASSEMBLY_BODY)
-
-
-@triton.jit
-def _band_tile(rows, slot, head, factor, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr):
-    """:func:`_levels` of all bands as [N, words * planes], columns as in :func:`_tile`."""
-    FIRST: tl.constexpr = first_run(SIDE)
-    RUNS: tl.constexpr = runs(SIDE)
-    PLANES: tl.constexpr = SIDE.planes_a_group
-    tiles = ()
-    for run in tl.static_range(RUNS):
-        tiles = tiles + (_words(rows, slot, head, FIRST + run, SIDE, ROW).to(tl.int32),)
-    planes = ()
-    for y in tl.static_range(PLANES):
-        if plane_bits(SIDE, y) > 0:
-            planes = planes + (_levels(tiles[plane_run(SIDE, y) - FIRST], factor, SIDE, y, DTYPE),)
-        else:
-            planes = planes + (tl.zeros([slot.shape[0], _padded(SIDE)], DTYPE),)
-    return _joined(planes)
-
-
-@triton.jit
-def _band_scale(rows, slot, head, SIDE: tl.constexpr, ROW: tl.constexpr):
-    """fp32 scales [N] of a banded side; finite for the first token too, whose row is read but hidden."""
-    return scale_of(scale_byte(_words(rows, slot, head, 0, SIDE, ROW), SIDE) & (FIRST_MARK - 1))
-
-
-@triton.jit
-def _packed_scores(rows, slot, head, operands, sums, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr):
-    """q . k as [M, N] without the softmax scale."""
-    GROUPS: tl.constexpr = SIDE.groups
-    if banded(SIDE):
-        scale = _band_scale(rows, slot, head, SIDE, ROW)
-        return tl.dot(operands[0], tl.trans(_band_tile(rows, slot, head, None, SIDE, ROW, DTYPE))) * scale[None, :]
-    else:
-        for group in tl.static_range(GROUPS):
-            if group * SIDE.planes_a_group % SIDE.planes == 0:
-                words = _words(rows, slot, head, group * SIDE.planes_a_group // SIDE.planes, SIDE, ROW)
-            part = tl.dot(operands[group], tl.trans(_tile(words, group, SIDE, DTYPE)))
-            if SIDE.bits < 16:
-                scale, minimum = grid_of(rows, slot, head, group, SIDE, ROW)
-                part = part * scale[None, :] + minimum[None, :] * sums[group]
-            if group == 0:
-                scores = part
-            else:
-                scores += part
-        return scores
-
-
-@triton.jit
-def _add_packed(rows, slot, head, p, decay, acc, SIDE: tl.constexpr, ROW: tl.constexpr, DTYPE: tl.constexpr):
-    """Decay the accumulators and add a packed tile's values, weighted with ``p`` [M, N].
-
-    Values are put on their grid in registers: unlike in decode, a tile of them is multiplied with many rows. Values of a banded side
-    lack the steps of their bands.
-    """
-    GROUPS: tl.constexpr = SIDE.groups
-    weights = rounded(p, DTYPE, ASSEMBLY_BODY)
-    if banded(SIDE):
-        scale = _band_scale(rows, slot, head, SIDE, ROW)
-        values = _band_tile(rows, slot, head, scale[:, None], SIDE, ROW, DTYPE)
-        return (tl.dot(weights, values, acc[0] * decay),)
-    else:
-        new_acc = ()
-        for group in tl.static_range(GROUPS):
-            if group * SIDE.planes_a_group % SIDE.planes == 0:
-                words = _words(rows, slot, head, group * SIDE.planes_a_group // SIDE.planes, SIDE, ROW)
-            values = _tile(words, group, SIDE, DTYPE)
-            if SIDE.bits < 16:
-                scale, minimum = grid_of(rows, slot, head, group, SIDE, ROW)
-                values = rounded(values.to(tl.float32) * scale[:, None] + minimum[:, None], DTYPE, ASSEMBLY_BODY)
-            new_acc = new_acc + (tl.dot(weights, values, acc[group] * decay),)
-        return new_acc
-
-
-@triton.jit
-def _first_values(first_value, weight, SIDE: tl.constexpr):
-    """Accumulators that begin with one token's values, weighted with ``weight`` [M, 1], in units of :func:`_add_packed`."""
-    GROUPS: tl.constexpr = SIDE.groups
-    PLANES: tl.constexpr = SIDE.planes_a_group
-    column = tl.arange(0, _padded(SIDE) * PLANES)[None, :]
-    acc = ()
-    for group in tl.static_range(GROUPS):
-        channel, exists = _column_channel(column, group, SIDE)
-        number = tl.load(first_value + channel, mask=exists, other=0.0)
-        if banded(SIDE):
-            number /= _steps(column % PLANES, SIDE)
-        acc = acc + (weight * number,)
-    return acc
 
 
 @triton.jit
@@ -268,7 +49,7 @@ def _softmax_step(scores, unit, top, total, softmax_scale, visible, CAP: tl.cons
 @triton.jit
 def extend_kernel(
     query, prefix_query, key, value, out, rows, qo_indptr, kv_indptr, kv_indices, custom_mask, mask_indptr, key_centre,
-    first_key, first_value,
+    first_key, first_value, sinks, shares, mask_offsets,
     query_token_stride, query_head_stride, prefix_token_stride, prefix_head_stride,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, out_token_stride, out_head_stride,
     softmax_scale,
@@ -277,7 +58,10 @@ def extend_kernel(
     SKIP_PREFIX_MASK: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of rows, KV heads, requests). With ``first_key``, a request's first stored token is read only there."""
+    """Grid: (tiles of rows, KV heads, requests). With ``first_key``, a request's first stored token is read only there.
+
+    With ``shares`` (fp32 [tokens, query heads]) sinks are left to whoever transforms the result.
+    """
     request = tl.program_id(2)
     head = tl.program_id(1)
     first_query = tl.load(qo_indptr + request)
@@ -298,27 +82,33 @@ def extend_kernel(
         earliest = tl.maximum(before + first_row // GROUP - WINDOW + 1, 0)
     masked: tl.constexpr = custom_mask is not None
     if masked:
-        mask_row = custom_mask + tl.load(mask_indptr + request) + token.to(tl.int64) * (before + new)
+        mask_width = before + new
+        mask_row = custom_mask + tl.load(mask_indptr + request)
+        if mask_offsets is not None:  # the mask is of all tokens, the slots are of those in a window
+            left_out = tl.load(mask_offsets + request).to(tl.int32)
+            mask_width += left_out
+            mask_row += left_out
+        mask_row += token.to(tl.int64) * mask_width
 
     top = tl.full([TILE_ROWS, 1], -1.0e30, tl.float32)
     total = tl.zeros([TILE_ROWS, 1], tl.float32)
     GROUPS: tl.constexpr = VALUE.groups
-    PADDED: tl.constexpr = _padded(VALUE)
+    PADDED: tl.constexpr = padded(VALUE)
     PLANES: tl.constexpr = VALUE.planes_a_group
     acc = fill(GROUPS, [TILE_ROWS, PADDED * PLANES], 0.0)
     column = tl.arange(0, TOKENS)
 
     at = (origin + token) * prefix_token_stride + query_head * prefix_head_stride
-    operands, sums = _load_query(prefix_query, at, live, KEY, DTYPE)
+    operands, sums = load_query(prefix_query, at, live, KEY, DTYPE)
     if first_key is not None:
         first_at = (request * HEADS + head) * HEAD_DIM
-        first_score = _times(prefix_query + at, live, first_key + first_at, HEAD_DIM)
+        first_score = times(prefix_query + at, live, first_key + first_at, HEAD_DIM)
     at = (first_query + token) * query_token_stride + query_head * query_head_stride
     channel = tl.arange(0, power_of_2(HEAD_DIM))[None, :]
     shift = tl.zeros([TILE_ROWS, 1], tl.float32)
-    # The part of the scores removed by centring: the chunk's keys have it, and a soft cap needs it.
-    if key_centre is not None and (not AS_STORED or CAP != 0):
-        shift = _times(query + at, live, key_centre + head * HEAD_DIM, HEAD_DIM)
+    # The part of the scores removed by centring: the chunk's keys have it, and a soft cap and a sink need it.
+    if key_centre is not None and (not AS_STORED or CAP != 0 or sinks is not None):
+        shift = times(query + at, live, key_centre + head * HEAD_DIM, HEAD_DIM)
 
     busy = first_row < new * GROUP  # otherwise nothing is read or written
     end = tl.where(busy, stored, 0)
@@ -331,13 +121,19 @@ def extend_kernel(
         if WINDOW:
             seen = seen & (position < WINDOW)
         weight, top, total, _ = _softmax_step(first_score, shift, top, total, softmax_scale, seen, CAP)
-        acc = _first_values(first_value + first_at, weight, VALUE)
+        acc = first_values(first_value + first_at, weight, VALUE)
     # Low halves: a slot's number fits in 32 bits, its address does not.
     slots = kv_indices.to(tl.pointer_type(tl.int32))
-    for tile in tl.range(earliest // TOKENS * TOKENS, end, TOKENS, num_stages=STAGES):
+    begin = earliest // TOKENS * TOKENS
+    if WINDOW:
+        begin = tl.where(earliest < end, begin, end)
+    for tile in tl.range(begin, end, TOKENS, num_stages=STAGES):
         index = tile + column
         # Beyond the end the last stored token is read again and hidden.
-        slot = tl.load(slots + (first_slot + tl.minimum(index, stored - 1)) * 2).to(tl.int64)
+        near = tl.minimum(index, stored - 1)
+        if WINDOW:
+            near = tl.maximum(near, earliest)  # and before all windows the first that one of them has
+        slot = tl.load(slots + (first_slot + near) * 2).to(tl.int64)
         if first_key is None:
             visible = live & (index < end)[None, :]
         else:  # all but 0, by one comparison
@@ -349,9 +145,9 @@ def extend_kernel(
             visible = visible & (index[None, :] <= position)
         if WINDOW:
             visible = visible & (index[None, :] > position - WINDOW)
-        scores = _packed_scores(rows, slot, head, operands, sums, KEY, ROW, DTYPE)
+        scores = packed_scores(rows, slot, head, operands, sums, KEY, ROW, DTYPE)
         p, top, total, decay = _softmax_step(scores, shift, top, total, softmax_scale, visible, CAP)
-        acc = _add_packed(rows, slot, head, p, decay, acc, VALUE, ROW, VALUE_DTYPE)
+        acc = add_packed(rows, slot, head, p, decay, acc, VALUE, ROW, VALUE_DTYPE)
 
     # Once: from neighbouring planes to neighbouring channels, with gaps where a plane is padded.
     ordered = ()
@@ -367,7 +163,7 @@ def extend_kernel(
         group_channel = place // PADDED * VALUE.words + place % PADDED
         exists = place % PADDED < VALUE.words
     if banded(VALUE):
-        acc = (acc[0] * _steps(place // PADDED, VALUE),)
+        acc = (acc[0] * band_steps(place // PADDED, VALUE),)
 
     # Rows, recomputed from a number that the compiler cannot know to be 0: otherwise their addresses occupy registers through the loop.
     row = first_row + tl.load(qo_indptr + request, volatile=True) - first_query + tl.arange(0, TILE_ROWS)
@@ -383,10 +179,13 @@ def extend_kernel(
             end = tl.minimum(end, last - before + 1)
         start = 0
         if WINDOW:
-            start = tl.maximum(earliest - before, 0) // TOKENS * TOKENS
+            nearest = tl.maximum(earliest - before, 0)  # of the chunk's tokens that are seen
+            start = nearest // TOKENS * TOKENS
         for tile in tl.range(start, end, TOKENS, num_stages=STAGES):
             index = tile + column
             inside = index < new
+            if WINDOW:
+                inside = inside & (index >= nearest)
             visible = live & (index < end)[None, :]
             if masked:
                 visible = visible & (tl.load(mask_row + before + index[None, :], mask=visible, other=0) != 0)
@@ -409,6 +208,13 @@ def extend_kernel(
             acc = new_acc
 
     inverse = 1 / tl.where(total > 0, total, 1.0)
+    if sinks is not None:
+        sink = tl.load(sinks + query_head, mask=live, other=0.0) * LOG2E
+        share = share_beside(sink, top, total)
+        if shares is None:
+            inverse *= share
+        else:
+            tl.store(shares + (origin + token) * (HEADS * GROUP) + query_head, share, mask=live)
     target = out + (origin + token) * out_token_stride + query_head * out_head_stride + group_channel
     for group in tl.static_range(GROUPS):
         result = (acc[group] * inverse).to(out.dtype.element_ty)

@@ -1,6 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
 
-"""Merge of decode's partial results, with the first token of banded layers and the way back out of the basis of values."""
+"""Merge of decode's partial results, with the first token of banded layers, sinks, and the way back out of the basis of values.
+
+A request's sink enters here, once, however many partial results there are. It has no value, so that it only scales the result, after
+what was taken from the values has been added again.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvtuner_kernels.basis_kernel import Overlap, bases, dequantized, transform_heads
-from kvtuner_kernels.decode_kernel import LOG2E, SPLIT_ALIGNMENT, bounds
+from kvtuner_kernels.basis_kernel import Overlap, bases, transform_heads
 from kvtuner_kernels.layout import LayerSpec
-from kvtuner_kernels.operands import butterflies, power_of_2, rotation_shift
-from kvtuner_kernels.planes import banded
+from kvtuner_kernels.merge_parts import first_rows, first_scores, sink_logits, spans
+from kvtuner_kernels.operands import butterflies, power_of_2, rotation_shift, share_beside
 from kvtuner_kernels.reference import Centres, rotation_block
 from kvtuner_kernels.rotation import rotate_heads
 from kvtuner_kernels.sides import sides
@@ -27,88 +30,28 @@ BACK_WARPS: Final = 8
 BACK_COLUMNS: Final = 128
 
 
-@triton.jit
-def _spans(
-    kv_indptr, split_counts, request, batch, splits, WINDOW: tl.constexpr, FIRST: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """Numbers of the first and behind the last partial result of ``request`` (one or several), and the end of its tokens."""
-    low, high = bounds(kv_indptr, request, WINDOW, FIRST)
-    if split_counts is not None:
-        count = tl.load(split_counts + request)
-        length = tl.cdiv(tl.cdiv(high - low, count), SPLIT_ALIGNMENT) * SPLIT_ALIGNMENT
-        first = request * splits
-        last = first + tl.cdiv(high - low, tl.maximum(length, 1))
-    else:
-        begin = tl.load(kv_indptr)
-        length = tl.maximum(tl.cdiv(tl.cdiv(tl.load(kv_indptr + batch) - begin, splits), TILE) * TILE, 1)
-        first = (low - begin) // length + request
-        last = (high - 1 - begin) // length + 1 + request
-    return first, tl.where(high == low, first, last), high
-
-
-@triton.jit
-def _first_number(row, head, channel, seen, point, SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, RAW: tl.constexpr):
-    """Numbers of ``row`` [R] in channels [W] of ``head`` [R], in the basis, as fp32 [R, W]; 0 where it is not ``seen`` [R, 1]."""
-    exists = (channel < HEAD_DIM)[None, :] & seen
-    number, marked = dequantized(row, head, channel, exists, SIDE, HEAD_DIM, RAW)
-    if banded(SIDE):
-        number += tl.load(point + head[:, None] * HEAD_DIM + channel[None, :], mask=exists & marked, other=0.0)
-    return number
-
-
-@triton.jit
-def _first_rows(
-    rows, kv_indptr, kv_indices, request, kv_head, high, channel, key_point, value_point, row_stride,
-    KEY: tl.constexpr, VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, RAW: tl.constexpr,
-):  # fmt: skip
-    """First tokens of requests [R]: keys [R, D], values in channels [W] as [R, W], and whether they are seen [R, 1]."""
-    begins = tl.load(kv_indptr + request)
-    seen = (begins < high)[:, None]
-    if WINDOW:
-        seen = seen & (begins >= high - WINDOW)[:, None]
-    slot = tl.load(kv_indices + begins, mask=begins < high, other=0)
-    row = rows + slot.to(tl.int64) * row_stride
-    every = tl.arange(0, power_of_2(HEAD_DIM))
-    key = _first_number(row, kv_head, every, seen, key_point, KEY, HEAD_DIM, RAW)
-    return key, _first_number(row, kv_head, channel, seen, value_point, VALUE, HEAD_DIM, RAW), seen
-
-
-@triton.jit
-def _first_scores(
-    key, query, query_shift, request, head, query_heads, token_stride, head_stride, softmax_scale,
-    HEAD_DIM: tl.constexpr, CAP: tl.constexpr,
-):  # fmt: skip
-    """Scores of first keys [R, D] with the queries of ``request`` and ``head`` [R], to base 2, [R, 1]."""
-    every = tl.arange(0, power_of_2(HEAD_DIM))[None, :]
-    at = query + request.to(tl.int64)[:, None] * token_stride + head[:, None] * head_stride + every
-    q = tl.load(at, mask=every < HEAD_DIM, other=0.0)
-    score = tl.sum(q.to(tl.float32) * key, 1, keep_dims=True)
-    if query_shift is not None:
-        score += tl.load(query_shift + request * query_heads + head)[:, None]
-    score *= softmax_scale
-    if CAP != 0:
-        score = CAP * (1 - 2 / (1 + tl.exp2(score * (2 / CAP * LOG2E))))
-    return score * LOG2E
-
-
 @triton.jit(do_not_specialize=["batch", "splits"])
 def merge_kernel(
-    partial, lse, kv_indptr, split_counts, centre, out, query, query_shift, rows, kv_indices, key_point, value_point, batch, splits,
-    out_token_stride, out_head_stride, query_token_stride, query_head_stride, row_stride, softmax_scale,
+    partial, lse, kv_indptr, split_counts, centre, out, query, query_shift, rows, kv_indices, key_point, value_point,
+    sinks, sink_query, key_mean, shares, batch, splits,
+    out_token_stride, out_head_stride, query_token_stride, query_head_stride, row_stride, sink_token_stride, sink_head_stride,
+    softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
     WINDOW: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
     FIRST: tl.constexpr, CAP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """Softmax-weighted mean of a request's partial results, and of its first token if that is handled separately (FIRST).
 
-    A request without tokens gives 0. Grid: (batch, query heads, blocks of WIDTH channels); to rotate back, one block has all channels.
+    A request without tokens gives 0. With ``sinks``, results are what visible tokens leave of them, or, if the values' basis is left
+    later, that share is written to ``shares`` (fp32 [batch, query heads]). Grid: (batch, query heads, blocks of WIDTH channels); to
+    rotate back, one block has all channels.
     """
     if OVERLAP and FIRST:
         gdc_launch_dependents()
     request = tl.program_id(0)
     head = tl.program_id(1)
     query_heads = tl.num_programs(1)
-    first, last, high = _spans(kv_indptr, split_counts, request, batch, splits, WINDOW, FIRST, TILE)
+    first, last, high = spans(kv_indptr, split_counts, request, batch, splits, WINDOW, FIRST, TILE)
     channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)[None, :]
     top = tl.full([1, 1], -1.0e30, tl.float32)
     total = tl.zeros([1, 1], tl.float32)
@@ -116,14 +59,20 @@ def merge_kernel(
     if FIRST:  # not written by the previous kernels: read while they run
         one = tl.zeros([1], tl.int32)
         these = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-        key, acc, seen = _first_rows(
+        key, acc, seen = first_rows(
             rows, kv_indptr, kv_indices, one + request, one + head // GROUP, high, these, key_point, value_point, row_stride,
             KEY, VALUE, HEAD_DIM, WINDOW, RAW,
         )  # fmt: skip
     if OVERLAP:
         gdc_wait()
+    if sinks is not None:
+        zero = tl.zeros([1], tl.int32)
+        sink = sink_logits(
+            sinks, sink_query, key_mean, zero + request, zero + head, zero + head // GROUP, sink_token_stride, sink_head_stride,
+            softmax_scale, HEAD_DIM,
+        )  # fmt: skip
     if FIRST:
-        score = _first_scores(
+        score = first_scores(
             key, query, query_shift, one + request, one + head, query_heads, query_token_stride, query_head_stride,
             softmax_scale, HEAD_DIM, CAP,
         )  # fmt: skip
@@ -147,6 +96,12 @@ def merge_kernel(
     if CENTRED:
         shift = tl.load(centre + head // GROUP * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)
         result += tl.where(total > 0, shift, 0.0)
+    if sinks is not None:
+        share = share_beside(sink, top, total)
+        if shares is None:
+            result *= share
+        else:
+            tl.store(shares + request * query_heads + head + tl.zeros([1, 1], tl.int32), share)
     target = out + request.to(tl.int64) * out_token_stride + head * out_head_stride + channel
     tl.store(target, result.to(out.dtype.element_ty), mask=channel < HEAD_DIM)
 
@@ -154,7 +109,9 @@ def merge_kernel(
 @triton.jit(do_not_specialize=["batch", "splits", "pairs"])
 def merge_back_kernel(
     partial, lse, kv_indptr, split_counts, matrix, mean, out, query, query_shift, rows, kv_indices, key_point, value_point,
-    batch, splits, pairs, out_token_stride, out_head_stride, query_token_stride, query_head_stride, row_stride, softmax_scale,
+    sinks, sink_query, key_mean,
+    batch, splits, pairs, out_token_stride, out_head_stride, query_token_stride, query_head_stride, row_stride,
+    sink_token_stride, sink_head_stride, softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr,
     OVERLAP: tl.constexpr, CAP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, RAW: tl.constexpr,
     TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -179,14 +136,19 @@ def merge_back_kernel(
         mask=exists[:, None] & wanted[None, :],
         other=0.0,
     )
-    first, last, high = _spans(kv_indptr, split_counts, request, batch, splits, WINDOW, True, TILE)
-    key, acc, seen = _first_rows(
+    first, last, high = spans(kv_indptr, split_counts, request, batch, splits, WINDOW, True, TILE)
+    key, acc, seen = first_rows(
         rows, kv_indptr, kv_indices, request, tl.zeros([TILE_ROWS], tl.int32) + kv_head, high, channel, key_point, value_point,
         row_stride, KEY, VALUE, HEAD_DIM, WINDOW, RAW,
     )  # fmt: skip
     if OVERLAP:
         gdc_wait()
-    score = _first_scores(
+    if sinks is not None:
+        sink = sink_logits(
+            sinks, sink_query, key_mean, request, head, tl.zeros([TILE_ROWS], tl.int32) + kv_head, sink_token_stride,
+            sink_head_stride, softmax_scale, HEAD_DIM,
+        )  # fmt: skip
+    score = first_scores(
         key, query, query_shift, request, head, query_heads, query_token_stride, query_head_stride, softmax_scale,
         HEAD_DIM, CAP,
     )  # fmt: skip
@@ -213,6 +175,8 @@ def merge_back_kernel(
     result += tl.where(
         total > 0, shift, 0.0
     )  # a request without tokens attends to nothing, so that no mean value is owed
+    if sinks is not None:
+        result *= share_beside(sink, top, total)
     target = out + request.to(tl.int64)[:, None] * out_token_stride + head[:, None] * out_head_stride + column[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=live[:, None] & wanted[None, :])
 
@@ -236,6 +200,8 @@ def merge(
     soft_cap: float,
     window: int,
     dtype: torch.dtype,
+    sinks: Tensor | None = None,
+    plain_query: Tensor | None = None,
 ) -> None:
     """Merge what :func:`kvtuner_kernels.decode.decode_kernel` wrote, and leave the basis or rotation of values.
 
@@ -244,6 +210,8 @@ def merge(
         partial, lse: partial results.
         query: [B, Hq, D] as the kernel took them, in the basis of keys.
         shift: fp32 [B, Hq], what centring removed from scores, where a soft cap needs it.
+        sinks: fp32 [Hq], or None.
+        plain_query: [B, Hq, D] in the model's own basis; given with ``sinks``.
         The rest is as in :func:`kvtuner_kernels.decode.decode`.
     """
     batch, query_heads, head_dim = query.shape
@@ -255,34 +223,47 @@ def merge(
     key_basis, value_basis = bases(spec, centres)
     key_point = None if key_basis is None else key_basis.first
     value_point = None if value_basis is None else value_basis.first
+    key_mean, shares, sink_strides = None, None, (None, None)
+    if (
+        sinks is not None and plain_query is not None and not soft_cap
+    ):  # under a soft cap, scores have what centring took
+        key_mean = centres.key if key_basis is None else key_basis.mean
+        sink_strides = (plain_query.stride(0), plain_query.stride(1)) if key_mean is not None else sink_strides
+    sink_query = None if key_mean is None else plain_query
     if value_basis is not None and leaves_basis(spec, counted, splits, head_dim, launch):
         pairs = batch * group
         constants = merge_back_constants(spec, heads, group, head_dim, dtype, launch, window, overlap, soft_cap)
         merge_back_kernel[(triton.cdiv(pairs, constants["TILE_ROWS"]), heads, triton.cdiv(head_dim, constants["COLUMNS"]))](
             partial, lse, kv_indptr, num_kv_splits, value_basis.dual, value_basis.mean, out, query, shift, rows, kv_indices,
-            key_point, value_point, batch, splits, pairs, out.stride(0), out.stride(1), query.stride(0), query.stride(1),
-            rows.stride(0), softmax_scale, **constants, num_warps=BACK_WARPS, **early,
+            key_point, value_point, sinks, sink_query, key_mean, batch, splits, pairs, out.stride(0), out.stride(1),
+            query.stride(0), query.stride(1), rows.stride(0), *sink_strides, softmax_scale, **constants, num_warps=BACK_WARPS, **early,
         )  # fmt: skip
         return
     rotated_later = spec.value.rotated and rotation_block(head_dim) < head_dim
     later = rotated_later or value_basis is not None  # undone by a separate kernel
     merged = torch.empty(query.shape, dtype=torch.float32, device=query.device) if later else out
     constants = merge_constants(spec, counted, splits, heads, group, head_dim, dtype, launch, window, overlap, soft_cap)
+    if sinks is not None and later:
+        shares = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     apart = has_first(spec)
     merge_kernel[(batch, query_heads, triton.cdiv(head_dim, constants["WIDTH"]))](
         partial, lse, kv_indptr, num_kv_splits, centres.value if constants["CENTRED"] else None, merged,
         query if apart else None, shift if apart else None, rows if apart else None, kv_indices if apart else None,
-        key_point, value_point, batch, splits, merged.stride(0), merged.stride(1), query.stride(0), query.stride(1),
-        rows.stride(0), softmax_scale, **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4, **early,
+        key_point, value_point, sinks, sink_query, key_mean, shares, batch, splits, merged.stride(0), merged.stride(1),
+        query.stride(0), query.stride(1), rows.stride(0), *sink_strides, softmax_scale, **constants, num_warps=1 if constants["WIDTH"] >= head_dim else 4, **early,
     )  # fmt: skip
     if value_basis is not None:
         # A request without tokens attends to nothing, so that no mean value is owed.
         behind = Overlap(follows=overlap)
         transform_heads(
-            merged, value_basis.inverse, heads, after=value_basis.mean, out=out, indptr=kv_indptr, overlap=behind
-        )
+            merged, value_basis.inverse, heads, after=value_basis.mean, out=out,
+            indptr=kv_indptr if shares is None else None, shares=shares, overlap=behind,
+        )  # fmt: skip
     elif later:
         centre = None if centres.value is None else centres.value.repeat_interleave(group, 0)
+        if shares is not None:
+            out.copy_(rotate_heads(merged, inverse=True, centre=centre).mul_(shares[..., None]))
+            return
         turned = rotate_heads(merged, inverse=True, dtype=out.dtype, centre=centre)
         empty = kv_indptr[1:] == kv_indptr[:-1]  # attends to nothing, so that no mean value is owed
         out.copy_(turned.masked_fill_(empty[:, None, None], 0))

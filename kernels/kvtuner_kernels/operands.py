@@ -22,6 +22,7 @@ SCALE_MIDDLE = tl.constexpr(bands.SCALE_MIDDLE)
 FIRST_MARK = tl.constexpr(bands.FIRST_MARK)
 ASSEMBLY = not triton.knobs.runtime.interpret  # Triton's interpreter has no inline assembly
 ASSEMBLY_BODY = tl.constexpr(ASSEMBLY)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.constexpr_function
@@ -322,3 +323,12 @@ def butterflies(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
         left, right = tl.split(pairs)
         x = tl.join(left + right, left - right).permute(0, 1, 3, 2).reshape([ROWS, WIDTH])
     return x * 2.0**SHIFT
+
+
+@triton.jit
+def share_beside(sink, top, total):
+    """Share of a softmax that what is visible keeps beside a ``sink``; 0 where nothing is visible (``total`` 0).
+
+    ``sink`` and ``top`` are to base 2; ``total`` is the sum of the visible weights, relative to ``top``.
+    """
+    return total / tl.where(total > 0, total + tl.exp2(sink - top), 1.0)

@@ -38,6 +38,7 @@ from kvtuner_kernels.bands import (
     unpack_bands,
 )
 from kvtuner_kernels.layout import LayerSpec, LayoutError, TensorSpec
+from kvtuner_kernels.sinks import check_sinks
 
 
 class QuantizationError(ValueError):
@@ -376,7 +377,7 @@ def attend(
         window: number of latest rows that a query sees, itself included; 0 is all.
         chunk: rows of a chunk, counted from the first row, which must be the first of its sequence; a query sees its own chunk only
             (Llama 4). 0 is off.
-        sinks: attention sinks (gpt-oss), [Hq] as in :func:`check_sinks`: ``softmax([scores, sink])`` without its last entry.
+        sinks: attention sinks (gpt-oss), [Hq] as in :func:`kvtuner_kernels.sinks.check_sinks`; None is none.
         dtype: dtype of 16-bit sides; the query's if not given.
 
     Returns:
@@ -406,30 +407,3 @@ def attend(
     else:
         probabilities = scores.softmax(-1)
     return torch.einsum("hgts,shd->thgd", probabilities, value).flatten(1, 2)
-
-
-def check_sinks(sinks: Tensor | None, query_heads: int) -> Tensor | None:
-    """Attention sinks as fp32 [Hq]: a logit for each query head, which takes its share of the softmax and has no value.
-
-    They are natural logarithms, compared with the scaled and capped scores, and are themselves neither scaled nor capped (gpt-oss model
-    card, section 2.1; ``GptOssAttention`` in transformers passes them as ``s_aux``).
-
-    Args:
-        sinks: floating point [Hq]; None if the layer has none.
-        query_heads: local query heads Hq.
-
-    Raises:
-        LayoutError: for another shape, or numbers that are not floating point.
-
-    Example::
-
-        sinks = check_sinks(attention.sinks, 64)
-    """
-    if sinks is None:
-        return None
-    if sinks.shape != (query_heads,) or not sinks.is_floating_point():
-        raise LayoutError(
-            f"attention sinks are {sinks.dtype} {list(sinks.shape)}, expected floating point [{query_heads}]: give one logit for"
-            " each local query head"
-        )
-    return sinks.float().contiguous()

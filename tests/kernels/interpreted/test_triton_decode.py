@@ -26,7 +26,9 @@ def check(
     num_kv_splits: list[int] | None = None,
     soft_cap: float = 0.0,
     window: int = 0,
+    sinks: float = 0.0,
 ) -> None:
+    """``sinks`` is the spread of attention sinks about 1; 0 is none."""
     torch.manual_seed(sum(lengths))
     tokens = sum(lengths)
     centres = made_up(spec, heads, head_dim)
@@ -42,12 +44,13 @@ def check(
         pool[slots] = pack_rows(key, value, spec, centres, first[:tokens])
     query = torch.randn(len(lengths), heads * group, head_dim).to(dtype)
     out = torch.full_like(query, torch.nan)
+    logits = torch.randn(heads * group) * sinks + 1 if sinks else None
     splits = {}
     if num_kv_splits is not None:
         splits = {"num_kv_splits": torch.tensor(num_kv_splits, dtype=torch.int32), "max_kv_splits": max(num_kv_splits)}
     decode(
         query, pool, spec, heads, indptr, slots, out,
-        centres=centres, launch=launch, soft_cap=soft_cap, window=window, **splits,
+        centres=centres, launch=launch, soft_cap=soft_cap, window=window, sinks=logits, **splits,
     )  # fmt: skip
     for request, length in enumerate(lengths):
         if length == 0:
@@ -62,6 +65,7 @@ def check(
             centres,
             soft_cap=soft_cap,
             window=window,
+            sinks=logits,
             dtype=torch.float16,
         )[0]
         error = (out[request].float() - expected).norm() / expected.norm()

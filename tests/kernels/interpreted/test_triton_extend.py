@@ -29,7 +29,17 @@ def check(
     mask: str = "",
     soft_cap: float = 0.0,
     window: int = 0,
+    sinks: float = 0.0,
+    left_out: int = 0,
+    hidden: bool = False,
 ) -> None:
+    """One batch of requests against plain attention.
+
+    Args:
+        sinks: spread of attention sinks about 1; 0 is none.
+        left_out: tokens that the masks have before a request's first slot, plus its number.
+        hidden: the mask lets the first new token of each request see nothing.
+    """
     torch.manual_seed(sum(prefixes))
     centres = made_up(spec, heads, head_dim)
     stored = [p + n for p, n in zip(prefixes, new, strict=True)] if as_stored else prefixes
@@ -48,17 +58,26 @@ def check(
     masks = [torch.rand(n, p + n) < 0.5 for p, n in zip(prefixes, new, strict=True)]
     for prefix, visible in zip(prefixes, masks, strict=True):
         visible[torch.arange(len(visible)), prefix + torch.arange(len(visible))] = True
+        if hidden:
+            visible[:1] = False
     options = {}
     if mask:
+        before = [left_out and left_out + request for request in range(len(new))]
+        wide = [
+            torch.cat((torch.rand(len(visible), more) < 0.5, visible), 1)
+            for more, visible in zip(before, masks, strict=True)
+        ]
         options = {
-            "custom_mask": torch.cat([visible.flatten() for visible in masks]),
-            "mask_indptr": torch.tensor([0, *(visible.numel() for visible in masks)]).cumsum(0),
+            "custom_mask": torch.cat([visible.flatten() for visible in wide]),
+            "mask_indptr": torch.tensor([0, *(visible.numel() for visible in wide)]).cumsum(0),
             "skip_prefix_mask": mask == "chunk",
+            "mask_offsets": torch.tensor(before) if left_out else None,
         }
+    logits = torch.randn(heads * group) * sinks + 1 if sinks else None
     out = torch.full_like(query, torch.nan)
     extend(
         query, None if as_stored else key, None if as_stored else value, pool, spec, heads, starts, indptr, slots, max(new),
-        out, centres=centres, causal=causal, soft_cap=soft_cap, window=window, **options,
+        out, centres=centres, causal=causal, soft_cap=soft_cap, window=window, sinks=logits, **options,
     )  # fmt: skip
     for request, (prefix, count) in enumerate(zip(prefixes, new, strict=True)):
         if count == 0:
@@ -83,7 +102,11 @@ def check(
             visible = column <= position
         if window:
             visible &= column > position - window
-        weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+        scores = scores.masked_fill(~visible, -math.inf)
+        if logits is not None:
+            column = logits.double().reshape(heads, group, 1, 1).expand(-1, -1, count, 1)
+            scores = torch.cat((scores, column), -1)
+        weights = scores.softmax(-1)[..., : prefix + count]
         expected = torch.einsum("hgts,shd->thgd", weights, values).flatten(1, 2)
         error = (out[chunk].double() - expected).norm() / expected.norm()
         assert error <= TOLERANCE[dtype], f"request {request}: {error:.1e}"
