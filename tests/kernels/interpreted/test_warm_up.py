@@ -11,7 +11,7 @@ from torch import Tensor
 from kvtuner_kernels import warm_up as module
 from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.quantize import store
-from kvtuner_kernels.warm_up import KernelError, Use, warm_up
+from kvtuner_kernels.warm_up import KernelError, Layer, Use, warm_up
 
 PLAIN = LayerSpec.parse("4-g64-asym/4-g64-asym")
 BANDED = LayerSpec.parse("b65443322/b54433221")
@@ -68,3 +68,23 @@ def test_a_kernel_that_takes_a_first_token_for_any_other_is_refused(monkeypatch:
     monkeypatch.setattr(module, name, unmarked)
     with pytest.raises(KernelError, match=f"{name} .*is off by"):
         warm_up([BANDED], USE, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "layer"),
+    [
+        ("extend", "soft_cap", Layer(PLAIN, soft_cap=0.5)),
+        ("extend", "window", Layer(PLAIN, window=24)),
+        ("decode", "sinks", Layer(PLAIN, sinks=True)),
+    ],
+)
+def test_caps_windows_and_sinks_are_compared_too(
+    monkeypatch: pytest.MonkeyPatch, name: str, field: str, layer: Layer
+) -> None:
+    use = replace(USE, batches=(1,))
+    assert warm_up([layer, PLAIN, layer], use, CPU) == 2
+    kernel = getattr(module, name)
+    none = {"soft_cap": 0.0, "window": 0, "sinks": None}[field]
+    monkeypatch.setattr(module, name, lambda *given, **named: kernel(*given, **named | {field: none}))
+    with pytest.raises(KernelError, match=f"{name} .*is off by"):
+        warm_up([layer], use, CPU)
