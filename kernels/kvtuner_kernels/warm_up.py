@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import torch
 import triton
@@ -35,13 +35,7 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Use:
-    """How a server calls the kernels for layers of one kind; other calls compile other variants.
-
-    Example::
-
-        full = Use(8, 8, 64, torch.bfloat16, sinks=True)
-        sliding = replace(full, window=128)  # gpt-oss: warm_up once for the layers of each
-    """
+    """How a server calls the kernels; other calls compile other variants."""
 
     heads: int  # local KV heads
     group: int  # query heads of a KV head
@@ -50,49 +44,56 @@ class Use:
     batches: tuple[int, ...] = (1, 64)  # of decode: the merge of partial results differs
     as_stored: bool = False  # extend reads the chunk from the pool
     splits: int = 0  # of each request, if results must not depend on the batch; 0 if they may
-    soft_cap: float = 0.0  # of scores; 0 is off
-    window: int = 0  # of extend, a query's own token included; 0 is all. Decode gets the slots of a window instead
-    sinks: bool = False  # whether each query head has an attention sink
 
 
-def warm_up(layers: Iterable[LayerSpec], use: Use, device: torch.device, threads: int = 0) -> int:
-    """Run each kernel once for every distinct spec, on rows of this call's own. Returns the number of specs.
+class Layer(NamedTuple):
+    """A layer's format, and what is done to its scores: each is a variant of the kernels."""
+
+    spec: LayerSpec
+    soft_cap: float = 0.0
+    window: int = 0  # tokens, a query's own included; extend alone has to know, since decode gets the slots of a window
+    sinks: bool = False
+
+
+def warm_up(layers: Iterable[LayerSpec | Layer], use: Use, device: torch.device, threads: int = 0) -> int:
+    """Run each kernel once for every distinct layer, on rows of this call's own. Returns the number of layers.
 
     All results are compared with the reference: decode relies on how this version of Triton distributes a tile over registers, which no
     interpreter shows. The rows are dense; a pool with another distance between rows compiles again. So does a mask of drafted tokens.
 
     Args:
+        layers: those of the model, in any order; a spec alone has no cap, window or sinks.
         threads: number of compiling threads; 0 is the number of processors for each GPU.
 
     Raises:
         KernelError: if a kernel differs from the reference.
     """
-    distinct = dict.fromkeys(layers)
+    distinct = dict.fromkeys(layer if isinstance(layer, Layer) else Layer(layer) for layer in layers)
     if device.type != "cuda":
         threads = 1  # Triton's interpreter has global state
     elif threads == 0:
         threads = max(1, min(THREADS, len(os.sched_getaffinity(0)) // torch.cuda.device_count()))
 
-    def run(spec: LayerSpec) -> None:
+    def run(layer: Layer) -> None:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread starts on the first GPU
-            _run(spec, use, device)
+            _run(layer, use, device)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, distinct))
     return len(distinct)
 
 
-def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
-    """Every kernel of one spec, compared."""
+def _run(layer: Layer, use: Use, device: torch.device) -> None:
+    """Every kernel of one layer, compared."""
+    spec, cap, window, _ = layer
     chunks = [1, -(-17 // use.group), -(-65 // use.group)]  # a tile holds 16, 64 or 128 query heads of one group
     tokens = max(PREFIX, *use.batches) + max(chunks)
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, tokens, use.heads, use.head_dim, generator=generator).to(device, use.dtype)
     query = torch.randn(tokens, use.heads * use.group, use.head_dim, generator=generator).to(device, use.dtype)
     slots = torch.arange(tokens, dtype=torch.int64, device=device)
+    sinks = torch.linspace(-2, 2, use.heads * use.group, device=device) if layer.sinks else None
     centres = example_centres(spec, use.heads, use.head_dim, device)
-    sinks = torch.linspace(-2, 4, use.heads * use.group, device=device) if use.sinks else None
-    scores: dict[str, Any] = {"centres": centres, "soft_cap": use.soft_cap, "sinks": sinks}
     rows = torch.zeros(tokens, spec.bytes_per_token(use.heads, use.head_dim), dtype=torch.uint8, device=device)
 
     def compare(name: str, found: Tensor, expected: Tensor) -> None:
@@ -121,10 +122,12 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
         write(int(ends[-2]))  # the last request is compared
         counts = torch.ones(batch, dtype=torch.int32, device=device) if use.splits else None
         found = decode(
-            query[:batch], rows, spec, use.heads, ends, slots, num_kv_splits=counts, max_kv_splits=use.splits, **scores,
+            query[:batch], rows, spec, use.heads, ends, slots, centres=centres, soft_cap=cap, sinks=sinks,
+            num_kv_splits=counts, max_kv_splits=use.splits,
         )  # fmt: skip
-        last = slice(int(ends[-2]), None)
-        compare("decode", found[-1:], attend(query[batch - 1 : batch], rows[last], spec, use.heads, **scores))
+        last = rows[int(ends[-2]) :]
+        expected = attend(query[batch - 1 : batch], last, spec, use.heads, centres, soft_cap=cap, sinks=sinks)
+        compare("decode", found[-1:], expected)
     write(0)
     start = torch.tensor([0, 1], device=device)
     for new in chunks:
@@ -132,17 +135,18 @@ def _run(spec: LayerSpec, use: Use, device: torch.device) -> None:
         if use.as_stored:
             found = extend(
                 query[:new], None, None, rows, spec, use.heads, ends, start * PREFIX, slots, new,
-                window=use.window, batch_invariant=bool(use.splits), **scores,
+                centres=centres, soft_cap=cap, window=window, sinks=sinks, batch_invariant=bool(use.splits),
             )  # fmt: skip
             seen = rows[:PREFIX]
         else:
             chunk_key, chunk_value = (side[:new].to(use.dtype) for side in stored)
             found = extend(
                 query[:new], chunk_key, chunk_value, rows, spec, use.heads, ends, (start * PREFIX).int(), slots, new,
-                window=use.window, **scores,
+                centres=centres, soft_cap=cap, window=window, sinks=sinks,
             )  # fmt: skip
             seen = torch.cat([rows[:PREFIX], rows[:new]])
-        compare(f"extend by {new}", found, attend(query[:new], seen, spec, use.heads, window=use.window, **scores))
+        expected = attend(query[:new], seen, spec, use.heads, centres, soft_cap=cap, window=window, sinks=sinks)
+        compare(f"extend by {new}", found, expected)
 
 
 def example_centres(spec: LayerSpec, heads: int, head_dim: int, device: torch.device) -> Centres:

@@ -15,6 +15,7 @@ from typing import Final
 
 from kvtuner_kernels.layout import RAW, LayerSpec, bytes_per_token
 from kvtuner_search.errors import UsageError
+from kvtuner_search.profile.kinds import LayerKind
 
 _FLOAT32: Final = 4  # bytes
 
@@ -28,6 +29,8 @@ class StageBytes:
     stored: int  # bytes, including codes, scales, minima and padding
     raw: int  # bytes of an unquantized 16-bit cache
     bases: int  # bytes of the stage's bases, independent of the tokens
+    windows: int = 0  # the part of `stored` in layers with windows or chunks
+    windows_raw: int = 0  # the same part of `raw`
 
 
 def heads_per_rank(kv_heads: int, tp_size: int) -> int:
@@ -44,7 +47,13 @@ def heads_per_rank(kv_heads: int, tp_size: int) -> int:
     return max(1, kv_heads // tp_size)
 
 
-def stage_bytes(layers: Sequence[LayerSpec], counts: Sequence[int], kv_heads: int, head_dim: int) -> list[StageBytes]:
+def stage_bytes(
+    layers: Sequence[LayerSpec],
+    counts: Sequence[int],
+    kv_heads: int,
+    head_dim: int,
+    kinds: Sequence[LayerKind] | None = None,
+) -> list[StageBytes]:
     """The bytes of each stage on one rank.
 
     Args:
@@ -52,6 +61,7 @@ def stage_bytes(layers: Sequence[LayerSpec], counts: Sequence[int], kv_heads: in
         counts: number of layers of each stage; they add up to all layers.
         kv_heads: KV heads on the rank (:func:`heads_per_rank`).
         head_dim: channels of a head.
+        kinds: of all layers; None: all are full.
     """
     stages, first = [], 0
     for count in counts:
@@ -59,7 +69,11 @@ def stage_bytes(layers: Sequence[LayerSpec], counts: Sequence[int], kv_heads: in
         own = layers[first:end]
         stored = bytes_per_token(own, kv_heads, head_dim)
         raw = bytes_per_token([LayerSpec(RAW, RAW)] * count, kv_heads, head_dim)
-        stages.append(StageBytes(first, end, stored, raw, basis_bytes(own, kv_heads, head_dim)))
+        windowed = (
+            [] if kinds is None else [layer for layer, kind in zip(own, kinds[first:end], strict=True) if kind.window]
+        )
+        windows = [bytes_per_token(part, kv_heads, head_dim) for part in (windowed, [LayerSpec()] * len(windowed))]
+        stages.append(StageBytes(first, end, stored, raw, basis_bytes(own, kv_heads, head_dim), *windows))
         first = end
     return stages
 
@@ -80,14 +94,29 @@ def basis_bytes(layers: Sequence[LayerSpec], kv_heads: int, head_dim: int) -> in
     return sides * kv_heads * numbers * _FLOAT32
 
 
-def token_capacity(cache_bytes: int, nbytes: int, page_size: int = 1, limit: int | None = None) -> int:
+def share_of_windows(nbytes: int, windows: int, ratio: float | None) -> float:
+    """Bytes that a token costs where layers with windows have ``ratio`` slots for each slot of the others.
+
+    Args:
+        nbytes: of a token in all layers.
+        windows: the part of it in layers with windows.
+        ratio: None if all layers share one pool, and so keep every token.
+
+    Example:
+        >>> share_of_windows(1000, 600, 0.5)
+        700.0
+    """
+    return nbytes if ratio is None else nbytes - windows + ratio * windows
+
+
+def token_capacity(cache_bytes: int, nbytes: float, page_size: int = 1, limit: int | None = None) -> int:
     """Tokens that every rank can hold, in whole pages.
 
     Args:
         cache_bytes: bytes of cache on each rank.
-        nbytes: bytes of a token on a rank of the heaviest stage.
+        nbytes: bytes of a token on a rank of the heaviest stage (:func:`share_of_windows`).
         page_size: tokens of a page.
         limit: the user's limit on tokens (``--max-total-tokens``).
     """
-    tokens = max(0, cache_bytes) // nbytes
+    tokens = int(max(0, cache_bytes) // nbytes)
     return (tokens if limit is None else min(tokens, limit)) // page_size * page_size

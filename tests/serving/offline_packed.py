@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvtuner_kernels.reference import NO_CENTRES, attend, pack_rows
 from kvtuner_search.evaluation.offline import open_profile
 from kvtuner_search.models.reference_model import reference_model_path
+from kvtuner_search.profile.kinds import FULL_KIND
 
 NAME = "packed-rows"
 COUNT = 16  # greedy tokens that tests compare
@@ -27,21 +28,22 @@ class Greedy(NamedTuple):
 
 
 class OfflinePacked:
-    """The reference model, whose attention reads nothing but the rows of a profile."""
+    """A model, whose attention reads nothing but the rows of a profile; the reference model if none is given."""
 
-    def __init__(self, profile: Path, dtype: torch.dtype) -> None:
+    def __init__(self, profile: Path, dtype: torch.dtype, model: Path | None = None) -> None:
         loaded, self._centres = open_profile(profile)
-        self._specs = loaded.layer_specs()
+        self._specs, self._kinds = loaded.layer_specs(), loaded.model.kinds
         self._rows: list[Tensor] = []
         AttentionInterface.register(NAME, self._attend)
         AttentionMaskInterface.register(NAME, lambda *_, **__: None)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            reference_model_path(), dtype=dtype, attn_implementation=NAME
+            model or reference_model_path(), dtype=dtype, attn_implementation=NAME
         ).eval()
 
     def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float,
+        softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         layer = module.layer_idx
         spec, centres = self._specs[layer], self._centres.get(layer, NO_CENTRES)
         begins = layer == len(self._rows)  # the prompt; what follows is decoded
@@ -53,9 +55,13 @@ class OfflinePacked:
             self._rows[layer] = torch.cat((self._rows[layer], new))
         out = attend(
             query[0].transpose(0, 1), self._rows[layer], spec, key.shape[1], centres, softmax_scale=scaling,
-            dtype=query.dtype,
+            soft_cap=softcap or 0.0, window=self._kinds[layer].window, sinks=s_aux, dtype=query.dtype,
         )  # fmt: skip
         return out.to(query.dtype).unsqueeze(0), None
+
+    def forget_windows(self) -> None:
+        """Attend to all rows in every layer from now on."""
+        self._kinds = (FULL_KIND,) * len(self._kinds)
 
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], count: int) -> Greedy:

@@ -35,6 +35,10 @@ class RankReport:
     bytes_per_token: int  # of this rank's layers and heads
     tokens: int  # capacity
     pool_bytes: int  # what is allocated
+    window_tokens: int | None = (
+        None  # capacity of layers whose pool keeps a window only; None: all layers share one pool
+    )
+    window_bytes_per_token: int = 0  # of those layers; part of bytes_per_token
 
     def to_json(self) -> dict[str, Any]:
         """For the store, and for ``/server_info``."""
@@ -92,6 +96,7 @@ def check(reports: Sequence[RankReport], layers: int, kv_heads: int) -> None:
         ("sglang", "install the same SGLang on every node"),
         ("as_stored", "start every node with the same options"),
         ("tokens", "start every node with the same options"),
+        ("window_tokens", "start every node with the same options"),
     ):
         for report in reports:
             mine, theirs = getattr(first, field), getattr(report, field)

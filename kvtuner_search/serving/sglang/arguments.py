@@ -59,6 +59,8 @@ class ServerOptions:
     mem_fraction_static: float | None
     max_total_tokens: int | None
     page_size: int | None
+    disable_hybrid_swa_memory: bool
+    swa_full_tokens_ratio: float | None
     refusable: Mapping[str, Any]  # the given options that cannot always be combined with a profile
 
     @property
@@ -178,6 +180,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mem-fraction-static", type=float)
     parser.add_argument("--max-total-tokens", type=_count)
     parser.add_argument("--page-size", type=int)
+    parser.add_argument("--disable-hybrid-swa-memory", action="store_true")
+    parser.add_argument("--swa-full-tokens-ratio", type=float)
     parser.add_argument(CONFIG)
     for refusal in ALL:  # switches and options with a value alike
         parser.add_argument(refusal.option, *_ALIASES.get(refusal.field, ()), type=_value, nargs="?", const=True)
@@ -253,6 +257,8 @@ def _check_sizes(options: ServerOptions) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number")
     if options.mem_fraction_static is not None and not 0 < options.mem_fraction_static < 1:
         raise UsageError(f"--mem-fraction-static {options.mem_fraction_static}: give a fraction between 0 and 1")
+    if options.swa_full_tokens_ratio is not None and not 0 < options.swa_full_tokens_ratio <= 1:
+        raise UsageError(f"--swa-full-tokens-ratio {options.swa_full_tokens_ratio}: give a fraction above 0, at most 1")
     if not 0 <= options.node_rank < options.nnodes:
         raise UsageError(
             f"--node-rank {options.node_rank} with --nnodes {options.nnodes}: give 0 to {options.nnodes - 1}"

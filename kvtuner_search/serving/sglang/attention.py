@@ -16,12 +16,15 @@ SGLang stores into the pool only through the two forward methods, and they give 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
@@ -29,8 +32,9 @@ from kvtuner_kernels.decode import Workspaces, decode, decode_parts
 from kvtuner_kernels.extend import extend
 from kvtuner_kernels.reference import attend
 from kvtuner_kernels.tuning import decode_launch, multiprocessors, shared_memory
-from kvtuner_kernels.warm_up import KernelError, Use, warm_up
+from kvtuner_kernels.warm_up import KernelError, Layer, Use, warm_up
 from kvtuner_search.errors import ServingError
+from kvtuner_search.serving.sglang.kinds import attended, attention_layers, has_sinks
 from kvtuner_search.serving.sglang.pool import LayerStorage, PackedPool
 from kvtuner_search.serving.sglang.prefill import PrefillAttention, prefill_attention
 
@@ -39,46 +43,53 @@ class PackedTorchBackend(TorchNativeAttnBackend):
     """Attention on the CPU by ``kvtuner_kernels.reference``. Prefill, too, reads rows as stored."""
 
     token_to_kv_pool: PackedPool
+    swa_out_cache_loc: Tensor | None = None  # the parent sets it, where layers with windows have slots of their own
 
     def forward_extend(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """New tokens [T, Hq * D] of several requests over all their rows."""
         lengths = forward_batch.extend_seq_lens.tolist()
         with self.token_to_kv_pool.storing(forward_batch.positions, forward_batch.extend_prefix_lens):
-            return self._forward(q, k, v, layer, forward_batch, lengths, save_kv_cache)
+            return self._forward(q, k, v, layer, forward_batch, lengths, save_kv_cache, sinks)
 
     def forward_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """One new token of each request."""
         with self.token_to_kv_pool.storing(None):
-            return self._forward(q, k, v, layer, forward_batch, [1] * forward_batch.batch_size, save_kv_cache)
+            return self._forward(q, k, v, layer, forward_batch, [1] * forward_batch.batch_size, save_kv_cache, sinks)
 
     def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, batch: Any, lengths: list[int], save: bool
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, batch: Any, lengths: list[int], save: bool,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         _check_layer(layer)
+        pool, index = self.token_to_kv_pool, layer.layer_id
         if save and k is not None:
-            self.token_to_kv_pool.set_kv_buffer(layer, batch.out_cache_loc, k, v)
-        spec, centres, rows = self.token_to_kv_pool.storage(layer.layer_id)
+            pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, self.swa_out_cache_loc), k, v)
+        spec, centres, rows = pool.storage(index)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(query)
-        window = layer.sliding_window_size
+        window = attended(layer).window
         first = 0
         stored = batch.seq_lens.tolist()
         for request, (new, length) in enumerate(zip(lengths, stored, strict=True)):
-            slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices[request], :length]
+            begin = max(0, length - new - window + 1) if window else 0  # older rows may be gone
+            slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices[request], begin:length].long()
             out[first : first + new] = attend(
                 query[first : first + new],
-                rows[slots.long()],
+                rows[pool.slots_of(index, slots)],
                 spec,
-                self.token_to_kv_pool.head_num,
+                pool.head_num,
                 centres,
                 softmax_scale=layer.scaling,
-                soft_cap=layer.logit_cap,
-                window=window + 1 if window is not None and window > -1 else 0,
-                dtype=self.token_to_kv_pool.model_dtype,
+                soft_cap=layer.logit_cap or 0.0,
+                window=window,
+                sinks=sinks,
+                dtype=pool.model_dtype,
             )
             first += new
         return out.view(len(out), -1)
@@ -93,6 +104,7 @@ class PackedTritonBackend(TritonAttnBackend):
     """
 
     token_to_kv_pool: PackedPool
+    sliding_window_size: int | None  # tokens before a query's own; the parent sets it
 
     def __init__(self, model_runner: Any, as_stored: bool = False, **named: Any) -> None:
         self.enable_deterministic = False  # the parent sets it
@@ -101,6 +113,7 @@ class PackedTritonBackend(TritonAttnBackend):
         self.batch_invariant = bool(self.enable_deterministic)
         # The parent reads this to choose how prefill attends, and for the splits of decode, which then go unused.
         self.enable_deterministic = self.enable_deterministic or as_stored
+        self.allow_bidirectional_attention_in_extend = False  # Gemma 3's layers would read a prompt in both directions
         self.decode_attention_fwd = torch.compiler.disable(self._decode)
         self.extend_attention_fwd = torch.compiler.disable(self._extend)
         self.extend_attention_fwd_unified = torch.compiler.disable(self._extend_unified)
@@ -109,11 +122,13 @@ class PackedTritonBackend(TritonAttnBackend):
         self._prefill = self._prefill_attention()
         self._planned: Any = None  # extend_seq_lens_cpu of the batch that FlashInfer is prepared for
         self._by_flashinfer = False  # FlashInfer handles the current layer
-        self._warm_up()
+        self._warm_up(model_runner.model)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """As the parent's; and plan FlashInfer for prefill where that pays."""
-        super().init_forward_metadata(forward_batch)
+        decodes = forward_batch.forward_mode.is_decode_or_idle()
+        with self._window_and_own(decodes):
+            super().init_forward_metadata(forward_batch)
         self._planned = None
         if self._prefill is not None and forward_batch.forward_mode == ForwardMode.EXTEND:
             lengths, prefixes = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
@@ -122,8 +137,28 @@ class PackedTritonBackend(TritonAttnBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *arguments: Any, **named: Any) -> None:
         """As the parent's, and the space for partial results: one for all graphs, whatever the order in which they are captured."""
-        super().init_cuda_graph_state(max_bs, max_num_tokens, *arguments, **named)
+        with self._window_and_own():
+            super().init_cuda_graph_state(max_bs, max_num_tokens, *arguments, **named)
         self._workspaces.of(max_num_tokens)
+
+    def _update_decode_kv_buffers(self, *arguments: Any, **named: Any) -> Any:
+        with self._window_and_own():
+            return super()._update_decode_kv_buffers(*arguments, **named)
+
+    @contextmanager
+    def _window_and_own(self, wanted: bool = True) -> Iterator[None]:
+        """Let a decoded token see its whole window.
+
+        SGLang 0.5.14 counts a window without a query's own token, and takes as many rows for decode, where that token is stored already:
+        its own kernels then see one token less in decode than in prefill, and than its torch backend.
+        """
+        size = self.sliding_window_size
+        if wanted and size is not None and size > 0:
+            self.sliding_window_size = size + 1
+        try:
+            yield
+        finally:
+            self.sliding_window_size = size
 
     def forward_extend(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *arguments: Any, **named: Any
@@ -157,12 +192,12 @@ class PackedTritonBackend(TritonAttnBackend):
         xai_temperature_len: int = -1, **_: Any,
     ) -> None:  # fmt: skip
         """SGLang's ``decode_attention_fwd``. ``kv_indices`` already accounts for a window; scales of the checkpoint are not used."""
-        _check_extras(sinks, xai_temperature_len)
+        _check_extras(xai_temperature_len)
         assert self._layer is not None
         spec, centres, rows = self._layer
         decode(
             q, rows, spec, self.token_to_kv_pool.head_num, kv_indptr, kv_indices, o, centres=centres,
-            softmax_scale=sm_scale, soft_cap=logit_cap, num_kv_splits=num_kv_splits if self.batch_invariant else None,
+            softmax_scale=sm_scale, soft_cap=logit_cap, sinks=sinks, num_kv_splits=num_kv_splits if self.batch_invariant else None,
             max_kv_splits=max_kv_splits if self.batch_invariant else 0, workspace=self._workspaces.of(len(q)),
         )  # fmt: skip
 
@@ -174,9 +209,10 @@ class PackedTritonBackend(TritonAttnBackend):
         sinks: Tensor | None = None, window_kv_offsets: Tensor | None = None, xai_temperature_len: int = -1, **_: Any,
     ) -> None:  # fmt: skip
         """SGLang's ``extend_attention_fwd``: the chunk unquantized, its prefix from the pool."""
-        _check_extras(sinks, xai_temperature_len)
+        _check_extras(xai_temperature_len)
         assert self._layer is not None
-        prefill = self._prefill if self._by_flashinfer and custom_mask is None and is_causal else None
+        plain = custom_mask is None and is_causal and sinks is None
+        prefill = self._prefill if self._by_flashinfer and plain else None
         if prefill is not None and prefill.takes(sm_scale, logit_cap, sliding_window_size):
             prefill.run(q, k, v, o, kv_indices, self._layer)
             return
@@ -185,7 +221,8 @@ class PackedTritonBackend(TritonAttnBackend):
             q, k, v, rows, spec, self.token_to_kv_pool.head_num, qo_indptr, kv_indptr, kv_indices, max_len_extend, o,
             centres=centres, causal=is_causal, custom_mask=custom_mask,
             mask_indptr=None if custom_mask is None else mask_indptr, skip_prefix_mask=skip_prefix_custom_mask,
-            softmax_scale=sm_scale, soft_cap=logit_cap, window=_window(sliding_window_size, custom_mask),
+            softmax_scale=sm_scale, soft_cap=logit_cap, window=_window(sliding_window_size), sinks=sinks,
+            mask_offsets=None if custom_mask is None else window_kv_offsets,
         )  # fmt: skip
 
     def _extend_unified(
@@ -196,14 +233,16 @@ class PackedTritonBackend(TritonAttnBackend):
         window_start_pos: Tensor | None = None, xai_temperature_len: int = -1, **_: Any,
     ) -> None:  # fmt: skip
         """SGLang's ``extend_attention_fwd_unified``: chunk and prefix from the pool."""
-        _check_extras(sinks, xai_temperature_len)
+        _check_extras(xai_temperature_len)
         assert self._layer is not None
         spec, centres, rows = self._layer
+        # SGLang's window_start_pos takes drafted tokens for stored ones.
+        offsets = None if custom_mask is None or sliding_window_size < 0 else self.forward_metadata.window_kv_offsets
         extend(
             q, None, None, rows, spec, self.token_to_kv_pool.head_num, qo_indptr, kv_indptr, kv_indices,
             max_len_extend, o, centres=centres, causal=is_causal, custom_mask=custom_mask,
             mask_indptr=None if custom_mask is None else mask_indptr, softmax_scale=sm_scale, soft_cap=logit_cap,
-            window=_window(sliding_window_size, custom_mask), batch_invariant=self.batch_invariant,
+            window=_window(sliding_window_size), sinks=sinks, mask_offsets=offsets, batch_invariant=self.batch_invariant,
         )  # fmt: skip
 
     def _make_workspaces(self) -> Workspaces:
@@ -236,10 +275,8 @@ class PackedTritonBackend(TritonAttnBackend):
         capability = torch.cuda.get_device_capability(device)
         return prefill_attention(self.num_head, self.num_kv_head, pool.head_dim, pool.model_dtype, device, capability)
 
-    def _warm_up(self) -> None:
-        """Compile every kernel that this model uses, before graphs are captured.
-
-        A soft cap or a window is part of a kernel: those variants are compiled by the passes that SGLang runs before it captures.
+    def _warm_up(self, model: Any) -> None:
+        """Compile every kernel that this model uses, with its caps, windows and sinks, before graphs are captured.
 
         Raises:
             ServingError: if a kernel's results are wrong on this GPU.
@@ -254,31 +291,36 @@ class PackedTritonBackend(TritonAttnBackend):
             splits=self.max_kv_splits if self.batch_invariant else 0,
         )  # fmt: skip
         try:
-            warm_up(pool.specs, use, device)
+            warm_up(_layers(model, pool), use, device)
         except KernelError as error:
             raise ServingError(str(error)) from error
 
 
-def _window(sliding_window_size: int, custom_mask: Tensor | None) -> int:
+def _layers(model: Any, pool: PackedPool) -> list[Layer]:
+    """The variants of the kernels that a loaded model needs."""
+    found = [
+        Layer(pool.storage(layer.layer_id).spec, float(layer.logit_cap or 0), attended(layer).window, has_sinks(holder))
+        for layer, holder in attention_layers(model)
+    ]
+    return found or list(map(Layer, pool.specs))
+
+
+def _window(sliding_window_size: int) -> int:
     """SGLang counts the tokens before the current one, the kernels count that one too; 0 means no window."""
-    if sliding_window_size < 0:
-        return 0
-    if custom_mask is not None:
-        raise NotImplementedError("a sliding window together with a mask of drafted tokens is not supported")
-    return sliding_window_size + 1
+    return max(0, sliding_window_size + 1)
 
 
 def _check_layer(layer: Any) -> None:
-    """Refuse layers that no model has that passed the checks at start."""
-    if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
+    """Refuse layers that no model has that passed the checks at start. Gemma 3's are bidirectional for images only, which are read causally here."""
+    if layer.is_cross_attention or layer.attn_type not in (AttentionType.DECODER, AttentionType.DECODER_BIDIRECTIONAL):
         _unsupported(f"layer {layer.layer_id} is {layer.attn_type}, not causal self-attention")
     if layer.logit_cap and layer.logit_capping_method != "tanh":
         _unsupported(f"layer {layer.layer_id} caps its scores by {layer.logit_capping_method}")
 
 
-def _check_extras(sinks: Tensor | None, xai_temperature_len: int) -> None:
-    if sinks is not None or xai_temperature_len > 0:
-        _unsupported("the model has attention sinks, or a temperature that depends on the length")
+def _check_extras(xai_temperature_len: int) -> None:
+    if xai_temperature_len > 0:
+        _unsupported("the model has a temperature that depends on the length")
 
 
 def _unsupported(what: str) -> NoReturn:

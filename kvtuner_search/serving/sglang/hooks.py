@@ -116,6 +116,19 @@ def _wait_until_ready(original: Callable[..., list[dict[str, Any]]], readers: An
     return infos
 
 
+def set_bytes(configurator: Any, full: int, windows: int) -> None:
+    """Let SGLang's configurator of two pools reckon with our bytes, as if each had one layer.
+
+    Args:
+        configurator: a HybridSWAPoolConfigurator.
+        full: bytes a token of all this rank's layers that keep every token.
+        windows: the same of its layers that keep a window.
+    """
+    configurator._full_layers_num = configurator._swa_layers_num = 1
+    configurator._full_per_token, configurator._swa_per_token = full, windows
+    configurator._cell_size = full + configurator._swa_full_tokens_ratio * windows
+
+
 def reserve(configurator: Any, nbytes: int) -> None:
     """Remember, for :func:`leave_room`, the bytes that a rank will hold beside its rows."""
     configurator.kvtuner_reserved = nbytes

@@ -16,10 +16,12 @@ from typing import Final, NoReturn
 
 from kvtuner_search.errors import ServingError, UsageError
 from kvtuner_search.models.reference_model import REFERENCE_NAME, reference_model_path
+from kvtuner_search.profile.model_config import text_config
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import flags
 from kvtuner_search.serving.sglang.arguments import ServerOptions, parse_flags, read_options, variables
+from kvtuner_search.serving.sglang.kinds import pool_ratio
 from kvtuner_search.serving.sglang.model import context_remark, served_config, served_model, weight_bytes
 from kvtuner_search.serving.sglang.plan import Memory, ServePlan, make_plan
 from kvtuner_search.serving.sglang.plugin import ADAPTERS
@@ -63,7 +65,8 @@ def prepare(
     backend = _check_options(options)
     named = options.model_path, options.revision, options.json_model_override_args
     model = served_model(*named, options.context_length)
-    remark = context_remark(served_config(*named), options.context_length, options.model_path)
+    config = served_config(*named)
+    remark = context_remark(config, options.context_length, options.model_path)
     if remark is not None:
         print(f"kvtuner-search: {remark}", file=sys.stderr)
     loaded, path = flags.profile_of(namespace, model, options.model_path)
@@ -75,7 +78,9 @@ def prepare(
     memory = _memory(options, gpu_memory)
     from_flags = profile is None
     environment = configuration.to_environment() | variables(rest)
-    plan = make_plan(options, loaded, path, from_flags, memory, added, environment, sglang_version())
+    opted_in = bool(text_config(config).get("is_hybrid_swa"))
+    ratio = pool_ratio(model, opted_in, options.disable_hybrid_swa_memory, options.swa_full_tokens_ratio)
+    plan = make_plan(options, loaded, path, from_flags, memory, added, environment, sglang_version(), ratio)
     return plan, [*rest, *added]
 
 

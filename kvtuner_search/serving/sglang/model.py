@@ -12,6 +12,7 @@ from kvtuner_search.profile.canonical import parse_json
 from kvtuner_search.profile.model_config import model_info, name_of, positions
 from kvtuner_search.profile.model_support import unsupported
 from kvtuner_search.profile.schema import ModelInfo
+from kvtuner_search.serving.sglang.kinds import refuse_known
 
 
 def served_model(
@@ -28,7 +29,7 @@ def served_model(
     Raises:
         DataError: if config.json cannot be found or read, or does not describe a decoder.
         UsageError: if ``overrides`` is not a JSON object, the context is longer than the model reaches, or its attention cannot be served
-            with a profile.
+            with a profile, also because SGLang's class of the model is known to attend otherwise.
     """
     file, config = read_source(model_path, revision)
     config |= _overrides(overrides)
@@ -36,8 +37,10 @@ def served_model(
     reason = unsupported(config, context)
     if reason is not None:
         raise UsageError(f"{model_path} {reason}; or serve it without a profile")
-    found, commit = name_of(file.parent)
-    return model_info(config, model_path, found or model_path, revision or commit, context)
+    name, commit = name_of(file.parent)
+    found = model_info(config, model_path, name or model_path, revision or commit, context)
+    refuse_known(found, context, model_path)
+    return found
 
 
 def served_config(

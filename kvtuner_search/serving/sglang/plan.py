@@ -10,7 +10,13 @@ from typing import Any, Final
 from kvtuner_kernels.layout import LayerSpec, TensorSpec, bytes_per_token
 from kvtuner_search.profile.schema import Profile
 from kvtuner_search.profile.text import printable, ranges, runs, size
-from kvtuner_search.serving.capacity import StageBytes, heads_per_rank, stage_bytes, token_capacity
+from kvtuner_search.serving.capacity import (
+    StageBytes,
+    heads_per_rank,
+    share_of_windows,
+    stage_bytes,
+    token_capacity,
+)
 from kvtuner_search.serving.sglang.arguments import ServerOptions, node_ranks
 from kvtuner_search.serving.sglang.partition import ENVIRONMENT, Partition, of_profile
 
@@ -42,16 +48,21 @@ class ServePlan:
     added: list[str]  # arguments that SGLang gets besides the user's
     environment: dict[str, str]  # variables that SGLang gets besides the user's
     sglang: str | None  # installed version
+    ratio: float | None = (
+        None  # slots of layers with windows for each slot of the others; None: one pool for all layers
+    )
 
     @property
-    def heaviest(self) -> int:
-        """Bytes of a token on a rank of the heaviest stage."""
-        return max(stage.stored for stage in self.stages)
+    def heaviest(self) -> float:
+        """Bytes that a token costs on a rank of the heaviest stage."""
+        return max(share_of_windows(stage.stored, stage.windows, self.ratio) for stage in self.stages)
 
     @property
-    def heaviest_raw(self) -> int:
+    def heaviest_raw(self) -> float:
         """The same for a server without a profile, whose layers SGLang divides evenly unless the user does."""
         layers, stages = self.profile.model.num_layers, len(self.stages)
+        if self.ratio is not None:  # which layers are together matters too: as they are here
+            return max(share_of_windows(stage.raw, stage.windows_raw, self.ratio) for stage in self.stages)
         longest = max(self.partition.counts) if self.partition.by_user else -(-layers // stages)
         return bytes_per_token([LayerSpec()] * longest, self.kv_heads, self.profile.model.head_dim)
 
@@ -85,10 +96,10 @@ class ServePlan:
         """The same for a server without a profile."""
         return None if self.cache_bytes is None else self._fit(self.cache_bytes, self.heaviest_raw)
 
-    def _fit(self, cache_bytes: int, nbytes: int) -> int:
+    def _fit(self, cache_bytes: int, nbytes: float) -> int:
         return token_capacity(cache_bytes, nbytes, self.options.page_size or 1, self.options.max_total_tokens)
 
-    def tokens_per_gib(self, nbytes: int) -> int:
+    def tokens_per_gib(self, nbytes: float) -> int:
         """Tokens for each GiB of cache on every rank, if a token takes ``nbytes`` on the heaviest stage."""
         return token_capacity(GIB, nbytes, self.options.page_size or 1)
 
@@ -115,6 +126,7 @@ def make_plan(
     added: list[str],
     environment: dict[str, str],
     sglang: str | None,
+    ratio: float | None = None,
 ) -> ServePlan:
     """Divide a profile's layers and heads over the ranks of a server.
 
@@ -124,10 +136,10 @@ def make_plan(
     model = profile.model
     kv_heads = heads_per_rank(model.num_kv_heads, options.tp_size)
     partition = of_profile(profile, options.tp_size, options.pp_size)
-    stages = stage_bytes(profile.layer_specs(), partition.counts, kv_heads, model.head_dim)
+    stages = stage_bytes(profile.layer_specs(), partition.counts, kv_heads, model.head_dim, model.kinds)
     environment = environment | partition.to_environment()
     return ServePlan(
-        options, profile, path, from_flags, kv_heads, partition, stages, memory, added, environment, sglang
+        options, profile, path, from_flags, kv_heads, partition, stages, memory, added, environment, sglang, ratio
     )
 
 
@@ -165,13 +177,20 @@ def to_json(plan: ServePlan) -> dict[str, Any]:
         },
         "partition": {"layers": list(plan.partition.counts), "by_user": plan.partition.by_user},
         "stages": [
-            {"first": s.first, "last": s.end - 1, "bytes_per_token": s.stored, "bytes_per_token_16bit": s.raw}
+            {
+                "first": s.first,
+                "last": s.end - 1,
+                "bytes_per_token": s.stored,
+                "bytes_per_token_16bit": s.raw,
+                "bytes_per_token_windows": s.windows,
+            }
             for s in plan.stages
         ],
         "capacity": {
             "tokens_per_gib": plan.tokens_per_gib(plan.heaviest),
             "tokens_per_gib_16bit": plan.tokens_per_gib(plan.heaviest_raw),
             "page_size": options.page_size or 1,
+            "window_tokens_ratio": plan.ratio,
             "max_total_tokens": options.max_total_tokens,
             "tokens": plan.tokens,
             "tokens_16bit": plan.tokens_raw,
@@ -216,6 +235,8 @@ def _parts(plan: ServePlan) -> Iterator[list[str]]:
         f"{storage.bytes_per_token:,} bytes of {storage.bytes_per_token_16bit:,} at 16 bits: {storage.effective_bits:.3f}"
         f" effective bits, {ratio:.2f} times the tokens",
     ]
+    if storage.bytes_per_token_full is not None:
+        yield ["windows", *_windows(plan)]
     if options.tp_size * options.pp_size * options.nnodes > 1:
         yield ["ranks", *_ranks(plan)]
     yield ["capacity", *_capacity(plan)]
@@ -223,6 +244,17 @@ def _parts(plan: ServePlan) -> Iterator[list[str]]:
     variables = [f"{name}={value}" for name, value in plan.environment.items() if name.startswith("SGLANG_")]
     yield ["sglang", f"{version}, with {' '.join(map(printable, [*variables, *plan.added]))}"]
     yield ["listens on", _address(options)]
+
+
+def _windows(plan: ServePlan) -> Iterator[str]:
+    model, storage = plan.profile.model, plan.profile.storage
+    found = runs(list(map(str, model.kinds)))
+    yield ", ".join(f"layer{'s' if len(indices) > 1 else ''} {ranges(indices)}: {kind}" for indices, kind in found)
+    if plan.ratio is None:
+        yield "SGLang keeps every token of these layers too: one pool for all layers, and windows only in attention"
+        return
+    yield f"{storage.bytes_per_token_full:,} bytes a token in full layers, {storage.bytes_per_request_windows:,} a request in the others"
+    yield f"whose pool has {plan.ratio:g} slots for each slot of the full layers (--swa-full-tokens-ratio)"
 
 
 def _specs(profile: Profile) -> list[str]:

@@ -66,6 +66,7 @@ class PackedPool(MHATokenToKVPool):
         layers: the specs of this rank's layers, the first of which is ``start_layer``.
         centres: centring vectors and bases of all KV heads, by global layer.
         heads: the KV heads that this rank stores.
+        layer_ids: the layers' global indices, if they do not follow each other.
         size, named: as for SGLang's own pool.
 
     Raises:
@@ -73,9 +74,11 @@ class PackedPool(MHATokenToKVPool):
     """
 
     def __init__(
-        self, size: int, *, layers: Sequence[LayerSpec], centres: Mapping[int, Centres], heads: slice, **named: Any
-    ) -> None:
+        self, size: int, *, layers: Sequence[LayerSpec], centres: Mapping[int, Centres], heads: slice,
+        layer_ids: Sequence[int] | None = None, **named: Any,
+    ) -> None:  # fmt: skip
         self.specs = list(layers)
+        self.layer_ids = None if layer_ids is None else list(layer_ids)
         self._all_centres = centres
         self._heads = heads
         self._said: _Said | None = None  # within `storing`
@@ -92,7 +95,8 @@ class PackedPool(MHATokenToKVPool):
         device = torch.device(self.device)
         self.layers: list[LayerStorage] = []
         for index, spec in enumerate(self.specs):
-            centres = self._local_centres(self.start_layer + index, spec, device)
+            layer = self.start_layer + index if self.layer_ids is None else self.layer_ids[index]
+            centres = self._local_centres(layer, spec, device)
             nbytes = spec.bytes_per_token(self.head_num, self.head_dim)
             # Slot 0 is not handed out: padded tokens are written there. The page behind `size` is its share.
             rows = torch.zeros(self.size + self.page_size, nbytes, dtype=torch.uint8, device=device)
@@ -161,9 +165,15 @@ class PackedPool(MHATokenToKVPool):
         """The storage of a layer by its global index."""
         return self.layers[layer_id - self.start_layer]
 
-    def get_kv_size_bytes(self) -> int:
+    def slots_of(self, _layer_id: int, slots: Tensor) -> Tensor:
+        """Where a layer stores the tokens of these slots: all layers of this pool share them."""
+        return slots
+
+    def row_bytes(self) -> int:
         """Bytes of all rows, the padding slots' included."""
         return sum(rows.nbytes for rows in self.k_buffer)
+
+    get_kv_size_bytes = row_bytes
 
     def predicted_bytes(self) -> int:
         """The same from the layout alone."""

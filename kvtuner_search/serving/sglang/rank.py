@@ -18,6 +18,7 @@ from kvtuner_search.profile.schema import Profile
 from kvtuner_search.serving.capacity import basis_bytes
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang.agreement import RankReport, check, exchange
+from kvtuner_search.serving.sglang.kinds import check_layers, check_pools
 from kvtuner_search.serving.sglang.pool import PackedPool, local_heads
 from kvtuner_search.transforms import load_centres
 
@@ -60,6 +61,9 @@ class RankPlace:
     cache_dtype: torch.dtype  # dtype that SGLang would store
     device: str  # cuda or cpu
     as_stored: bool  # the backend reads a prompt's own keys and values as stored, requested or not
+    windowed: tuple[int, ...] | None = (
+        None  # global layers whose pool keeps a window only; None: one pool for all layers
+    )
 
     @property
     def heads(self) -> slice:
@@ -116,6 +120,45 @@ def rank_bytes_per_token(place: RankPlace, which: ServedProfile) -> int:
     return bytes_per_token(which.layers[place.start_layer : place.end_layer], place.local_heads, place.head_dim)
 
 
+def rank_window_bytes(place: RankPlace, which: ServedProfile) -> int:
+    """The part of :func:`rank_bytes_per_token` that belongs to layers whose pool keeps a window only."""
+    return bytes_per_token([which.layers[index] for index in place.windowed or ()], place.local_heads, place.head_dim)
+
+
+def check_windows(place: RankPlace) -> None:
+    """Refuse a rank that SGLang's two pools do not fit.
+
+    Raises:
+        UsageError: if one of them would have no layer.
+    """
+    if place.windowed is not None and not 0 < len(place.windowed) < place.end_layer - place.start_layer:
+        raise UsageError(
+            f"layers {place.start_layer} to {place.end_layer - 1} {'all' if place.windowed else 'do not'} have windows, so one of"
+            " SGLang's two pools would be empty: choose another --pp-size, or give --disable-hybrid-swa-memory"
+        )
+
+
+def check_attention(loaded: Any, text_config: Any, context: int, place: RankPlace, which: ServedProfile) -> None:
+    """Compare what the loaded model attends to with the profile.
+
+    Args:
+        loaded: SGLang's model.
+        text_config: the decoder's config, as SGLang reads it.
+        context: most tokens of a sequence.
+        place: this rank's layers.
+        which: the profile.
+
+    Raises:
+        ServingError: names the first layer that differs.
+    """
+    layers = range(place.start_layer, place.end_layer)
+    cap = getattr(text_config, "attn_logit_softcapping", None)
+    sinks = getattr(text_config, "model_type", None) == "gpt_oss"
+    check_layers(loaded, which.profile.model.kinds, layers, context, cap, sinks)
+    if place.windowed is not None:
+        check_pools(loaded, {layer: layer in place.windowed for layer in layers})
+
+
 def rank_basis_bytes(place: RankPlace, which: ServedProfile) -> int:
     """Bytes that this rank's bases will take on its device, beside the rows."""
     return basis_bytes(which.layers[place.start_layer : place.end_layer], place.local_heads, place.head_dim)
@@ -127,6 +170,16 @@ def pool_factory(place: RankPlace, which: ServedProfile) -> Callable[..., Packed
     def make(size: int, **named: Any) -> PackedPool:
         layers = which.layers[place.start_layer : place.end_layer]
         return PackedPool(size, layers=layers, centres=which.centres, heads=place.heads, **named)
+
+    return make
+
+
+def swa_pool_factory(which: ServedProfile, heads: slice) -> Callable[..., Any]:
+    """As :func:`pool_factory`, for SGLang's two pools of layers that keep all tokens and of layers that keep a window."""
+    from kvtuner_search.serving.sglang.swa_pool import PackedSWAPool
+
+    def make(**named: Any) -> PackedSWAPool:
+        return PackedSWAPool(layers=which.layers, centres=which.centres, heads=heads, **named)
 
     return make
 
@@ -146,9 +199,10 @@ def check_own(pool: Any, backend: Any = None) -> None:
         ServingError: if one is not.
     """
     from kvtuner_search.serving.sglang.attention import PackedTorchBackend, PackedTritonBackend
+    from kvtuner_search.serving.sglang.swa_pool import PackedSWAPool
 
     for what, found, ours in (
-        ("cache", pool, PackedPool),
+        ("cache", pool, (PackedPool, PackedSWAPool)),
         ("attention", backend, (PackedTorchBackend, PackedTritonBackend)),
     ):
         if found is not None and not isinstance(found, ours):
@@ -172,7 +226,7 @@ def check_ranks(pool: Any, tokens: int, place: RankPlace, which: ServedProfile, 
         ServingError: if the pool is not ours, has other bytes or tokens than the profile gives, or another rank differs.
     """
     check_own(pool)
-    nbytes = pool.get_kv_size_bytes()
+    nbytes = pool.row_bytes()
     if pool.size != tokens or nbytes != pool.predicted_bytes():
         raise ServingError(
             f"rank {rank} has {nbytes} bytes for {pool.size} tokens, but the profile predicts {pool.predicted_bytes()} bytes for"
@@ -190,6 +244,8 @@ def check_ranks(pool: Any, tokens: int, place: RankPlace, which: ServedProfile, 
         bytes_per_token=rank_bytes_per_token(place, which),
         tokens=tokens,
         pool_bytes=nbytes,
+        window_tokens=None if place.windowed is None else pool.size_swa,
+        window_bytes_per_token=rank_window_bytes(place, which),
     )
     model = which.profile.model
     check(exchange(mine, world), model.num_layers, model.num_kv_heads)

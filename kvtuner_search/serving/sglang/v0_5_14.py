@@ -10,6 +10,8 @@ from sglang.srt.plugins.hook_registry import HookType
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import hooks, launcher
 
+_SIZES: Final = "sglang.srt.model_executor.pool_configurator"
+
 
 def register_flags() -> None:
     """Let SGLang's command line know our flags."""
@@ -41,6 +43,7 @@ def _place(runner: Any) -> Any:
         cache_dtype=runner.kv_cache_dtype,
         device=runner.device,
         as_stored=arguments.attention_backend == "torch_native" or arguments.enable_deterministic_inference,
+        windowed=tuple(model.swa_attention_layer_ids) if runner.is_hybrid_swa else None,
     )
 
 
@@ -58,6 +61,26 @@ def _measure_cell(original: Callable[..., None], configurator: Any, runner: Any)
     configurator._cell_size += packed - configurator._compute_cell_size(runner, runner.num_effective_layers)
 
 
+def _measure_windows(original: Callable[..., None], configurator: Any, runner: Any) -> None:
+    """As :func:`_measure_cell`, where layers with windows have a pool of their own."""
+    if not runner.is_draft_worker:
+        model = runner.model_config
+        # SGLang counts the next stage's first layer too.
+        for name in ("full_attention_layer_ids", "swa_attention_layer_ids"):
+            setattr(model, name, [index for index in getattr(model, name) or () if index < runner.end_layer])
+    original(configurator, runner)
+    if runner.is_draft_worker:
+        return
+    from kvtuner_search.serving.sglang import rank
+
+    with launcher.refusing():
+        place, which = _place(runner), rank.served_profile(hooks.active())
+        rank.check_windows(place)
+        windows = rank.rank_window_bytes(place, which)
+        hooks.set_bytes(configurator, rank.rank_bytes_per_token(place, which) - windows, windows)
+        hooks.reserve(configurator, rank.rank_basis_bytes(place, which))
+
+
 def _init_pools(original: Callable[..., None], runner: Any) -> None:
     """Swap the class of SGLang's pool while a rank makes its pools; then compare reports with the other ranks."""
     if runner.is_draft_worker:
@@ -70,12 +93,15 @@ def _init_pools(original: Callable[..., None], runner: Any) -> None:
 
     with launcher.refusing():
         place, which, world = _place(runner), rank.served_profile(hooks.active()), get_world_group()
-        own = module.MHATokenToKVPool
+        model = runner.model_config
+        rank.check_attention(runner.model, model.hf_text_config, model.context_len, place, which)
+        own = module.MHATokenToKVPool, module.SWAKVPool
         module.MHATokenToKVPool = rank.pool_factory(place, which)
+        module.SWAKVPool = rank.swa_pool_factory(which, place.heads)
         try:
             original(runner)
         finally:
-            module.MHATokenToKVPool = own
+            module.MHATokenToKVPool, module.SWAKVPool = own
         pool, tokens = runner.token_to_kv_pool, runner.max_total_num_tokens
         rank.check_ranks(pool, tokens, place, which, world.rank_in_group, world.world_size)
 
@@ -86,15 +112,11 @@ HOOK_POINTS: Final = hooks.HookPoints(
     ready="sglang.srt.entrypoints.engine._wait_for_scheduler_ready",
     info="sglang.srt.managers.scheduler.Scheduler.get_init_info",
     pool=(
-        (
-            "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__",
-            _measure_cell,
-            HookType.AROUND,
-        ),
-        (
-            "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.calculate_pool_sizes",
-            hooks.leave_room,
-            HookType.AROUND,
+        (f"{_SIZES}.DefaultPoolConfigurator.__init__", _measure_cell, HookType.AROUND),
+        (f"{_SIZES}.HybridSWAPoolConfigurator.__init__", _measure_windows, HookType.AROUND),
+        *(
+            (f"{_SIZES}.{name}.calculate_pool_sizes", hooks.leave_room, HookType.AROUND)
+            for name in ("DefaultPoolConfigurator", "HybridSWAPoolConfigurator", "SWAChunkCapPoolConfigurator")
         ),
         (
             "sglang.srt.model_executor.model_runner_kv_cache_mixin.ModelRunnerKVCacheMixin._init_pools",

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from kvtuner_search.errors import UsageError
 from kvtuner_search.serving.configuration import ServingConfiguration
 from kvtuner_search.serving.sglang import hooks, launcher
 
@@ -81,8 +82,15 @@ def _configure(original: Callable[..., Any], configurator: Any, **named: Any) ->
 
     configurator.post_capture_kv_active = False
     with launcher.refusing():  # the pool itself may find that a basis cannot be used
-        result = original(configurator, **named)
         place, which, world = _place(configurator), rank.served_profile(hooks.active()), get_world_group()
+        if configurator.is_hybrid_swa:
+            raise UsageError(
+                "SGLang 0.5.23 would keep layers with windows in a pool of their own, which a profile does not serve there yet: give"
+                " --disable-hybrid-swa-memory, or use SGLang 0.5.14"
+            )
+        model = configurator.model_config
+        rank.check_attention(configurator.model, model.hf_text_config, model.context_len, place, which)
+        result = original(configurator, **named)
         pool, tokens = result.token_to_kv_pool, result.max_total_num_tokens
         rank.check_ranks(pool, tokens, place, which, world.rank_in_group, world.world_size)
     return result

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvtuner_kernels import warm_up as module
 from kvtuner_kernels.layout import RAW, LayerSpec, TensorSpec
 from kvtuner_kernels.quantize import store
-from kvtuner_kernels.warm_up import KernelError, Use, warm_up
+from kvtuner_kernels.warm_up import KernelError, Layer, Use, warm_up
 
 PLAIN = LayerSpec.parse("4-g64-asym/4-g64-asym")
 BANDED = LayerSpec.parse("b65443322/b54433221")
@@ -52,8 +52,8 @@ def test_variants_of_a_kind_of_layer_are_those_that_serving_calls(
 
     watch("decode")
     watch("extend")
-    use = replace(USE, window=20, soft_cap=5.0, sinks=True, as_stored=as_stored)
-    assert warm_up([BANDED], use, CPU) == 1
+    use = replace(USE, as_stored=as_stored)
+    assert warm_up([Layer(BANDED, window=20, soft_cap=5.0, sinks=True)], use, CPU) == 1
     assert asked == {("decode", 0, 5.0, True), ("extend", 20, 5.0, True)}
 
 
@@ -64,9 +64,8 @@ def test_variants_of_a_kind_of_layer_are_those_that_serving_calls(
 def test_a_kernel_without_what_the_layer_has_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
     kernel = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *a, **k: kernel(*a, **{**k, what: None if what == "sinks" else 0}))
-    use = replace(USE, window=20, soft_cap=2.0, sinks=True)
     with pytest.raises(KernelError, match=f"{name} .*is off by"):
-        warm_up([PLAIN], use, CPU)
+        warm_up([Layer(PLAIN, window=20, soft_cap=2.0, sinks=True)], USE, CPU)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +102,8 @@ def test_a_kernel_that_takes_a_first_token_for_any_other_is_refused(monkeypatch:
     monkeypatch.setattr(module, name, unmarked)
     with pytest.raises(KernelError, match=f"{name} .*is off by"):
         warm_up([BANDED], USE, CPU)
+
+
+def test_layers_that_differ_in_what_is_done_to_scores_are_warmed_up_apart() -> None:
+    capped = Layer(PLAIN, soft_cap=0.5)
+    assert warm_up([capped, PLAIN, Layer(PLAIN), capped], replace(USE, batches=(1,)), CPU) == 2
