@@ -222,7 +222,7 @@ class PackedTritonBackend(TritonAttnBackend):
             centres=centres, causal=is_causal, custom_mask=custom_mask,
             mask_indptr=None if custom_mask is None else mask_indptr, skip_prefix_mask=skip_prefix_custom_mask,
             softmax_scale=sm_scale, soft_cap=logit_cap, window=_window(sliding_window_size), sinks=sinks,
-            mask_offsets=None if custom_mask is None else window_kv_offsets,
+            mask_offsets=None if custom_mask is None or sliding_window_size < 0 else window_kv_offsets,
         )  # fmt: skip
 
     def _extend_unified(
