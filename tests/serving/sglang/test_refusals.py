@@ -67,12 +67,14 @@ def test_what_cannot_be_served_is_refused_before_a_process_starts(mixed_profile:
     for more, code, text in STATIC:
         lines.append([*model, *wanted, *more])
         expected.append((code, text))
-    # Another model, by its shape and by its rotary embedding alone; a model with latent attention; a sliding window in some layers.
+    # Another model, by its shape and by its rotary embedding alone; latent attention; layers with a state; windows that SGLang's Qwen2 lacks.
     for name, changes, code, text in (
         ("deeper", {"num_hidden_layers": 15}, OTHER_MODEL, r"num_layers=16, .+ has 15"),
         ("rope", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, OTHER_MODEL, "config_digest="),
         ("latent", {"kv_lora_rank": 512}, USAGE, r"multi-head latent attention, MLA \(kv_lora_rank=512\)"),
-        ("window", {"layer_types": ["sliding_attention", "full_attention"] * 8}, USAGE, "layers of several kinds"),
+        ("linear", {"layer_types": ["linear_attention", "full_attention"] * 8}, USAGE, "layers of several kinds"),
+        ("window", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 8}, USAGE,
+         "layer 0 is sliding:64 by its config.json, but SGLang's Qwen2ForCausalLM attends to all tokens there"),
     ):  # fmt: skip
         lines.append(["--model-path", str(config_of(tmp_path / name, **changes)), *COMMON, *wanted])
         expected.append((code, text))
