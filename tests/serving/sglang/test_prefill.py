@@ -198,7 +198,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> attention.PackedTritonBackend:
     monkeypatch.setattr(attention.TritonAttnBackend, "forward_extend", forward_extend)
     made = attention.PackedTritonBackend.__new__(attention.PackedTritonBackend)
     made._prefill = made.recorder = Recorder()
-    made._planned = None
+    made._planned = made.sliding_window_size = None
     made.token_to_kv_pool = SimpleNamespace(
         head_num=KV_HEADS,
         storage=lambda _: LayerStorage(SPEC, NO_CENTRES, torch.empty(0)),
