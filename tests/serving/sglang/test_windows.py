@@ -50,7 +50,8 @@ CASES = [
     Case("gemma2", more=("--chunked-prefill-size", "64")),
     Case("gemma3", tp=2),
     Case("olmo3", more=("--disable-overlap-schedule",)),
-    Case("afmoe", two_pools=True, more=("--swa-full-tokens-ratio", "0.5")),
+    # One request alone must fit: SGLang takes a window's slots back every 128 tokens only, and ends a request for which it has none.
+    Case("afmoe", two_pools=True, more=("--swa-full-tokens-ratio", "0.7")),
 ]
 
 
@@ -111,8 +112,9 @@ def test_bytes_and_tokens_are_what_the_layout_gives(server: Server, case: Case, 
     assert report["tokens"] == info["max_total_num_tokens"] == TOKENS
     assert report["bytes_per_token"] == sum(each)
     if case.two_pools:
-        assert (report["window_tokens"], report["window_bytes_per_token"]) == (TOKENS // 2, windows)
-        assert report["pool_bytes"] == (TOKENS + 1) * (sum(each) - windows) + (TOKENS // 2 + 1) * windows
+        slots = TOKENS * 7 // 10
+        assert (report["window_tokens"], report["window_bytes_per_token"]) == (slots, windows)
+        assert report["pool_bytes"] == (TOKENS + 1) * (sum(each) - windows) + (slots + 1) * windows
     else:
         assert (report["window_tokens"], report["window_bytes_per_token"]) == (None, 0)
         assert report["pool_bytes"] == (TOKENS + 1) * sum(each)
