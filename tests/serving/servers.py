@@ -22,7 +22,7 @@ import psutil
 from kvtuner_search.models.reference_model import reference_model_path
 from kvtuner_search.servers.process import free_port
 
-START = 240  # seconds that a server may take to come up on a busy machine
+START = 480  # seconds that a server may take to come up on a busy machine
 COMMON = (
     "--device", "cpu", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--host", "127.0.0.1",
     "--mem-fraction-static", "0.1", "--random-seed", "0",  # other programs may take memory while a server starts
