@@ -355,7 +355,6 @@ def attend(
     softmax_scale: float | None = None,
     soft_cap: float = 0.0,
     window: int = 0,
-    chunk: int = 0,
     sinks: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -375,8 +374,6 @@ def attend(
         softmax_scale: factor of the scores; ``D ** -0.5`` if not given.
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 is off.
         window: number of latest rows that a query sees, itself included; 0 is all.
-        chunk: rows of a chunk, counted from the first row, which must be the first of its sequence; a query sees its own chunk only
-            (Llama 4). 0 is off.
         sinks: attention sinks (gpt-oss), [Hq] as in :func:`kvtuner_kernels.sinks.check_sinks`; None is none.
         dtype: dtype of 16-bit sides; the query's if not given.
 
@@ -398,8 +395,6 @@ def attend(
     visible = column <= last
     if window:
         visible &= column > last - window
-    if chunk:
-        visible &= column // chunk == last // chunk
     scores = scores.masked_fill(~visible, -math.inf)
     if sinks is not None:
         logits = sinks.to(scores.device).reshape(*scores.shape[:2], 1, 1).expand(*scores.shape[:-1], 1)

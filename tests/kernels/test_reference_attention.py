@@ -1,4 +1,4 @@
-"""The reference's attention against plain formulas and transformers' own: sinks, chunks, windows, soft caps, and all of them together."""
+"""The reference's attention against plain formulas and transformers' own: sinks, windows, soft caps, and all of them together."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from kvtuner_kernels.layout import LayerSpec, LayoutError
@@ -21,14 +21,13 @@ def plain(
     sinks: torch.Tensor | None,
     cap: float = 0.0,
     window: int = 0,
-    chunk: int = 0,
 ) -> torch.Tensor:
     """[T, Hq, D] in float64, token by token and head by head: ``sum exp(s) v / (sum exp(s) + exp(sink))``."""
     tokens, query_heads, head_dim = query.shape
     group, out = query_heads // key.shape[1], torch.zeros(query.shape, dtype=torch.float64)
     for token in range(tokens):
         position = len(key) - tokens + token
-        begin = max(0, position - window + 1 if window else 0, position // chunk * chunk if chunk else 0)
+        begin = max(0, position - window + 1) if window else 0
         seen = slice(begin, position + 1)
         for head in range(query_heads):
             scores = key[seen, head // group].double() @ query[token, head].double() * head_dim**-0.5
@@ -46,13 +45,12 @@ def plain(
     st.booleans(),
     st.sampled_from([0.0, 5.0]),
     st.sampled_from([0, 1, 3, 100]),
-    st.sampled_from([0, 1, 4, 100]),
     st.integers(1, 9),
     st.integers(0, 9),
     st.integers(0, 2**31),
 )
 def test_attention_is_a_softmax_with_one_more_logit(
-    text: str, sinks: bool, cap: float, window: int, chunk: int, tokens: int, before: int, seed: int
+    text: str, sinks: bool, cap: float, window: int, tokens: int, before: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     spec, heads, group = LayerSpec.parse(text), 2, 3
@@ -62,10 +60,8 @@ def test_attention_is_a_softmax_with_one_more_logit(
     query = torch.randn(tokens, heads * group, 64)
     logits = torch.randn(heads * group) * 4 if sinks else None
     key, value = unpack_rows(rows, spec, heads, 64, centres, torch.float16)
-    expected = plain(query, key, value, logits, cap, window, chunk)
-    got = attend(
-        query, rows, spec, heads, centres, soft_cap=cap, window=window, chunk=chunk, sinks=logits, dtype=torch.float16
-    )
+    expected = plain(query, key, value, logits, cap, window)
+    got = attend(query, rows, spec, heads, centres, soft_cap=cap, window=window, sinks=logits, dtype=torch.float16)
     assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -85,17 +81,12 @@ def test_sinks_are_those_of_gpt_oss() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
-@pytest.mark.parametrize("kind", ["window", "chunk"])
-def test_windows_and_chunks_are_those_of_transformers(kind: str, size: int) -> None:
+def test_windows_are_those_of_transformers(size: int) -> None:
     """A row's value is its number, in 16 bits, and all keys are equal: the mean tells which rows were seen."""
     value = torch.arange(1.0, 12.0)[:, None, None].expand(11, 1, 64).half()
     rows = pack_rows(torch.zeros_like(value), value, LayerSpec())
-    got = attend(torch.zeros(5, 1, 64), rows, LayerSpec(), 1, dtype=torch.float16, **{kind: size})  # type: ignore[arg-type]
-    sees = (
-        sliding_window_causal_mask_function(size)
-        if kind == "window"
-        else chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.int64))
-    )
+    got = attend(torch.zeros(5, 1, 64), rows, LayerSpec(), 1, dtype=torch.float16, window=size)
+    sees = sliding_window_causal_mask_function(size)
     for token in range(5):
         seen = torch.tensor(
             [float(row + 1) for row in range(11) if sees(0, 0, torch.tensor(6 + token), torch.tensor(row))]

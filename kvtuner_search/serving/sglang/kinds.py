@@ -56,11 +56,6 @@ def pool_ratio(model: ModelInfo, opted_in: bool, switched_off: bool, ratio: floa
     return None if switched_off or not two or model.layer_kinds is None else ratio or RATIO
 
 
-def acting(kind: LayerKind, context: int | None) -> LayerKind:
-    """The kind for a server whose sequences have at most ``context`` tokens."""
-    return FULL_KIND if context is not None and kind.window >= context else kind
-
-
 def refuse_known(model: ModelInfo, context: int | None, model_path: str) -> None:
     """Refuse a model whose class in SGLang is known to attend otherwise than config.json says.
 
@@ -76,7 +71,7 @@ def refuse_known(model: ModelInfo, context: int | None, model_path: str) -> None
     if does is None:
         return
     for index, kind in enumerate(model.kinds):
-        if acting(kind, context).window:
+        if kind.within(context).window:
             raise UsageError(
                 f"{model_path}: layer {index} is {kind} by its config.json, but SGLang's {model.architecture} {does}:"
                 f" {_remedy(kind)}"
@@ -105,7 +100,7 @@ def check_layers(
         index, stated = layer.layer_id, kinds[layer.layer_id]
         seen.add(index)
         found = attended(layer)
-        if acting(found, context) != acting(stated, context):
+        if found.within(context) != stated.within(context):
             raise ServingError(
                 f"layer {index}: SGLang's {name} attends {_words(found)}, the profile says {stated}: {_remedy(stated)}"
             )

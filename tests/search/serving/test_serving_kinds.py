@@ -13,7 +13,7 @@ from kvtuner_search.errors import ServingError
 from kvtuner_search.profile.kinds import FULL_KIND, LayerKind
 from kvtuner_search.serving.capacity import share_of_windows, stage_bytes
 from kvtuner_search.serving.sglang import kinds
-from kvtuner_search.serving.sglang.kinds import acting, attended, check_layers, check_pools, pool_ratio
+from kvtuner_search.serving.sglang.kinds import attended, check_layers, check_pools, pool_ratio
 from kvtuner_search.serving.sglang.model import served_model
 from tests.search.serving import serve_command
 from tests.search.serving.serve_command import Run, folder, plan
@@ -133,7 +133,7 @@ def test_sglang_counts_a_window_without_the_token_itself() -> None:
     assert [attended(SimpleNamespace(sliding_window_size=n)) for n in (None, -1, 15)] == [
         FULL_KIND, FULL_KIND, LayerKind("sliding", 16),
     ]  # fmt: skip
-    assert [acting(WINDOWS[0], context) for context in (None, 17, 16)] == [WINDOWS[0], WINDOWS[0], FULL_KIND]
+    assert [WINDOWS[0].within(context) for context in (None, 17, 16)] == [WINDOWS[0], WINDOWS[0], FULL_KIND]
 
 
 def test_a_model_that_attends_as_the_profile_says() -> None:
